@@ -1,0 +1,281 @@
+"""The typed configuration of a run: one dataclass a Hydra group, and the cross-checks between them.
+
+Importable without torch. Every field's comment (`#:` lines) is its documentation: the config
+reference in `docs/config.md` is generated from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from k2rl.errors import ConfigError
+
+
+@dataclass
+class ModelConfig:
+    #: A folder with a Hugging Face checkpoint, a hub id, or a built-in name (`smollm2-135m`, `tiny-qwen3`).
+    path: str = "smollm2-135m"
+    #: Compute and inference dtype: `bfloat16` or `float32`. Master weights are always float32.
+    dtype: str = "bfloat16"
+
+
+@dataclass
+class EnvConfig:
+    #: Registered environment id (`k2rl envs list`) or `module:Class`.
+    id: str = "calculator"
+    #: Keyword arguments for the environment's constructor.
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    #: Held-out tasks in each evaluation.
+    eval_tasks: int = 128
+    #: Turns of the policy after which an episode is cut off.
+    max_turns: int = 4
+
+
+@dataclass
+class RubricConfig:
+    #: `env` (the environment's own rubric) or `module:Class` of another one.
+    id: str = "env"
+    #: Keyword arguments for the rubric's constructor.
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    #: Seconds a judgement may take before it counts as failed.
+    deadline_s: float = 30.0
+
+
+@dataclass
+class RolloutConfig:
+    #: Tasks drawn per step.
+    tasks_per_step: int = 12
+    #: Responses drawn per task (K in K2's objective); at least 2.
+    group_size: int = 8
+    #: Episodes that run at the same time.
+    max_concurrent: int = 256
+    #: Sampled tokens per policy turn.
+    max_tokens_per_turn: int = 48
+    #: Leave out groups whose rewards are all equal: their gradient is zero on policy, their cost is not.
+    drop_uniform_groups: bool = True
+    #: Share of failed episodes in a step above which the run stops.
+    max_failed_share: float = 0.5
+    #: Seconds an episode may take before it counts as failed.
+    episode_deadline_s: float = 300.0
+
+
+@dataclass
+class TemperatureConfig:
+    #: `constant`, `linear` or `cosine`.
+    schedule: str = "linear"
+    #: Sampling temperature of the first step.
+    start: float = 1.3
+    #: Sampling temperature of the last step.
+    end: float = 0.9
+
+
+@dataclass
+class BudgetConfig:
+    #: Sampled tokens per episode for task kinds not named below.
+    default: int = 96
+    #: Sampled tokens per episode by task kind.
+    per_kind: dict[str, int] = field(default_factory=dict)
+    #: Subtracted from the reward of an episode that was truncated at its budget.
+    penalty: float = 0.5
+
+
+@dataclass
+class ObjectiveConfig:
+    #: The policy objective: `k2`.
+    name: str = "k2"
+    #: Regularisation towards the behaviour policy; does not scale the learning rate.
+    tau: float = 0.1
+
+
+@dataclass
+class OptimizerConfig:
+    #: `muon` (Muon for matrices, AdamW for the rest) or `adamw`.
+    name: str = "muon"
+    #: Learning rate of the RL phase, for both (Muon's update is matched to AdamW's RMS).
+    lr: float = 2e-5
+    #: Muon's momentum.
+    momentum: float = 0.95
+    #: Nesterov momentum (Moonlight) or plain (K2's Algorithm 1).
+    nesterov: bool = True
+    #: Newton-Schulz iterations.
+    ns_steps: int = 5
+    #: Decoupled weight decay.
+    weight_decay: float = 0.0
+    #: AdamW's betas.
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    #: AdamW's epsilon.
+    eps: float = 1e-8
+    #: Global gradient-norm limit; 0 switches it off.
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class PTXConfig:
+    #: Weight of the auxiliary next-token loss; 0 switches it off.
+    weight: float = 0.1
+    #: Curated sequences per step.
+    sequences_per_step: int = 4
+    #: JSONL file of chats (`{"messages": [...]}` a line), or `curated` for the shipped set.
+    path: str = "curated"
+
+
+@dataclass
+class WarmStartConfig:
+    #: Supervised steps on the environment's demonstrations before RL; 0 switches it off.
+    steps: int = 0
+    #: Demonstrations per step.
+    demos_per_step: int = 16
+    #: Learning rate of the warm start.
+    lr: float = 1e-4
+    #: Task kinds to demonstrate; empty means all.
+    kinds: list[str] = field(default_factory=list)
+
+
+@dataclass
+class TrainConfig:
+    #: RL steps (one rollout batch each).
+    steps: int = 15
+    #: Optimizer updates per rollout batch.
+    updates_per_step: int = 1
+    #: Tokens per forward and backward pass (a group that shares a prompt counts it once).
+    micro_batch_tokens: int = 4096
+    #: Save a resumable checkpoint every so many steps (and always at the end and on Ctrl-C); 0: only then.
+    checkpoint_every: int = 5
+    #: Evaluate on the held-out tasks every so many steps; 0: only before and after.
+    eval_every: int = 0
+    #: CPU threads of the trainer; 0 means all cores of the machine.
+    num_threads: int = 0
+
+
+@dataclass
+class InferenceConfig:
+    #: Longest sequence (prompt and response, in tokens) the engine accepts.
+    max_model_len: int = 512
+    #: Sequences decoded at once.
+    max_num_seqs: int = 128
+    #: Size of the KV cache in GiB.
+    kv_cache_gib: float = 1.0
+    #: Run without graph compilation (the only choice on CPU).
+    enforce_eager: bool = True
+    #: CPU threads of the engine, as vLLM spells them (`auto`, `0-1`, …).
+    cpu_threads_bind: str = "auto"
+    #: The start-up self-check refuses to train above this mean trainer-vs-vLLM log-prob gap (nats).
+    max_logprob_gap: float = 0.02
+    #: Further keyword arguments for vLLM's `AsyncEngineArgs`.
+    engine_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ClusterConfig:
+    #: Address of a running Ray cluster, or `local` to start one for this run.
+    address: str = "local"
+    #: CPUs the worker reserves in Ray; 0 means all of the machine.
+    cpus_per_worker: int = 0
+    #: GPUs the worker reserves in Ray; 0 runs on the CPU.
+    gpus_per_worker: float = 0.0
+
+
+@dataclass
+class DeadlineConfig:
+    #: Seconds for Ray and the worker (trainer and vLLM) to start.
+    start_s: float = 300.0
+    #: Seconds for one generation request.
+    generate_s: float = 300.0
+    #: Seconds for one optimizer step over a rollout batch.
+    train_s: float = 1800.0
+    #: Seconds for publishing weights.
+    publish_s: float = 120.0
+    #: Seconds for saving or loading a checkpoint.
+    checkpoint_s: float = 600.0
+
+
+@dataclass
+class TrackingConfig:
+    #: Live terminal view: `auto` (only on a terminal), `on`, `off`.
+    live: str = "auto"
+    #: Write TensorBoard event files.
+    tensorboard: bool = True
+    #: Send metrics to Weights & Biases (needs `pip install wandb`).
+    wandb: bool = False
+    #: Weights & Biases project.
+    wandb_project: str = "k2rl"
+    #: Sample trajectories written as text at each step.
+    samples_per_step: int = 4
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    rubric: RubricConfig = field(default_factory=RubricConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    temperature: TemperatureConfig = field(default_factory=TemperatureConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ptx: PTXConfig = field(default_factory=PTXConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    #: Name of the run's folder under `outputs/`.
+    name: str = "run"
+    #: Seeds tasks, sampling and initialisation.
+    seed: int = 0
+    #: Folder of an earlier run to go on with.
+    resume: str | None = None
+
+
+def check(config: Config) -> None:
+    """Cross-check a configuration; the cheap half of the start-up checks.
+
+    Raises:
+        ConfigError: one line that says what is wrong and how to mend it.
+    """
+    rollout, inference, budget = config.rollout, config.inference, config.budget
+    if rollout.group_size < 2:
+        raise ConfigError(
+            f"rollout.group_size={rollout.group_size}: K2's baseline is the group mean, so a group needs "
+            "at least 2 responses; set rollout.group_size=2 or more"
+        )
+    for name, tokens in {"default": budget.default, **budget.per_kind}.items():
+        key = "budget.default" if name == "default" else f"budget.per_kind.{name}"
+        if not 0 < tokens < inference.max_model_len:
+            raise ConfigError(
+                f"{key}={tokens} does not fit the engine's context of inference.max_model_len="
+                f"{inference.max_model_len} tokens; lower the budget or raise inference.max_model_len"
+            )
+    _check_choice("model.dtype", config.model.dtype, ("bfloat16", "float32"))
+    _check_choice("temperature.schedule", config.temperature.schedule, ("constant", "linear", "cosine"))
+    _check_choice("objective.name", config.objective.name, ("k2",))
+    _check_choice("optimizer.name", config.optimizer.name, ("muon", "adamw"))
+    _check_choice("tracking.live", config.tracking.live, ("auto", "on", "off"))
+    for key, value in {
+        "env.eval_tasks": config.env.eval_tasks,
+        "env.max_turns": config.env.max_turns,
+        "rollout.tasks_per_step": rollout.tasks_per_step,
+        "rollout.max_concurrent": rollout.max_concurrent,
+        "rollout.max_tokens_per_turn": rollout.max_tokens_per_turn,
+        "train.steps": config.train.steps,
+        "train.updates_per_step": config.train.updates_per_step,
+        "train.micro_batch_tokens": config.train.micro_batch_tokens,
+        "inference.max_model_len": inference.max_model_len,
+        "objective.tau": config.objective.tau,
+        "optimizer.lr": config.optimizer.lr,
+        "temperature.start": config.temperature.start,
+        "temperature.end": config.temperature.end,
+    }.items():
+        if not value > 0:
+            raise ConfigError(f"{key}={value} must be greater than 0")
+    if not 0 <= rollout.max_failed_share <= 1:
+        raise ConfigError(f"rollout.max_failed_share={rollout.max_failed_share} must lie between 0 and 1")
+
+
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{key}={value!r} is not one of: {', '.join(choices)}")

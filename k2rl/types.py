@@ -1,0 +1,162 @@
+"""The vocabulary every room speaks: tasks, messages, trajectories and verdicts.
+
+Nothing here imports torch, Ray or vLLM, so `envs`, `rubrics` and `sandboxes` can be used alone.
+All records are msgspec structs: typed, cheap to copy between processes and to write as JSON.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import msgspec
+
+Role = Literal["system", "user", "assistant", "tool"]
+Split = Literal["train", "eval"]
+StopReason = Literal["env_done", "env_truncated", "max_turns", "token_budget", "failed"]
+
+NO_WEIGHT_VERSION = -1
+"""Weight version of tokens that no policy sampled (prompts, tool results)."""
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """One call of a tool by the policy; `id` follows K2: `functions.{name}:{index}`."""
+
+    id: str
+    name: str
+    arguments: dict[str, Any]
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One chat message. `content` is what the chat template renders."""
+
+    role: Role
+    content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+
+
+class Task(msgspec.Struct, frozen=True):
+    """What one episode is about.
+
+    `kind` is the task type: token budgets and metrics are kept per kind. `data` is whatever the
+    environment needs to reset to exactly this task (JSON values only).
+    """
+
+    id: str
+    env: str
+    kind: str
+    split: Split
+    seed: int
+    data: dict[str, Any] = {}
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """A judge's answer: either a finite value with named components, or a failure with its reason.
+
+    A failure is not a score (`value is None`): it is masked from the loss, counted and shown.
+    """
+
+    value: float | None
+    components: dict[str, float] = {}
+    failure: str | None = None
+
+    @classmethod
+    def scored(cls, value: float, components: dict[str, float] | None = None) -> Verdict:
+        """A verdict with a score.
+
+        Raises:
+            ValueError: if the value or a component is NaN or infinite.
+        """
+        parts = dict(components or {})
+        for name, number in {"value": value, **parts}.items():
+            if not math.isfinite(number):
+                raise ValueError(f"verdict {name} is {number}, not a finite number")
+        return cls(value=float(value), components=parts)
+
+    @classmethod
+    def failed(cls, reason: str) -> Verdict:
+        """A verdict that could not be reached, and why."""
+        return cls(value=None, failure=reason)
+
+    @property
+    def ok(self) -> bool:
+        return self.failure is None
+
+
+class Segment(msgspec.Struct, frozen=True):
+    """A run of tokens with one author: the policy (`sampled`) or the prompt, environment and tools.
+
+    `logprobs` holds the behaviour log-probability (natural log, under the sampling temperature) of
+    each sampled token, and is empty for tokens that were not sampled.
+    """
+
+    token_ids: tuple[int, ...]
+    sampled: bool
+    logprobs: tuple[float, ...] = ()
+    weight_version: int = NO_WEIGHT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.sampled and len(self.logprobs) != len(self.token_ids):
+            raise ValueError(f"{len(self.token_ids)} sampled tokens but {len(self.logprobs)} log-probs")
+        if not self.sampled and self.logprobs:
+            raise ValueError("tokens that were not sampled have no behaviour log-probs")
+
+
+class Trajectory(msgspec.Struct):
+    """One episode, token by token: the very ids that were sampled, never re-tokenised.
+
+    The first segment is the prompt; trajectories of one group share it. `env_reward` is the sum of
+    the environment's own step rewards and `reward_components` what it named; the rubric turns the
+    whole into `verdict`.
+    """
+
+    id: str
+    group_id: str
+    task: Task
+    temperature: float
+    segments: list[Segment] = []
+    messages: list[Message] = []
+    stop_reason: StopReason = "env_done"
+    env_reward: float = 0.0
+    reward_components: dict[str, float] = {}
+    verdict: Verdict | None = None
+    seconds: float = 0.0
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token for segment in self.segments for token in segment.token_ids]
+
+    @property
+    def sampled_mask(self) -> list[bool]:
+        """True where the policy wrote the token; same length as `token_ids`."""
+        return [segment.sampled for segment in self.segments for _ in segment.token_ids]
+
+    @property
+    def behaviour_logprobs(self) -> list[float]:
+        """Log-probs of the sampled tokens alone, in order."""
+        return [logprob for segment in self.segments for logprob in segment.logprobs]
+
+    @property
+    def weight_versions(self) -> list[int]:
+        """The weight version of each token; `NO_WEIGHT_VERSION` where it was not sampled."""
+        return [segment.weight_version for segment in self.segments for _ in segment.token_ids]
+
+    @property
+    def num_sampled(self) -> int:
+        return sum(len(segment.token_ids) for segment in self.segments if segment.sampled)
+
+    @property
+    def failed(self) -> bool:
+        return self.stop_reason == "failed" or (self.verdict is not None and not self.verdict.ok)
+
+    @property
+    def reward(self) -> float:
+        """The verdict's value.
+
+        Raises:
+            ValueError: if the trajectory has no verdict or a failed one.
+        """
+        if self.verdict is None or self.verdict.value is None:
+            raise ValueError(f"trajectory {self.id} has no score: {self.verdict}")
+        return self.verdict.value
