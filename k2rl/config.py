@@ -158,10 +158,10 @@ class InferenceConfig:
     kv_cache_gib: float = 1.0
     #: Run without graph compilation (the only choice on CPU).
     enforce_eager: bool = True
-    #: CPU threads of the engine, as vLLM spells them (`auto`, `0-1`, …).
-    cpu_threads_bind: str = "auto"
+    #: Cores of the engine on CPU: `all`, or a list as vLLM spells it (`0-7`, `0-3|4-7`).
+    cpu_threads_bind: str = "all"
     #: The start-up self-check refuses to train above this mean trainer-vs-vLLM log-prob gap (nats).
-    max_logprob_gap: float = 0.02
+    max_logprob_gap: float = 0.1
     #: Further keyword arguments for vLLM's `AsyncEngineArgs`.
     engine_args: dict[str, Any] = field(default_factory=dict)
 

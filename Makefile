@@ -1,0 +1,56 @@
+# Every command a developer needs; `make` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# Written last, so that a broken-off installation is taken up again.
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup quickstart test lint format docs lock bench-trl clean
+
+help: ## List the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Build .venv from the lock, if the lock or pyproject.toml changed
+
+$(STAMP): requirements/cpu.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null \
+		|| { echo "error: $(PYTHON) not found: install Python 3.11, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "installing $$(grep -c == requirements/cpu.lock) packages into $(VENV) (2.7 GB, some minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -qq --no-deps -r requirements/cpu.lock \
+		|| { echo "error: installation failed; if it is torch's +cpu build that pip cannot find," \
+		"set PIP_EXTRA_INDEX_URL to PyTorch's CPU package index"; exit 1; }
+	@$(BIN)/pip install -qq --no-deps --no-build-isolation -e .
+	@touch $@
+
+quickstart: setup ## Train SmolLM2-135M to use a calculator, on this machine's CPU
+	$(BIN)/k2rl train experiment=quickstart
+
+test: setup ## Unit and integration tests (some of them: make test ARGS="-m 'not integration'")
+	$(BIN)/pytest $(ARGS)
+
+lint: setup ## Lint, format check, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## Format the code and mend what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: setup ## Regenerate docs/config.md from the configuration's comments
+	$(BIN)/python docs/config_reference.py
+
+lock: ## Resolve the dependencies anew and rewrite requirements/cpu.lock
+	requirements/make_lock.sh
+
+bench-trl: setup ## Samples per second beside TRL's GRPO, taking turns on this machine
+	$(BIN)/python benchmarks/trl_compare.py $(ARGS)
+
+clean: ## Remove caches and build products; runs under outputs/ and .venv stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Moves the trainer's weights into the inference engines: manifest, transport, receiver."""

@@ -1,0 +1,1 @@
+"""Held-out reward with intervals."""

@@ -1,0 +1,1 @@
+"""Generation: the engine's protocol, and vLLM behind it."""

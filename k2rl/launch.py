@@ -1,0 +1,250 @@
+"""What is around the loop: start, self-check, warm start, evaluations, checkpoints, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import ray
+
+from envs.base import maybe_await
+from k2rl.config import Config
+from k2rl.errors import ConfigError, RunError
+from k2rl.evaluation.results import EvaluationResult
+from k2rl.loop import train
+from k2rl.preflight import Preflight
+from k2rl.rollouts.scheduler import RolloutScheduler
+from k2rl.run import Run, checkpoint_folder, checkpoints
+from k2rl.tracking.report import write_report
+from k2rl.tracking.summary import Summary, write_summary
+from k2rl.tracking.tracker import Tracker
+from k2rl.training.supervised import PTXCorpus
+from k2rl.workers.colocated import WorkerSpec
+from k2rl.workers.handle import Worker
+
+T = TypeVar("T")
+
+SELF_CHECK_PROMPTS = 8
+SELF_CHECK_TOKENS = 16
+
+
+class Interrupted(Exception):
+    """The user stopped the run; what it had finished is saved."""
+
+
+def execute(prepared: Preflight, run_dir: Path) -> Summary:
+    """Train to the end, or to the first thing that stops it; leaves no process behind.
+
+    Raises:
+        RunError, ConfigError: what stopped it.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint is saved where there was something to save.
+    """
+    asyncio.run(_execute(prepared, run_dir))
+    summary = write_summary(run_dir)
+    write_report(run_dir)
+    return summary
+
+
+def execute_evaluation(prepared: Preflight, run_dir: Path) -> EvaluationResult:
+    """Evaluate the configured checkpoint; raises as `execute` does."""
+    return asyncio.run(_execute_evaluation(prepared, run_dir))
+
+
+async def _execute(prepared: Preflight, run_dir: Path) -> None:
+    resume_step = _resume_step(prepared.config, run_dir)
+    async with _started(prepared, run_dir, resume_step, trains=True) as run:
+        work = asyncio.ensure_future(_work(run, resume_step))
+        await _supervise(run, work)
+        if work.cancelled():
+            await run.checkpoint()
+            raise Interrupted(f"after step {run.finished_steps}; go on with: k2rl train resume={run.run_dir}")
+
+
+async def _execute_evaluation(prepared: Preflight, run_dir: Path) -> EvaluationResult:
+    async with _started(prepared, run_dir, None, trains=False) as run:
+
+        async def work() -> EvaluationResult:
+            await _publish(run)
+            return await run.evaluate("eval")
+
+        task = asyncio.ensure_future(work())
+        await _supervise(run, task)
+        if task.cancelled():
+            raise Interrupted("during the evaluation")
+        return task.result()
+
+
+@asynccontextmanager
+async def _started(
+    prepared: Preflight, run_dir: Path, resume_step: int | None, trains: bool
+) -> AsyncIterator[Run]:
+    """Tracker, Ray and the worker, started in this order and stopped in the other."""
+    config = prepared.config
+    spec = WorkerSpec(
+        model_path=str(prepared.model_path),
+        dtype=config.model.dtype,
+        stop_token_ids=prepared.chat.stop_token_ids,
+        seed=config.seed,
+        log_path=str((run_dir / "logs" / "worker-0.log").absolute()),
+        optimizer=config.optimizer,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+        num_threads=config.train.num_threads,
+        inference=config.inference,
+        trains=trains,
+    )
+    with Tracker(run_dir, config.tracking, config.train.steps, resume_step) as tracker:
+        with tracker.phase("start", resume_step or 0), ExitStack() as undo:
+            undo.enter_context(_ray(config))
+            start = asyncio.ensure_future(Worker.start(config, spec))
+            with _cancel_on_signal(start):
+                await asyncio.wait({start})
+            if start.cancelled():
+                raise Interrupted("while starting; nothing was trained yet")
+            worker = start.result()
+            cluster = undo.pop_all()
+        scheduler = RolloutScheduler(config, worker, prepared.chat, prepared.make_env, prepared.rubric)
+        ptx = PTXCorpus(prepared.ptx, config.ptx.sequences_per_step, config.seed)
+        with cluster:
+            try:
+                yield Run(config, prepared, run_dir, tracker, worker, scheduler, ptx, resume_step or 0)
+            finally:
+                scheduler.close()
+                await worker.shutdown()
+
+
+async def _supervise(run: Run, work: asyncio.Future[T]) -> None:
+    """Wait for the work under watch; returns when it is done or was interrupted.
+
+    Raises:
+        RunError: what the work or the watch found; a dead worker is reported even if the work still waits.
+    """
+    watch = asyncio.ensure_future(run.worker.watch())
+    with _cancel_on_signal(work):
+        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if watch.done() and not work.done():
+            work.cancel()
+            await asyncio.wait({work})
+            watch.result()
+        await asyncio.wait({work})
+    watch.cancel()
+    await asyncio.wait({watch})
+    if not work.cancelled():
+        work.result()
+
+
+async def _work(run: Run, resume_step: int | None) -> None:
+    if resume_step is not None:
+        with run.tracker.phase("load", resume_step):
+            await run.worker.load(checkpoint_folder(run.run_dir, resume_step))
+    await _publish(run)
+    await _self_check(run)
+    if resume_step is None:
+        await _warm_start(run)
+        await run.checkpoint()
+    if run.finished_steps == 0:
+        await run.evaluate("before")
+    await train(run)
+    await run.evaluate("after")
+    with run.tracker.phase("save", run.finished_steps):
+        await run.worker.save_pretrained(run.run_dir / "model")
+    await run.checkpoint()
+
+
+async def _publish(run: Run) -> None:
+    with run.tracker.phase("publish", run.finished_steps):
+        await run.worker.publish()
+
+
+async def _self_check(run: Run) -> None:
+    """Refuse to train when the weights in vLLM do not reproduce the trainer's log-probs.
+
+    vLLM was started from random weights, so a parameter that the push missed cannot look right.
+
+    Raises:
+        RunError: with the gap.
+    """
+    env = run.prepared.make_env()
+    prompts = []
+    for task in run.prepared.eval_tasks[:SELF_CHECK_PROMPTS]:
+        messages, _ = await maybe_await(env.reset(seed=task.seed, options={"task": task}))
+        prompts.append(run.prepared.chat.prompt_ids(messages))
+    with run.tracker.phase("self-check", run.finished_steps):
+        gap = await run.worker.logprob_gap(prompts, SELF_CHECK_TOKENS, run.config.seed)
+    limit = run.config.inference.max_logprob_gap
+    if not gap["mean"] <= limit:
+        raise RunError(
+            f"self-check: vLLM does not reproduce the trainer's log-probs: mean gap {gap['mean']:.4f} nats over "
+            f"{gap['tokens']:.0f} tokens, above inference.max_logprob_gap={limit:g}; refusing to train"
+        )
+    run.tracker.note(f"self-check: mean log-prob gap {gap['mean']:.5f}, max {gap['max']:.4f} nats")
+
+
+async def _warm_start(run: Run) -> None:
+    """Supervised steps on demonstrations, evaluated apart: the gain claimed later is RL's alone."""
+    settings, worker = run.config.warm_start, run.worker
+    if run.prepared.warm_start:
+        await run.evaluate("base")
+        await worker.reset_optimizer(settings.lr)
+        with run.tracker.phase("warm start"):
+            for done, batch in enumerate(run.prepared.warm_start, start=1):
+                learned = await worker.sft_step(batch)
+                run.tracker.progress(done, len(run.prepared.warm_start))
+        run.tracker.note(f"warm start: {settings.steps} steps, last loss {learned['loss']:.3f}")
+        await _publish(run)
+    await worker.reset_optimizer(run.config.optimizer.lr)
+
+
+def _resume_step(config: Config, run_dir: Path) -> int | None:
+    if config.resume is None:
+        return None
+    found = checkpoints(run_dir)
+    if not found:
+        raise ConfigError(f"resume={config.resume}: there is no checkpoint in {run_dir}/checkpoints")
+    step = found[-1][0]
+    if step >= config.train.steps and (run_dir / "model").exists():
+        raise ConfigError(f"resume={config.resume}: the run is over; set train.steps above {step} to go on")
+    return step
+
+
+@contextmanager
+def _cancel_on_signal(task: asyncio.Future[T]) -> Iterator[None]:
+    """First Ctrl-C or SIGTERM: cancel `task`, which then saves. Second: stop at once."""
+    loop = asyncio.get_running_loop()
+
+    def cancel() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+        task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, cancel)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+@contextmanager
+def _ray(config: Config) -> Iterator[None]:
+    """A Ray cluster: one of this run's own, or the one at `cluster.address`."""
+    local = config.cluster.address == "local"
+    try:
+        ray.init(
+            address="local" if local else config.cluster.address,
+            include_dashboard=False if local else None,
+            log_to_driver=False,
+            logging_level="error",
+            **({"object_store_memory": 256 * 2**20} if local else {}),
+        )
+    except ConnectionError as error:
+        raise ConfigError(f"cluster.address={config.cluster.address!r}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,136 @@
+"""One iteration as the paper tells it: roll out, judge, train, publish."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import fmean
+
+from k2rl.errors import RunError
+from k2rl.objective.advantages import group_advantages, is_uniform
+from k2rl.objective.budget import penalised_reward
+from k2rl.objective.temperature import temperature_at
+from k2rl.rollouts.episode import Attempt
+from k2rl.rollouts.scheduler import check_failures
+from k2rl.run import Run, uninterrupted
+from k2rl.seeds import derive_seed
+from k2rl.training.batch import TrainSequence
+from k2rl.types import Trajectory
+
+
+async def train(run: Run) -> None:
+    """Train from the run's next step to its last.
+
+    After each step the inference engine serves the weights of that step, and everything the step
+    found out is on disk.
+
+    Raises:
+        RunError: a dead worker, too many failed episodes or a loss that is not finite.
+    """
+    config, tracker = run.config, run.tracker
+    for step in range(run.finished_steps + 1, config.train.steps + 1):
+        temperature = temperature_at(config.temperature, step - 1, config.train.steps)
+
+        with tracker.phase("rollout", step):
+            trajectories = await run.scheduler.run(attempts(run, step, temperature), tracker.progress)
+        check_failures(trajectories, config.rollout.max_failed_share, f"step {step}")
+        rollout_seconds = tracker.timeline.of_step(step)[-1].seconds
+        metrics = rollout_metrics(trajectories, temperature, rollout_seconds)
+        # From here on the weights change: an interruption waits until step and record agree again.
+        await uninterrupted(learn(run, step, trajectories, metrics))
+        await run.after_step(step)
+
+
+async def learn(run: Run, step: int, trajectories: list[Trajectory], metrics: dict[str, float]) -> None:
+    """Train on a step's trajectories, publish the new weights and record the step."""
+    config, tracker = run.config, run.tracker
+    groups, num_sequences = policy_batch(run, trajectories)
+    if groups:
+        with tracker.phase("train", step):
+            ptx, temperature = run.ptx.sample(step), metrics["rollout/temperature"]
+            learned = await run.worker.policy_step(groups, config, temperature, ptx, num_sequences)
+        with tracker.phase("publish", step):
+            published = await run.worker.publish()
+        metrics |= train_metrics(learned, published)
+    else:
+        tracker.note(f"step {step}: every group's rewards are all equal; nothing to learn")
+    metrics["rollout/informative_groups"] = len(groups) / config.rollout.tasks_per_step
+    run.finished_steps = step
+    tracker.step(step, metrics)
+    tracker.samples(step, trajectories)
+
+
+def attempts(run: Run, step: int, temperature: float) -> list[Attempt]:
+    """K attempts for each of the step's tasks; a function of seed and step alone."""
+    return [
+        Attempt(
+            id=f"step{step}-{task.id}-{k}",
+            group_id=f"step{step}-{task.id}",
+            task=task,
+            temperature=temperature,
+            seed=derive_seed(run.config.seed, step, task.id, k),
+        )
+        for task in run.train_tasks(step)
+        for k in range(run.config.rollout.group_size)
+    ]
+
+
+def policy_batch(run: Run, trajectories: Sequence[Trajectory]) -> tuple[list[list[TrainSequence]], int]:
+    """The groups to learn from, with advantages, and how many responses the loss is averaged over.
+
+    Failed episodes are left out; a group needs two scored ones. Groups whose rewards are all equal
+    have no gradient on policy: they count in the average and cost no computation.
+    """
+    by_group: defaultdict[str, list[Trajectory]] = defaultdict(list)
+    for trajectory in trajectories:
+        if not trajectory.failed and trajectory.num_sampled:
+            by_group[trajectory.group_id].append(trajectory)
+    groups, num_sequences = [], 0
+    for members in by_group.values():
+        if len(members) < 2:
+            continue
+        num_sequences += len(members)
+        rewards = [penalised_reward(t.reward, t.stop_reason, run.config.budget) for t in members]
+        if run.config.rollout.drop_uniform_groups and is_uniform(rewards):
+            continue
+        advantages = group_advantages(rewards)
+        groups.append([TrainSequence.from_trajectory(t, a) for t, a in zip(members, advantages, strict=True)])
+    return groups, num_sequences
+
+
+def rollout_metrics(
+    trajectories: Sequence[Trajectory], temperature: float, seconds: float
+) -> dict[str, float]:
+    """What the rollouts of a step say; rewards are those of the judge, without budget penalties."""
+    scored = [trajectory for trajectory in trajectories if not trajectory.failed]
+    by_kind: defaultdict[str, list[float]] = defaultdict(list)
+    for trajectory in scored:
+        by_kind[trajectory.task.kind].append(trajectory.reward)
+    tokens = [trajectory.num_sampled for trajectory in scored]
+    truncated = [trajectory.stop_reason == "token_budget" for trajectory in scored]
+    if not scored:
+        raise RunError("no episode of the step was scored")
+    return {
+        "reward/mean": fmean(trajectory.reward for trajectory in scored),
+        **{f"reward/kind/{kind}": fmean(rewards) for kind, rewards in sorted(by_kind.items())},
+        "rollout/episodes": len(trajectories),
+        "rollout/failed": len(trajectories) - len(scored),
+        "rollout/tokens_mean": fmean(tokens),
+        "rollout/truncated_share": fmean(truncated),
+        "rollout/tokens_per_second": sum(tokens) / seconds,
+        "rollout/episodes_per_second": len(trajectories) / seconds,
+        "rollout/temperature": temperature,
+    }
+
+
+def train_metrics(learned: dict[str, float], published: dict[str, float]) -> dict[str, float]:
+    """The trainer's and the publication's numbers under their metric names."""
+    renamed = {
+        "ptx_loss": "ptx/loss",
+        "logprob_gap_mean": "mismatch/mean_abs_gap",
+        "logprob_gap_max": "mismatch/max_abs_gap",
+        "ratio_min": "mismatch/ratio_min",
+        "ratio_max": "mismatch/ratio_max",
+    }
+    metrics = {renamed.get(name, f"train/{name}"): value for name, value in learned.items()}
+    return metrics | {f"publish/{name}": value for name, value in published.items()}

@@ -1,0 +1,1 @@
+"""Find, load and talk to language models."""

@@ -1,0 +1,112 @@
+"""Small random models for tests and for trying out the plumbing; `hub.py` runs this as a process.
+
+Both have a byte-level tokenizer of 512 tokens and a chat template of their own, so that making them needs no download.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+SEED = 0
+VOCAB_SIZE = 512
+PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+# ChatML. Each message is rendered on its own, so a longer conversation begins with the shorter one's very text.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+# What the tokenizer's merges come from: the roles, and the words of the tasks that these models are tried on.
+CORPUS = """system user assistant tool
+You are a helpful assistant. You can call a tool and then answer with a number.
+The capital of France is Paris. What is the sum of two and three? The answer is five.
+A shop sells apples at four coins each and pears at six coins each. How many coins do nine apples and two pears cost?
+Think step by step, call the calculator with an expression, read its result, and give the final answer.
+There were twenty children in the school; some of them left before noon, others came back in the evening.
+{"name": "calculator", "arguments": {"expression": "(12 + 30) * 4"}} {"result": 168, "error": null}
+def solve(values): return sum(value for value in values if value is not None)
+Every language model reads tokens and writes tokens; the trainer must see exactly the tokens that were sampled.
+"""
+
+# Shared by both: heads of 32 are the narrowest that vLLM's CPU attention takes. Initialised at about
+# 1/sqrt(hidden_size): the usual 0.02 would make every next token equally likely at this width, and a comparison of
+# log-probabilities blind.
+SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.09,
+}
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 512 tokens: any text survives the round trip."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[PAD, START, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS.splitlines(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(name: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """The random model of that name, the same at every call: `tiny-qwen3` or `tiny-llama-untied` (~0.7 M weights).
+
+    Raises:
+        KeyError: for another name.
+    """
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    makers = {
+        "tiny-qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, **ids, tie_word_embeddings=True)),
+        "tiny-llama-untied": lambda: LlamaForCausalLM(
+            LlamaConfig(**SHAPE, **ids, tie_word_embeddings=False)
+        ),
+    }
+    make = makers[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return make()
+
+
+def main() -> None:
+    name, folder = sys.argv[1], Path(sys.argv[2])
+    tokenizer = build_tokenizer()
+    build_model(name, tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()

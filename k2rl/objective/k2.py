@@ -1,0 +1,55 @@
+"""The policy objective of Kimi k1.5 and K2: a squared error between reward and log-ratio.
+
+Kimi k1.5 (arXiv 2501.12599, section 2.3.2) and Kimi K2 (arXiv 2507.20534, section 3.2.3).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from k2rl.objective.base import PolicyLossInputs, PolicyLossOutput
+
+
+def k2_loss(inputs: PolicyLossInputs, tau: float) -> PolicyLossOutput:
+    r"""Squared policy loss on sequence level.
+
+    With `A_i = r_i - mean(r)` of sequence i's group and the log-ratio
+    `d_i = sum_t [ log pi_theta(y_it) - log pi_old(y_it) ]` over its sampled tokens,
+
+        loss = 1 / (2 tau N) * sum_i (A_i - tau d_i)^2
+
+    whose gradient is `-1/N sum_i (A_i - tau d_i) * grad log pi_theta(y_i)`. The papers print the square
+    without `1/(2 tau)`; its gradient is `2 tau` times the policy gradient (k1.5 states the gradient
+    without that factor), which would couple the learning rate to tau. Dividing keeps tau what it is
+    meant to be: the strength of the pull towards the behaviour policy.
+
+    Args:
+        inputs: the sampled tokens of a micro-batch.
+        tau: regularisation strength, greater than 0. K2 publishes no value.
+
+    Returns:
+        The loss, and the metrics `behaviour_kl` (mean of -d_i: an estimate of KL(behaviour || policy) in
+        nats a sequence) and `regulariser` (mean of tau d_i^2 / 2: the penalty's share of the loss).
+
+    Raises:
+        ValueError: if tau is not positive.
+    """
+    if not tau > 0:
+        raise ValueError(f"tau={tau} must be greater than 0")
+    log_ratio = sequence_log_ratio(inputs)
+    residual = inputs.advantages - tau * log_ratio
+    loss = residual.square().sum() / (2 * tau * inputs.num_sequences_total)
+    detached = log_ratio.detach()
+    return PolicyLossOutput(
+        loss=loss,
+        metrics={
+            "behaviour_kl": -detached.sum() / inputs.num_sequences_total,
+            "regulariser": 0.5 * tau * detached.square().sum() / inputs.num_sequences_total,
+        },
+    )
+
+
+def sequence_log_ratio(inputs: PolicyLossInputs) -> torch.Tensor:
+    """[S] float32: log pi_theta(y)/pi_old(y) of each sequence, summed over its sampled tokens."""
+    token_log_ratio = inputs.logprobs - inputs.behaviour_logprobs
+    return torch.zeros_like(inputs.advantages).index_add(0, inputs.sequence_index, token_log_ratio)

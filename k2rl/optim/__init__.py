@@ -1,0 +1,1 @@
+"""Muon for matrices, AdamW for the rest, as one optimizer."""

@@ -1,0 +1,1 @@
+"""Episodes: one (`episode.py`), and many at once (`scheduler.py`)."""

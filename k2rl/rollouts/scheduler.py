@@ -1,0 +1,133 @@
+"""Many episodes at once: bounded, deadlined, judged as they finish."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from envs.base import TextEnv
+from k2rl.config import Config
+from k2rl.errors import RunError
+from k2rl.inference.engine import EngineDeadError, InferenceEngine
+from k2rl.models.chat import ChatTemplate
+from k2rl.objective.budget import budget_for
+from k2rl.rollouts.episode import Attempt, EpisodeLimits, run_episode
+from k2rl.types import Task, Trajectory, Verdict
+from rubrics.base import Rubric, judge_safely
+
+logger = logging.getLogger(__name__)
+
+MAX_ENVIRONMENT_THREADS = 64
+
+
+class RolloutScheduler:
+    """Plays and judges batches of episodes with one engine, environment id and rubric."""
+
+    def __init__(
+        self,
+        config: Config,
+        engine: InferenceEngine,
+        chat: ChatTemplate,
+        make_env: Callable[[], TextEnv],
+        rubric: Rubric,
+    ) -> None:
+        self._config = config
+        self._engine = engine
+        self._chat = chat
+        self._make_env = make_env
+        self._rubric = rubric
+        self._executor = ThreadPoolExecutor(
+            min(config.rollout.max_concurrent, MAX_ENVIRONMENT_THREADS), thread_name_prefix="environment"
+        )
+
+    async def run(
+        self, attempts: Sequence[Attempt], progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> list[Trajectory]:
+        """Play all attempts; returns judged trajectories in the order of the attempts.
+
+        An environment or judge that raises, and an episode past its deadline, give a trajectory whose
+        verdict is failed with the reason.
+
+        Raises:
+            RunError, EngineDeadError: the engine is lost; the other episodes are cancelled.
+        """
+        slots = asyncio.Semaphore(self._config.rollout.max_concurrent)
+        done = 0
+
+        async def play(attempt: Attempt) -> Trajectory:
+            nonlocal done
+            async with slots:
+                trajectory = await self._play(attempt)
+            done += 1
+            progress(done, len(attempts))
+            return trajectory
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(play(attempt)) for attempt in attempts]
+        except* (RunError, EngineDeadError) as errors:
+            raise errors.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def _play(self, attempt: Attempt) -> Trajectory:
+        deadline = self._config.rollout.episode_deadline_s
+        env = self._make_env()
+        try:
+            trajectory = await asyncio.wait_for(
+                run_episode(
+                    attempt, env, self._engine, self._chat, self._limits(attempt.task), self._executor
+                ),
+                deadline,
+            )
+        except (RunError, EngineDeadError):
+            raise
+        except TimeoutError:
+            return _failed(attempt, f"not over after rollout.episode_deadline_s={deadline:g} s")
+        # Plug-in code may raise anything; whatever it is, it is this episode's failure and not a score.
+        except Exception as error:
+            logger.warning("episode %s failed", attempt.id, exc_info=error)
+            return _failed(attempt, f"{type(error).__name__}: {error}")
+        finally:
+            env.close()
+        trajectory.verdict = await judge_safely(self._rubric, trajectory, self._config.rubric.deadline_s)
+        return trajectory
+
+    def _limits(self, task: Task) -> EpisodeLimits:
+        return EpisodeLimits(
+            max_turns=self._config.env.max_turns,
+            max_tokens_per_turn=self._config.rollout.max_tokens_per_turn,
+            token_budget=budget_for(task.kind, self._config.budget),
+            max_model_len=self._config.inference.max_model_len,
+        )
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _failed(attempt: Attempt, reason: str) -> Trajectory:
+    return Trajectory(
+        attempt.id,
+        attempt.group_id,
+        attempt.task,
+        attempt.temperature,
+        stop_reason="failed",
+        verdict=Verdict.failed(f"episode {attempt.id}: {reason}"),
+    )
+
+
+def check_failures(trajectories: Sequence[Trajectory], max_share: float, where: str) -> None:
+    """Stop a run whose episodes fail too often: their scores would say nothing.
+
+    Raises:
+        RunError: with the share and the first reason.
+    """
+    failed = [trajectory for trajectory in trajectories if trajectory.failed]
+    if not failed or len(failed) <= max_share * len(trajectories):
+        return
+    verdict = failed[0].verdict
+    raise RunError(
+        f"{where}: {len(failed)} of {len(trajectories)} episodes failed, more than "
+        f"rollout.max_failed_share={max_share:g} allows; first: {verdict.failure if verdict else 'no verdict'}"
+    )

@@ -1,0 +1,1 @@
+"""What a run tells about itself: metrics, timeline, live view, samples, summary and report."""

@@ -1,0 +1,1 @@
+"""The trainer: packed batches in, updated weights out."""

@@ -1,0 +1,112 @@
+"""What the trainer is fed: sequences of token ids with what is to be learned from them. No torch.
+
+A policy batch is `list[list[TrainSequence]]`: groups of responses to one prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+from k2rl.types import Trajectory
+
+
+class LabelledSequence(Protocol):
+    """Tokens, and which of them the model is asked to predict."""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def label_mask(self) -> tuple[bool, ...]: ...
+
+
+@dataclass(frozen=True)
+class TrainSequence:
+    """One response with its prompt, ready for a policy update.
+
+    Raises:
+        ValueError: if lengths do not agree, the first token or a prompt token is marked as sampled, or
+            a number is not finite.
+    """
+
+    token_ids: tuple[int, ...]
+    #: True where the policy wrote the token; same length as `token_ids`.
+    sampled_mask: tuple[bool, ...]
+    #: Log-probs recorded at sampling, of the sampled tokens alone, in order.
+    behaviour_logprobs: tuple[float, ...]
+    #: Reward minus group mean.
+    advantage: float
+    #: Leading tokens that the whole group shares; never sampled.
+    prompt_length: int
+    #: Names the sequence in error messages.
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        _check_mask(self.id, self.token_ids, self.sampled_mask)
+        sampled = sum(self.sampled_mask)
+        if len(self.behaviour_logprobs) != sampled:
+            raise ValueError(
+                f"sequence {self.id!r}: {sampled} sampled tokens but {len(self.behaviour_logprobs)} log-probs"
+            )
+        if not 1 <= self.prompt_length <= len(self.token_ids):
+            raise ValueError(
+                f"sequence {self.id!r}: prompt of {self.prompt_length} in {len(self.token_ids)} tokens"
+            )
+        if any(self.sampled_mask[: self.prompt_length]):
+            raise ValueError(f"sequence {self.id!r}: a prompt token is marked as sampled")
+        if not math.isfinite(self.advantage) or not all(map(math.isfinite, self.behaviour_logprobs)):
+            raise ValueError(f"sequence {self.id!r}: advantage or behaviour log-probs are not finite")
+
+    @property
+    def label_mask(self) -> tuple[bool, ...]:
+        return self.sampled_mask
+
+    @classmethod
+    def from_trajectory(cls, trajectory: Trajectory, advantage: float) -> TrainSequence:
+        """The sequence of an episode; its first segment is the prompt.
+
+        Raises:
+            ValueError: if the trajectory is empty or begins with sampled tokens.
+        """
+        if not trajectory.segments:
+            raise ValueError(f"trajectory {trajectory.id} has no tokens")
+        return cls(
+            token_ids=tuple(trajectory.token_ids),
+            sampled_mask=tuple(trajectory.sampled_mask),
+            behaviour_logprobs=tuple(trajectory.behaviour_logprobs),
+            advantage=float(advantage),
+            prompt_length=len(trajectory.segments[0].token_ids),
+            id=trajectory.id,
+        )
+
+
+@dataclass(frozen=True)
+class SupervisedSequence:
+    """A text to imitate where `loss_mask` is True (a demonstration or PTX chat).
+
+    Raises:
+        ValueError: if lengths do not agree or the first token, which nothing predicts, has a loss.
+    """
+
+    token_ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
+    #: Names the sequence in error messages.
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        _check_mask(self.id, self.token_ids, self.loss_mask)
+
+    @property
+    def label_mask(self) -> tuple[bool, ...]:
+        return self.loss_mask
+
+
+def _check_mask(name: str, token_ids: tuple[int, ...], mask: tuple[bool, ...]) -> None:
+    if not token_ids:
+        raise ValueError(f"sequence {name!r} is empty")
+    if len(mask) != len(token_ids):
+        raise ValueError(f"sequence {name!r}: {len(token_ids)} tokens but a mask of {len(mask)}")
+    if mask[0]:
+        raise ValueError(f"sequence {name!r}: nothing predicts the first token, it cannot be a label")

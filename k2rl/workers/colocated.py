@@ -1,0 +1,191 @@
+"""The colocated worker: one Ray actor that owns the trainer and the inference engine and lets them take turns."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import ray
+
+from k2rl.config import InferenceConfig, ObjectiveConfig, OptimizerConfig
+from k2rl.inference.engine import Generation, Sampling
+from k2rl.training.batch import SupervisedSequence, TrainSequence
+from k2rl.workers.process import redirect_output
+
+
+class WorkerSpec(msgspec.Struct, frozen=True):
+    """What a worker needs to start."""
+
+    model_path: str
+    dtype: str
+    stop_token_ids: tuple[int, ...]
+    seed: int
+    log_path: str
+    optimizer: OptimizerConfig
+    micro_batch_tokens: int
+    num_threads: int
+    inference: InferenceConfig
+    #: Without a trainer the worker serves the checkpoint as it is (evaluation alone).
+    trains: bool = True
+
+
+class ColocatedWorker:
+    """Methods are coroutines; whatever computes runs in a thread, so heartbeats are always answered."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        redirect_output(Path(spec.log_path))
+        self._spec = spec
+        self._training = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Start trainer and vLLM, at the same time."""
+        await asyncio.to_thread(_import_engines)
+        await asyncio.gather(asyncio.to_thread(self._start_trainer), asyncio.to_thread(self._start_vllm))
+        # vLLM lowers this process's thread count for its front end; the trainer wants its own back.
+        import torch
+
+        torch.set_num_threads(self._spec.num_threads or os.cpu_count() or 1)
+
+    def _start_trainer(self) -> None:
+        from k2rl.checkpoint_engine.arena import WeightArena
+
+        spec = self._spec
+        self._arena = WeightArena()
+        if not spec.trains:
+            return
+        from k2rl.training.engine import TrainEngine
+
+        self._trainer = TrainEngine(
+            spec.model_path, spec.dtype, spec.optimizer, spec.micro_batch_tokens, spec.seed, spec.num_threads
+        )
+
+    def _start_vllm(self) -> None:
+        from k2rl.inference.vllm import VLLMEngine
+
+        spec = self._spec
+        self._vllm = VLLMEngine(
+            Path(spec.model_path), spec.dtype, spec.stop_token_ids, spec.inference, spec.seed
+        )
+
+    async def generate(self, prompt_ids: list[int], sampling: Sampling) -> Generation:
+        return await self._vllm.generate(prompt_ids, sampling)
+
+    async def policy_step(
+        self,
+        groups: Sequence[Sequence[TrainSequence]],
+        objective: ObjectiveConfig,
+        temperature: float,
+        ptx_sequences: Sequence[SupervisedSequence],
+        ptx_weight: float,
+        updates: int,
+        num_sequences: int,
+    ) -> dict[str, float]:
+        """See `TrainEngine.policy_step`."""
+        async with self._training:
+            return await asyncio.to_thread(
+                self._trainer.policy_step,
+                groups,
+                objective=objective,
+                temperature=temperature,
+                ptx_sequences=ptx_sequences,
+                ptx_weight=ptx_weight,
+                updates=updates,
+                num_sequences=num_sequences,
+            )
+
+    async def sft_step(self, sequences: Sequence[SupervisedSequence]) -> dict[str, float]:
+        """See `TrainEngine.sft_step`."""
+        async with self._training:
+            return await asyncio.to_thread(self._trainer.sft_step, sequences)
+
+    async def reset_optimizer(self, lr: float) -> None:
+        async with self._training:
+            self._trainer.reset_optimizer(lr)
+
+    async def publish(self) -> dict[str, float]:
+        """Push the trainer's weights, or the checkpoint's where nothing trains, into vLLM as the next version.
+
+        Returns:
+            `version`, `bytes`, and the seconds spent copying out (`write_s`) and in place (`update_s`).
+        """
+        async with self._training:
+            started = time.monotonic()
+            version = self._vllm.version + 1
+            manifest = await asyncio.to_thread(self._arena.write, self._weights(), version)
+            written = time.monotonic()
+            await self._vllm.update_weights(manifest)
+        return {
+            "version": float(version),
+            "bytes": float(sum(record.nbytes for record in manifest.records)),
+            "write_s": written - started,
+            "update_s": time.monotonic() - written,
+        }
+
+    def _weights(self) -> Iterator[tuple[str, Any]]:
+        from k2rl.checkpoint_engine.source import checkpoint_weights
+
+        if self._spec.trains:
+            return self._trainer.named_weights()
+        return checkpoint_weights(Path(self._spec.model_path), self._spec.dtype)
+
+    async def logprob_gap(self, prompts: Sequence[list[int]], max_tokens: int, seed: int) -> dict[str, float]:
+        """Sample from vLLM at temperature 1 and score the same tokens with the trainer.
+
+        Returns:
+            `mean` and `max` of |trainer log-prob - vLLM log-prob| in nats, and `tokens`.
+        """
+        sampling = Sampling(1.0, max_tokens, seed)
+        generations = await asyncio.gather(*(self._vllm.generate(prompt, sampling) for prompt in prompts))
+        sequences = [[*prompt, *g.token_ids] for prompt, g in zip(prompts, generations, strict=True)]
+        async with self._training:
+            scored = await asyncio.to_thread(self._trainer.logprobs, sequences)
+        gaps = [
+            abs(ours - theirs)
+            for g, logprobs in zip(generations, scored, strict=True)
+            for ours, theirs in zip(logprobs[-len(g.token_ids) :], g.logprobs, strict=True)
+        ]
+        return {"mean": sum(gaps) / len(gaps), "max": max(gaps), "tokens": float(len(gaps))}
+
+    async def save(self, folder: str) -> None:
+        async with self._training:
+            await asyncio.to_thread(self._trainer.save, folder)
+
+    async def load(self, folder: str) -> None:
+        async with self._training:
+            await asyncio.to_thread(self._trainer.load, folder)
+
+    async def save_pretrained(self, folder: str) -> None:
+        async with self._training:
+            await asyncio.to_thread(self._trainer.save_pretrained, folder)
+
+    async def heartbeat(self) -> dict[str, Any]:
+        """Answers at once, whatever is being computed.
+
+        Raises:
+            EngineDeadError: vLLM is gone.
+        """
+        await self._vllm.check_health()
+        return {"pid": os.getpid(), "version": self._vllm.version}
+
+    async def shutdown(self) -> None:
+        if hasattr(self, "_vllm"):
+            await asyncio.to_thread(self._vllm.shutdown)
+
+
+def _import_engines() -> None:
+    """Import before the engines start in two threads: these libraries' cyclic imports need one at a time."""
+    import transformers.modeling_utils
+    import vllm.v1.engine.async_llm
+
+    import k2rl.training.engine  # noqa: F401
+
+
+def create_actor(spec: WorkerSpec, cpus: float, gpus: float) -> Any:
+    """Place a worker in the Ray cluster."""
+    options = {"num_cpus": cpus, "num_gpus": gpus, "max_concurrency": 4096, "max_restarts": 0}
+    return ray.remote(ColocatedWorker).options(**options).remote(spec)

@@ -1,0 +1,53 @@
+"""Process hygiene: nobody outlives the process that owns it, output goes where it can be found."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import threading
+from collections import deque
+from pathlib import Path
+
+OWNER_PID = "K2RL_OWNER_PID"
+"""Environment variable: the process whose end must end its vLLM engine core and workers."""
+
+
+def follow_owner_in_death() -> None:
+    """Kill this process's parent and itself when the process named by `OWNER_PID` ends.
+
+    Called in a vLLM worker. vLLM's worker follows its engine core, but the engine core would outlive
+    a killed front end and keep its memory; so the worker, which we own, takes the core with it.
+    """
+    owner = os.environ.get(OWNER_PID)
+    if owner is None:
+        return
+    handle = os.pidfd_open(int(owner))
+    threading.Thread(target=_wait_and_kill, args=(handle, os.getppid()), daemon=True).start()
+
+
+def _wait_and_kill(owner_handle: int, parent: int) -> None:
+    select.select([owner_handle], [], [])
+    if os.getppid() == parent:
+        os.kill(parent, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def redirect_output(path: Path) -> None:
+    """Send this process's stdout and stderr, and those of the children it will have, to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.close(target)
+
+
+def last_lines(path: Path, count: int = 12) -> str:
+    """The end of a log file; empty if there is none."""
+    if not path.exists():
+        return ""
+    with path.open(errors="replace") as file:
+        return "".join(deque((line for line in file if line.strip()), maxlen=count)).rstrip()

@@ -1,0 +1,39 @@
+"""Rubrics by id: built in, from installed packages (entry points `k2rl.rubrics`), or `module:Class`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rubrics.base import Rubric
+from rubrics.plugins import Registry
+
+_REGISTRY: Registry[Rubric] = Registry(
+    noun="rubric",
+    base=Rubric,
+    group="k2rl.rubrics",
+    builtin={"environment_reward": "rubrics.environment:EnvironmentReward"},
+    listing="use `env` for the environment's own",
+)
+
+
+def make(id: str, /, **kwargs: Any) -> Rubric:
+    """A rubric by id, built with these arguments.
+
+    Raises:
+        ConfigError: one line, if the id, its class or the arguments are wrong.
+    """
+    return _REGISTRY.make(id, kwargs)
+
+
+def resolve(id: str) -> type[Rubric]:
+    """The class behind a rubric id.
+
+    Raises:
+        ConfigError: one line, if there is no usable one.
+    """
+    return _REGISTRY.resolve(id)
+
+
+def available() -> dict[str, str]:
+    """Every registered id with its description."""
+    return _REGISTRY.available()

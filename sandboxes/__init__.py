@@ -1,0 +1,1 @@
+"""Run what nobody trusts: expressions and code that a policy wrote."""

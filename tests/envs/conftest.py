@@ -1,0 +1,53 @@
+import asyncio
+import warnings
+from dataclasses import dataclass, field
+
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+from envs import maybe_await
+
+
+@dataclass
+class Episode:
+    """What a few scripted turns led to."""
+
+    reward: float = 0.0
+    components: dict = field(default_factory=dict)
+    messages: list = field(default_factory=list)
+    done: bool = False
+
+
+async def play_async(env, task, turns) -> Episode:
+    episode = Episode()
+    messages, _ = await maybe_await(env.reset(options={"task": task}))
+    episode.messages += messages
+    for turn in turns:
+        messages, reward, terminated, truncated, info = await maybe_await(env.step(turn))
+        episode.messages += messages
+        episode.reward += reward
+        for name, value in info.get("reward_components", {}).items():
+            episode.components[name] = episode.components.get(name, 0.0) + value
+        if terminated or truncated:
+            episode.done = True
+            break
+    return episode
+
+
+@pytest.fixture(scope="session")
+def play():
+    """Plays an episode of scripted turns: `play(env, task, turns)`."""
+    return lambda env, task, turns: asyncio.run(play_async(env, task, turns))
+
+
+@pytest.fixture(scope="session")
+def check_gymnasium():
+    """Gymnasium's own checker, whose warnings are errors."""
+
+    def check(env):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            # Nothing here renders, and that check warns about all that is not from `gymnasium.make`.
+            check_env(env, skip_render_check=True)
+
+    return check

@@ -1,0 +1,86 @@
+import sys
+
+import pytest
+
+import envs
+from envs.calculator import CalculatorEnv
+from k2rl.errors import ConfigError
+from rubrics import EnvironmentReward
+
+MODULE = '''
+from envs.calculator import CalculatorEnv
+
+class HardCalculator(CalculatorEnv):
+    """Only products."""
+
+    rubric = "strict"
+'''
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """An installed distribution with one environment."""
+    (tmp_path / "plugged_envs.py").write_text(MODULE)
+    info = tmp_path / "acme-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[k2rl.envs]\nhard = plugged_envs:HardCalculator\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("plugged_envs", None)
+
+
+def test_built_in_environments():
+    env = envs.make("calculator", max_calls=3)
+    assert isinstance(env, CalculatorEnv)
+    assert env.max_calls == 3
+    assert envs.resolve("calculator") is CalculatorEnv
+    assert envs.available()["calculator"].startswith("Word problems, easy to hard")
+    assert type(envs.make("envs.calculator:CalculatorEnv")) is CalculatorEnv
+
+
+def test_an_environment_from_an_installed_package(plugin):
+    assert type(envs.make("hard")).__name__ == "HardCalculator"
+    assert envs.available()["hard"] == "Only products."
+
+
+@pytest.mark.parametrize(
+    ("id", "kwargs", "message"),
+    [
+        ("calculater", {}, "did you mean 'calculator'?); `k2rl envs list` shows all"),
+        (
+            "chess",
+            {},
+            "unknown environment 'chess'; `k2rl envs list` shows all, or name a class as module:Class",
+        ),
+        ("envs.calculator:Calculator", {}, "did you mean 'CalculatorEnv'?"),
+        ("envs.base:TextEnv", {}, "does not implement: reset, step, tasks"),
+        ("k2rl.types:Task", {}, "not a subclass of envs.base.TextEnv"),
+        ("calculator", {"max_cals": 3}, "unexpected keyword argument 'max_cals'; it takes: mix, max_calls"),
+        ("calculator", {"max_calls": 0}, "max_calls=0 must be a whole number of at least 1"),
+        ("calculator", {"max_calls": "two"}, "max_calls='two' must be a whole number"),
+        ("calculator", {"mix": {"divide": 1}}, "unknown kinds: divide; there are: add, subtract, multiply"),
+        ("calculator", {"mix": {"add": -1}}, "must give shares of at least 0"),
+        ("calculator", {"mix": {"add": 0}}, "one kind more than 0"),
+        ("calculator", {"mix": {}}, "one kind more than 0"),
+        ("calculator", {"mix": {"add": float("nan")}}, "must give shares"),
+        ("calculator", {"mix": ["add"]}, "must be a dict of kinds and their shares"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(id, kwargs, message):
+    with pytest.raises(ConfigError) as caught:
+        envs.make(id, **kwargs)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_rubric_of_an_environment(plugin):
+    env = envs.make("calculator")
+    assert envs.rubric_of(env) is env.rubric
+    other = envs.rubric_of(env, "environment_reward", low=-1)
+    assert isinstance(other, EnvironmentReward)
+    assert other.reward_range == (-1.0, 1.0)
+    with pytest.raises(ConfigError, match="takes no arguments, but got: low"):
+        envs.rubric_of(env, "env", low=-1)
+    with pytest.raises(ConfigError, match=r"HardCalculator\.rubric is 'strict', not a rubrics\.base\.Rubric"):
+        envs.rubric_of(envs.make("hard"))
