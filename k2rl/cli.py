@@ -21,6 +21,8 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code: 0, 1 (the run failed), 2 (wrong input), 130 (interrupted)."""
+    # Environments and rubrics named as `module:Class` are looked for in the working folder too.
+    sys.path.insert(0, str(Path.cwd()))
     arguments, rest = _parser().parse_known_args(argv)
     if arguments.command in ("train", "eval"):
         arguments.overrides = [*arguments.overrides, *rest]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from k2rl import composition
 from k2rl.config import Config
 from k2rl.errors import ConfigError, RunError
+from k2rl.launch import Interrupted, execute, execute_evaluation
+from k2rl.preflight import preflight
 
-INTERRUPTED = 130
+INTERRUPTED_EXIT_CODE = 130
 
 
 def train(overrides: Sequence[str], multirun: bool) -> int:
@@ -22,87 +25,69 @@ def train(overrides: Sequence[str], multirun: bool) -> int:
         ConfigError: one line; nothing was started.
     """
     _quiet()
-    from k2rl.preflight import preflight
-
     overrides = composition.resumed(overrides)
     for job in composition.jobs(overrides, multirun):
         preflight(composition.compose(job))
-    return composition.run_jobs(
-        overrides, multirun, lambda config, run_dir: _train(config, run_dir, overrides)
-    )
-
-
-def _train(config: Config, run_dir: Path, overrides: Sequence[str]) -> int:
-    from k2rl.launch import Interrupted, execute
-    from k2rl.preflight import preflight
-
-    prepared = preflight(config)
-    composition.record(config, _job_overrides(overrides), run_dir)
-    _log_to(run_dir / "logs" / "driver.log")
-    try:
-        summary = execute(prepared, run_dir)
-    except (ConfigError, RunError) as error:
-        print(f"k2rl: {error}", file=sys.stderr)
-        return error.exit_code
-    except Interrupted as stopped:
-        print(f"k2rl: interrupted {stopped}", file=sys.stderr)
-        return INTERRUPTED
-    print(
-        f"report:  {run_dir / 'report.html'}\nsummary: {run_dir / 'summary.json'}\nmodel:   {run_dir / 'model'}"
-    )
-    for name, result in (("before RL", summary.eval_before), ("after RL", summary.eval_after)):
-        if result is not None and result.reward is not None and result.ci95 is not None:
-            low, high = result.ci95
-            print(
-                f"{name:<10} held-out reward {result.reward:.3f} (95 % {low:.3f} to {high:.3f}, n={result.n})"
-            )
-    return 0
-
-
-def _job_overrides(overrides: Sequence[str]) -> list[str]:
-    from hydra.core.hydra_config import HydraConfig
-
-    return list(HydraConfig.get().overrides.task) or list(overrides)
+    return composition.run_jobs(overrides, multirun, _reporting_errors(_train))
 
 
 def evaluate(overrides: Sequence[str]) -> int:
     """Greedy episodes of a checkpoint on the held-out tasks.
 
     Raises:
-        ConfigError, RunError: see `k2rl.evaluation.evaluate`.
+        ConfigError: one line; nothing was started.
     """
     _quiet()
-    from k2rl.preflight import preflight
-
     overrides = [*overrides, "name=eval"]
     preflight(composition.compose(overrides), training=False)
-    return composition.run_jobs(overrides, False, _evaluate)
+    return composition.run_jobs(overrides, False, _reporting_errors(_evaluate))
 
 
-def _evaluate(config: Config, run_dir: Path) -> int:
-    from k2rl.launch import Interrupted, execute_evaluation
-    from k2rl.preflight import preflight
+def _train(config: Config, run_dir: Path) -> None:
+    summary = execute(preflight(config), run_dir)
+    _say(f"report:  {run_dir / 'report.html'}")
+    _say(f"summary: {run_dir / 'summary.json'}")
+    _say(f"model:   {run_dir / 'model'}")
+    for name, result in (("before RL", summary.eval_before), ("after RL", summary.eval_after)):
+        if result is not None and result.reward is not None and result.ci95 is not None:
+            _say(f"{name:<10} held-out reward {_estimate(result.reward, result.ci95)}, n={result.n}")
 
-    prepared = preflight(config, training=False)
-    composition.record(config, _job_overrides([]), run_dir)
-    _log_to(run_dir / "logs" / "driver.log")
-    try:
-        result = execute_evaluation(prepared, run_dir)
-    except (ConfigError, RunError) as error:
-        print(f"k2rl: {error}", file=sys.stderr)
-        return error.exit_code
-    except Interrupted as stopped:
-        print(f"k2rl: interrupted {stopped}", file=sys.stderr)
-        return INTERRUPTED
+
+def _evaluate(config: Config, run_dir: Path) -> None:
+    result = execute_evaluation(preflight(config, training=False), run_dir)
     if result.reward is None or result.ci95 is None:
-        print(f"k2rl: none of {result.failed} episodes was scored", file=sys.stderr)
-        return 1
-    low, high = result.ci95
-    print(f"reward {result.reward:.3f} (95 % {low:.3f} to {high:.3f}, n={result.n}, failed {result.failed})")
+        raise RunError(f"none of {result.failed} episodes was scored")
+    _say(f"reward {_estimate(result.reward, result.ci95)}, n={result.n}, failed {result.failed}")
     for kind, part in result.per_kind.items():
-        print(f"  {kind:<16} {'-' if part.reward is None else f'{part.reward:.3f}'} (n={part.n})")
-    print(f"episodes: {run_dir / 'evaluations' / f'{result.name}.json'}")
-    return 0
+        _say(f"  {kind:<16} {'-' if part.reward is None else f'{part.reward:.3f}'} (n={part.n})")
+    _say(f"episodes: {run_dir / 'evaluations' / f'{result.name}.json'}")
+
+
+def _reporting_errors(job: Callable[[Config, Path], None]) -> Callable[[Config, Path], int]:
+    """A job with its record and log set up, whose end is an exit code and a line instead of a traceback."""
+
+    def run(config: Config, run_dir: Path) -> int:
+        composition.record(config, composition.own_overrides(), run_dir)
+        _log_to(run_dir / "logs" / "driver.log")
+        try:
+            job(config, run_dir)
+        except (ConfigError, RunError) as error:
+            _say(f"k2rl: {error}", sys.stderr)
+            return error.exit_code
+        except Interrupted as stopped:
+            _say(f"k2rl: interrupted {stopped}", sys.stderr)
+            return INTERRUPTED_EXIT_CODE
+        return 0
+
+    return run
+
+
+def _estimate(reward: float, ci95: tuple[float, float]) -> str:
+    return f"{reward:.3f} (95 % interval {ci95[0]:.3f} to {ci95[1]:.3f})"
+
+
+def _say(text: str, file: TextIO | None = None) -> None:
+    print(text, file=file)
 
 
 def _quiet() -> None:

@@ -104,6 +104,11 @@ def record(config: Config, overrides: Sequence[str], run_dir: Path) -> None:
     OmegaConf.save(OmegaConf.create(own), run_dir / OVERRIDES_FILE)
 
 
+def own_overrides() -> list[str]:
+    """The overrides of the job that Hydra is running."""
+    return list(HydraConfig.get().overrides.task)
+
+
 def render(overrides: Sequence[str]) -> str:
     """The composed configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(compose(overrides)))

@@ -32,7 +32,7 @@ SELF_CHECK_PROMPTS = 8
 SELF_CHECK_TOKENS = 16
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818  (not an error: the user's wish)
     """The user stopped the run; what it had finished is saved."""
 
 
@@ -122,9 +122,9 @@ async def _supervise(run: Run, work: asyncio.Future[T]) -> None:
     Raises:
         RunError: what the work or the watch found; a dead worker is reported even if the work still waits.
     """
-    watch = asyncio.ensure_future(run.worker.watch())
+    watch: asyncio.Future[None] = asyncio.ensure_future(run.worker.watch())
     with _cancel_on_signal(work):
-        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([work, watch], return_when=asyncio.FIRST_COMPLETED)  # type: ignore[type-var]
         if watch.done() and not work.done():
             work.cancel()
             await asyncio.wait({work})
@@ -177,8 +177,8 @@ async def _self_check(run: Run) -> None:
     limit = run.config.inference.max_logprob_gap
     if not gap["mean"] <= limit:
         raise RunError(
-            f"self-check: vLLM does not reproduce the trainer's log-probs: mean gap {gap['mean']:.4f} nats over "
-            f"{gap['tokens']:.0f} tokens, above inference.max_logprob_gap={limit:g}; refusing to train"
+            f"self-check: vLLM does not reproduce the trainer's log-probs: mean gap {gap['mean']:.4f} nats "
+            f"over {gap['tokens']:.0f} tokens, above inference.max_logprob_gap={limit:g}; refusing to train"
         )
     run.tracker.note(f"self-check: mean log-prob gap {gap['mean']:.5f}, max {gap['max']:.4f} nats")
 

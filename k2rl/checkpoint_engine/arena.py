@@ -83,7 +83,8 @@ def read_arena(manifest: Manifest) -> list[tuple[str, torch.Tensor]]:
     try:
         if os.fstat(fd).st_size < manifest.nbytes:
             raise WeightTransferError(
-                f"the arena holds {os.fstat(fd).st_size} bytes, version {manifest.version} needs {manifest.nbytes}"
+                f"the arena holds {os.fstat(fd).st_size} bytes, "
+                f"version {manifest.version} needs {manifest.nbytes}"
             )
         # Private and writable: torch wants writable memory, the sender's bytes must stay the sender's.
         buffer = mmap.mmap(fd, manifest.nbytes, flags=mmap.MAP_PRIVATE)

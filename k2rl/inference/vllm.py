@@ -15,7 +15,6 @@ from k2rl.inference.engine import EngineDeadError, Generation, Sampling
 from k2rl.types import NO_WEIGHT_VERSION
 from k2rl.workers.process import OWNER_PID
 
-
 # vLLM's CPU runner cannot take back a token it sampled with a request's own seed, which it must after
 # a partial prefill; so prompts are prefilled whole.
 _CPU_ARGUMENTS = {"enable_chunked_prefill": False}

@@ -1,7 +1,8 @@
 """Find a model: a folder, a built-in name, or an id on the Hugging Face hub.
 
-Cheap to import and, once a built-in model is in the cache, cheap to call: nothing here imports torch. Built-in models
-are made once, in a process of their own, into `$K2RL_HOME/models` (default: `k2rl` in the user's cache folder).
+Cheap to import and, once a built-in model is in the cache, cheap to call: nothing here imports torch.
+Built-in models are made once, in a process of their own, into `$K2RL_HOME/models` (default: `k2rl` in the
+user's cache folder).
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def resolve_model(path: str) -> Path:
     """The folder of the checkpoint that `model.path` names, ready for `from_pretrained` and for vLLM.
 
     Args:
-        path: a built-in name (`smollm2-135m`, `tiny-qwen3`, `tiny-llama-untied`), a folder, or a hub id `org/name`.
+        path: a built-in name (`smollm2-135m`, `tiny-qwen3`, `tiny-llama-untied`), a folder, or a hub id
+            `org/name`.
 
     Raises:
         ConfigError: one line that says why there is no model to be had.
@@ -136,8 +138,8 @@ def _from_hub(repo: str) -> Path:
 def _cached(name: str) -> Path:
     """A built-in model's folder, made at the first call.
 
-    It is made in a scratch folder beside its place and then renamed: what is in its place is whole. A file lock,
-    which the system frees when its holder dies, keeps a second process waiting instead of working twice.
+    It is made in a scratch folder beside its place and then renamed: what is in its place is whole. A file
+    lock, which the system frees when its holder dies, keeps a second process from doing the work twice.
     """
     from filelock import FileLock, Timeout
 
@@ -227,11 +229,12 @@ def _run(module: list[str], what: str, deadline_s: float) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = next(iter(str(error).splitlines()), "") or type(error).__name__
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-# The key names the cache folder; its revision changes with the recipe, so that an old copy is not taken for a new one.
+# The key names the cache folder; its revision changes with the recipe, so that an old copy is not taken for
+# a new one.
 BUILT_IN: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
     "smollm2-135m": ("smollm2-135m-0.1.2-r1", _make_smollm2),
     "tiny-qwen3": ("tiny-qwen3-r1", _make_tiny("tiny-qwen3")),

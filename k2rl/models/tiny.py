@@ -1,12 +1,14 @@
 """Small random models for tests and for trying out the plumbing; `hub.py` runs this as a process.
 
-Both have a byte-level tokenizer of 512 tokens and a chat template of their own, so that making them needs no download.
+Both have a byte-level tokenizer of 512 tokens and a chat template of their own, so that making them needs
+no download.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -23,7 +25,7 @@ SEED = 0
 VOCAB_SIZE = 512
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
-# ChatML. Each message is rendered on its own, so a longer conversation begins with the shorter one's very text.
+# ChatML. Each message is rendered on its own, so a conversation begins with the very text of its beginning.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -35,18 +37,17 @@ CHAT_TEMPLATE = (
 CORPUS = """system user assistant tool
 You are a helpful assistant. You can call a tool and then answer with a number.
 The capital of France is Paris. What is the sum of two and three? The answer is five.
-A shop sells apples at four coins each and pears at six coins each. How many coins do nine apples and two pears cost?
+A shop sells apples at four coins each and pears at six coins each. How many coins do nine apples cost?
 Think step by step, call the calculator with an expression, read its result, and give the final answer.
 There were twenty children in the school; some of them left before noon, others came back in the evening.
 {"name": "calculator", "arguments": {"expression": "(12 + 30) * 4"}} {"result": 168, "error": null}
 def solve(values): return sum(value for value in values if value is not None)
-Every language model reads tokens and writes tokens; the trainer must see exactly the tokens that were sampled.
+Every language model reads tokens and writes tokens; the trainer must see the very tokens that were sampled.
 """
 
-# Shared by both: heads of 32 are the narrowest that vLLM's CPU attention takes. Initialised at about
-# 1/sqrt(hidden_size): the usual 0.02 would make every next token equally likely at this width, and a comparison of
-# log-probabilities blind.
-SHAPE = {
+# Shared by both. Initialised at about 1/sqrt(hidden_size): at this width the usual 0.02 would make every next
+# token equally likely, and any comparison of log-probabilities blind.
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -83,22 +84,25 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(name: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """The random model of that name, the same at every call: `tiny-qwen3` or `tiny-llama-untied` (~0.7 M weights).
+    """The random model of that name, the same at every call: `tiny-qwen3` or `tiny-llama-untied`.
 
     Raises:
-        KeyError: for another name.
+        ValueError: for another name.
     """
-    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    makers = {
-        "tiny-qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, **ids, tie_word_embeddings=True)),
-        "tiny-llama-untied": lambda: LlamaForCausalLM(
-            LlamaConfig(**SHAPE, **ids, tie_word_embeddings=False)
-        ),
+    shape = {
+        **SHAPE,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
     }
-    make = makers[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        return make()
+        match name:
+            case "tiny-qwen3":
+                return Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=True))
+            case "tiny-llama-untied":
+                return LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False))
+    raise ValueError(f"no tiny model is called {name!r}")
 
 
 def main() -> None:

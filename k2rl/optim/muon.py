@@ -7,7 +7,6 @@ Muon: Kimi K2 (arXiv 2507.20534, section 2.1, Algorithm 1 without QK-Clip) and M
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.optim.adamw import adamw
 
 from k2rl.config import OptimizerConfig
 from k2rl.errors import ConfigError
-from k2rl.optim.newton_schulz import orthogonalise
+from k2rl.optim.newton_schulz import newton_schulz
 
 RMS_SCALE = 0.2
 """Moonlight, section 2.2: AdamW's typical update RMS, which Muon's is scaled to."""
@@ -32,8 +31,7 @@ class MuonAdamW(torch.optim.Optimizer):
         O = newton_schulz(G + mu M if nesterov else M) * 0.2 * sqrt(max(n, m))
         W = W - lr (O + weight_decay W)
 
-    so an update has an RMS of about 0.2 lr whatever the shape. Matrices of equal shape (up to
-    transposition) are orthogonalised in one batch.
+    so an update has an RMS of about 0.2 lr whatever the shape.
 
     Raises:
         ValueError: if a `muon` group holds anything but matrices.
@@ -64,24 +62,18 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def _muon(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
         for parameter in params:
-            rows, columns = parameter.shape
-            by_shape[min(rows, columns), max(rows, columns)].append(parameter)
-        for (_, larger), batch in by_shape.items():
-            updates = orthogonalise([self._direction(p, group) for p in batch], group["ns_steps"])
-            scale = group["lr"] * RMS_SCALE * math.sqrt(larger)
-            for parameter, update in zip(batch, updates, strict=True):
-                if group["weight_decay"]:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-scale)
+            update = newton_schulz(self._direction(parameter, group), group["ns_steps"])
+            if group["weight_decay"]:
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(update, alpha=-group["lr"] * RMS_SCALE * math.sqrt(max(parameter.shape)))
 
     def _direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         """Momentum's answer to the gradient, before orthogonalisation."""
         gradient = parameter.grad
         assert gradient is not None
         state = self.state[parameter]
-        if "momentum" not in state:
+        if not state:
             state["momentum"] = torch.zeros_like(parameter)
         momentum: Tensor = state["momentum"]
         momentum.mul_(group["momentum"]).add_(gradient)
@@ -131,12 +123,12 @@ def build_optimizer(
     """
     if config.name not in ("muon", "adamw"):
         raise ConfigError(f"optimizer.name={config.name!r} is not one of: muon, adamw")
-    matrices, embeddings, vectors = [], [], []
+    matrices, decayed, vectors = [], [], []
     for name, parameter in named_params:
         if config.name == "muon" and is_muon_matrix(name, parameter):
             matrices.append(parameter)
         elif parameter.ndim >= 2:
-            embeddings.append(parameter)
+            decayed.append(parameter)
         else:
             vectors.append(parameter)
     adam = {"algorithm": "adamw", "lr": lr, "betas": tuple(config.betas), "eps": config.eps}
@@ -149,7 +141,7 @@ def build_optimizer(
     }
     groups: list[dict[str, Any]] = [
         {"params": matrices, **muon, "weight_decay": config.weight_decay},
-        {"params": embeddings, **adam, "weight_decay": config.weight_decay},
+        {"params": decayed, **adam, "weight_decay": config.weight_decay},
         {"params": vectors, **adam, "weight_decay": 0.0},
     ]
     return MuonAdamW([group for group in groups if group["params"]])

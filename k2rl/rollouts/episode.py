@@ -7,11 +7,11 @@ import inspect
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import msgspec
 
-from envs.base import TextEnv
+from envs.base import TextEnv, maybe_await
 from k2rl.inference.engine import Generation, InferenceEngine, Sampling
 from k2rl.models.chat import ChatTemplate
 from k2rl.seeds import derive_seed
@@ -131,7 +131,8 @@ async def _call(
 ) -> T:
     """Call an environment's method, async or not, without blocking the event loop."""
     if inspect.iscoroutinefunction(function):
-        return cast(T, await function(*args, **kwargs))
+        value: T = await function(*args, **kwargs)
+        return value
     loop = asyncio.get_running_loop()
     result = await loop.run_in_executor(executor, lambda: function(*args, **kwargs))
-    return await result if inspect.isawaitable(result) else cast(T, result)
+    return await maybe_await(result)

@@ -1,8 +1,9 @@
-"""The colocated worker: one Ray actor that owns the trainer and the inference engine and lets them take turns."""
+"""The colocated worker: one Ray actor that owns trainer and inference engine, which take turns."""
 
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -108,7 +109,7 @@ class ColocatedWorker:
             self._trainer.reset_optimizer(lr)
 
     async def publish(self) -> dict[str, float]:
-        """Push the trainer's weights, or the checkpoint's where nothing trains, into vLLM as the next version.
+        """Push the trainer's weights (the checkpoint's where nothing trains) into vLLM as the next version.
 
         Returns:
             `version`, `bytes`, and the seconds spent copying out (`write_s`) and in place (`update_s`).
@@ -179,10 +180,8 @@ class ColocatedWorker:
 
 def _import_engines() -> None:
     """Import before the engines start in two threads: these libraries' cyclic imports need one at a time."""
-    import transformers.modeling_utils
-    import vllm.v1.engine.async_llm
-
-    import k2rl.training.engine  # noqa: F401
+    for module in ("transformers.modeling_utils", "vllm.v1.engine.async_llm", "k2rl.training.engine"):
+        importlib.import_module(module)
 
 
 def create_actor(spec: WorkerSpec, cpus: float, gpus: float) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -114,10 +115,8 @@ class Worker:
 
     async def shutdown(self) -> None:
         """Stop vLLM and the actor; a worker that does not stop in time is killed."""
-        try:
+        with suppress(TimeoutError, RayActorError, RayTaskError):
             await asyncio.wait_for(self._actor.shutdown.remote(), SHUTDOWN_DEADLINE_S)
-        except (TimeoutError, RayActorError, RayTaskError):
-            pass  # it is killed in any case
         ray.kill(self._actor)
 
     async def _call(self, what: str, reference: Awaitable[T], deadline: str) -> T:

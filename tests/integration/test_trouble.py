@@ -1,0 +1,101 @@
+"""Death, interruption and failure of real runs: named, quick, nothing left behind, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import Command, wait_for
+
+pytestmark = pytest.mark.integration
+
+SECONDS_TO_NOTICE = 30.0
+
+Start = Callable[..., Command]
+
+
+def _steps(run_dir: Path) -> list[int]:
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line)["step"] for line in lines]
+
+
+def _start_long_run(start: Start, tmp_path: Path, *overrides: str) -> tuple[Command, Path]:
+    run_dir = tmp_path / "run"
+    command = start(
+        "train", "experiment=tiny", "train.steps=1000", f"hydra.run.dir={run_dir}", *overrides, cwd=tmp_path
+    )
+    wait_for(lambda: bool(_steps(run_dir)) or command.process.poll() is not None, "the first step")
+    assert command.process.poll() is None, command.finish()
+    return command, run_dir
+
+
+@pytest.mark.parametrize("victim", ["VLLM::EngineCore", "VLLM::Worker", "ray::ColocatedWorker"])
+def test_a_killed_part_is_named_and_nothing_hangs(victim: str, start: Start, tmp_path: Path) -> None:
+    command, run_dir = _start_long_run(start, tmp_path)
+    command.named(victim).kill()
+    code, _, err = command.finish(SECONDS_TO_NOTICE)
+    assert code == 1
+    assert "worker 0 died" in err
+    assert ("vLLM engine" in err) == victim.startswith("VLLM")
+    assert "worker-0.log" in err
+    wait_for(lambda: not command.descendants(), "all processes end", 20)
+
+
+def test_ctrl_c_saves_and_resume_goes_on(start: Start, tmp_path: Path) -> None:
+    command, run_dir = _start_long_run(start, tmp_path, "train.checkpoint_every=0")
+    command.process.send_signal(signal.SIGINT)
+    code, _, err = command.finish(60)
+    assert code == 130
+    assert f"resume={run_dir}" in err
+    wait_for(lambda: not command.descendants(), "all processes end", 20)
+    done = _steps(run_dir)[-1]
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step_{done:06d}"]
+
+    resumed = start("train", f"resume={run_dir}", f"train.steps={done + 1}", cwd=tmp_path)
+    code, out, err = resumed.finish()
+    assert code == 0, err
+    assert _steps(run_dir) == list(range(1, done + 2))
+    assert json.loads((run_dir / "summary.json").read_text())["steps"] == done + 1
+
+
+def test_vllm_that_cannot_start_is_reported_with_its_log(start: Start, tmp_path: Path) -> None:
+    command = start(
+        "train",
+        "experiment=tiny",
+        "inference.kv_cache_gib=100000",
+        f"hydra.run.dir={tmp_path / 'run'}",
+        cwd=tmp_path,
+    )
+    code, _, err = command.finish()
+    assert code == 1
+    assert "vLLM engine of worker 0 died while starting" in err
+    assert "KV cache" in err or "memory" in err
+    wait_for(lambda: not command.descendants(), "all processes end", 20)
+
+
+def test_all_failed_rollouts_stop_the_run_with_the_reason(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "broken_env.py").write_text(
+        "from envs.calculator import CalculatorEnv\n"
+        "class BrokenEnv(CalculatorEnv):\n"
+        "    def step(self, action):\n"
+        "        if self.task.split == 'train':\n"
+        "            raise OSError('the database is gone')\n"
+        "        return super().step(action)\n"
+        "    def reset(self, *, seed=None, options=None):\n"
+        "        self.task = options['task']\n"
+        "        return super().reset(seed=seed, options=options)\n"
+    )
+    run_dir = tmp_path / "run"
+    command = start(
+        "train", "experiment=tiny", "env.id=broken_env:BrokenEnv", f"hydra.run.dir={run_dir}", cwd=tmp_path
+    )
+    code, _, err = command.finish()
+    assert code == 1
+    assert "step 1: 8 of 8 episodes failed" in err
+    assert "OSError: the database is gone" in err
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_000000"]

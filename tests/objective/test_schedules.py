@@ -1,0 +1,117 @@
+"""Advantages, mismatch, temperature and budgets."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from k2rl.config import BudgetConfig, TemperatureConfig
+from k2rl.errors import ConfigError
+from k2rl.objective.advantages import group_advantages, is_uniform
+from k2rl.objective.budget import budget_for, penalised_reward
+from k2rl.objective.mismatch import Mismatch
+from k2rl.objective.temperature import temperature_at
+
+rewards = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=16)
+temperatures = st.floats(0.01, 5.0)
+
+
+@given(rewards)
+def test_advantages_are_rewards_less_their_mean(group: list[float]) -> None:
+    advantages = group_advantages(group)
+    scale = max(1.0, *map(abs, group))
+    assert abs(math.fsum(advantages)) <= 1e-9 * scale
+    for index, advantage in enumerate(advantages):
+        assert advantage == pytest.approx(group[index] - math.fsum(group) / len(group), abs=1e-9 * scale)
+
+
+@given(st.floats(-1e6, 1e6), st.integers(1, 9))
+def test_a_uniform_group_has_exactly_no_advantage(reward: float, size: int) -> None:
+    assert group_advantages([reward] * size) == [0.0] * size
+    assert is_uniform([reward] * size)
+
+
+def test_bad_rewards_are_refused() -> None:
+    with pytest.raises(ValueError, match="reward 1 of the group is nan"):
+        group_advantages([1.0, math.nan])
+    with pytest.raises(ValueError, match="empty"):
+        group_advantages([])
+
+
+def test_mismatch_over_micro_batches() -> None:
+    mismatch = Mismatch()
+    mismatch.add(torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -2.0]))
+    mismatch.add(torch.tensor([]), torch.tensor([]))
+    mismatch.add(torch.tensor([-3.0]), torch.tensor([-2.0]))
+    assert mismatch.metrics() == pytest.approx(
+        {
+            "logprob_gap_mean": 0.5,
+            "logprob_gap_max": 1.0,
+            "ratio_min": math.exp(-1.0),
+            "ratio_max": math.exp(0.5),
+        }
+    )
+    with pytest.raises(ValueError, match="against"):
+        mismatch.add(torch.zeros(2), torch.zeros(3))
+
+
+def test_mismatch_without_tokens_and_with_absurd_ones() -> None:
+    mismatch = Mismatch()
+    assert mismatch.metrics()["ratio_max"] == 1.0
+    mismatch.add(torch.tensor([0.0]), torch.tensor([-1e4]))
+    assert mismatch.metrics()["ratio_max"] == math.inf
+
+
+def test_mismatch_of_non_finite_log_probs_shows() -> None:
+    mismatch = Mismatch()
+    mismatch.add(torch.tensor([math.nan, -1.0]), torch.tensor([-1.0, -1.0]))
+    assert math.isnan(mismatch.metrics()["logprob_gap_mean"])
+
+
+@given(st.sampled_from(["linear", "cosine"]), temperatures, temperatures, st.integers(2, 200))
+def test_schedules_go_from_start_to_end_without_turning(
+    schedule: str, start: float, end: float, total: int
+) -> None:
+    config = TemperatureConfig(schedule=schedule, start=start, end=end)
+    values = [temperature_at(config, step, total) for step in range(total)]
+    assert values[0] == pytest.approx(start)
+    assert values[-1] == pytest.approx(end)
+    steps = [later - earlier for earlier, later in zip(values, values[1:], strict=False)]
+    assert all(step * (end - start) >= -1e-9 for step in steps)
+
+
+@given(temperatures, st.integers(1, 50), st.data())
+def test_constant_and_single_step_stay_at_start(start: float, total: int, data: st.DataObject) -> None:
+    step = data.draw(st.integers(0, total - 1))
+    assert temperature_at(TemperatureConfig("constant", start, 0.1), step, total) == start
+    assert temperature_at(TemperatureConfig("cosine", start, 0.1), 0, 1) == start
+
+
+def test_cosine_is_flat_at_its_ends() -> None:
+    config = TemperatureConfig("cosine", 1.0, 0.0)
+    assert temperature_at(config, 5, 11) == pytest.approx(0.5)
+    assert 1.0 - temperature_at(config, 1, 11) < 0.1 / 2
+
+
+def test_bad_schedules_are_refused() -> None:
+    with pytest.raises(ConfigError, match="temperature.schedule='step'"):
+        temperature_at(TemperatureConfig(schedule="step"), 0, 2)
+    with pytest.raises(ValueError, match="step 2"):
+        temperature_at(TemperatureConfig(), 2, 2)
+
+
+def test_budgets_by_kind() -> None:
+    config = BudgetConfig(default=96, per_kind={"hard": 200}, penalty=0.5)
+    assert budget_for("hard", config) == 200
+    assert budget_for("easy", config) == 96
+
+
+def test_only_the_budget_is_penalised() -> None:
+    config = BudgetConfig(penalty=0.25)
+    assert penalised_reward(1.0, "token_budget", config) == 0.75
+    for stop_reason in ("env_done", "env_truncated", "max_turns", "failed"):
+        assert penalised_reward(1.0, stop_reason, config) == 1.0
