@@ -44,8 +44,12 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
     def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
         pass
 
-    def start_weight_update(self) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Now, while tied parameters are one: a push that broke off leaves them apart.
         self._expected = {name for name, _ in self.model.named_parameters()}
+
+    def start_weight_update(self) -> None:
         self._loaded: set[str] = set()
         initialize_layerwise_reload(self.model)
 

@@ -165,4 +165,7 @@ class VLLMEngine:
             raise EngineDeadError(str(error)) from error
 
     def shutdown(self) -> None:
+        """Stop vLLM's processes; the engine is of no use afterwards."""
         self._llm.shutdown()
+        # Its finaliser would try again while the interpreter is being taken down.
+        del self._llm

@@ -43,7 +43,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder} holds no trainer checkpoint ({STATE_FILE} is missing)")
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ConfigError(f"{file} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
     if state.get("format") != FORMAT:
         raise ConfigError(f"{file} has checkpoint format {state.get('format')}, this version reads {FORMAT}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from k2rl.config import ObjectiveConfig, OptimizerConfig
 from k2rl.errors import ConfigError, RunError
@@ -102,11 +103,12 @@ class TrainEngine:
                 before groups without signal were left out, so that leaving them out changes no gradient.
 
         Returns:
-            `loss`, `ptx_loss` (means over the updates), the loss's own metrics, `grad_norm` (before
-            clipping, largest of the updates), and, before the first update: `logprob_gap_mean`,
-            `logprob_gap_max` (trainer against behaviour, in nats), `ratio_min`, `ratio_max`, `entropy`
-            (nats a sampled token); `tokens` (sampled), `positions` (computed, without padding),
-            `sequences`, `lr`, `forward_backward_s`, `optimizer_s`.
+            Means over the updates: `loss`, `ptx_loss` and the policy loss's own metrics. Of the last
+            update: `grad_norm` (before clipping), `update_rms` (over the first rows of all weights).
+            Before the first update: `logprob_gap_mean`, `logprob_gap_max` (trainer against behaviour,
+            nats), `ratio_min`, `ratio_max`, `entropy` (nats a sampled token). Of the call: `tokens`
+            (sampled), `positions` (computed, without padding), `sequences`, `lr`,
+            `forward_backward_s`, `optimizer_s`.
 
         Raises:
             RunError: if a loss or the gradient norm is not finite; that update has touched no weight.
@@ -121,7 +123,7 @@ class TrainEngine:
             sequences, build_policy_loss(objective), temperature, num_sequences or len(sequences)
         )
         use_ptx = ptx_weight > 0 and bool(ptx_sequences)
-        metrics: dict[str, float] = {"loss": 0.0, "ptx_loss": 0.0, "grad_norm": 0.0}
+        metrics: dict[str, float] = {"loss": 0.0, "ptx_loss": 0.0}
         clock = _Clock()
         for update in range(updates):
             sums = [self._policy_backward(policy, batch, measure=update == 0) for batch in batches]
@@ -130,7 +132,7 @@ class TrainEngine:
             if use_ptx:
                 metrics["ptx_loss"] += self._nll_backward(ptx_sequences, ptx_weight, "ptx_loss") / updates
             clock.lap("forward_backward_s")
-            metrics["grad_norm"] = max(metrics["grad_norm"], self._apply_gradients(sequences))
+            metrics |= self._apply_gradients(sequences)
             clock.lap("optimizer_s")
         return {
             **metrics,
@@ -147,7 +149,8 @@ class TrainEngine:
         """One supervised update on the mean negative log-likelihood of all loss tokens.
 
         Returns:
-            `loss`, `grad_norm`, `tokens`, `sequences`, `lr`, `forward_backward_s`, `optimizer_s`.
+            `loss`, `grad_norm`, `update_rms`, `tokens`, `sequences`, `lr`, `forward_backward_s`,
+            `optimizer_s`.
 
         Raises:
             RunError: if the loss or the gradient norm is not finite; no weight was touched.
@@ -156,11 +159,11 @@ class TrainEngine:
         clock = _Clock()
         loss = self._nll_backward(sequences, 1.0, "loss")
         clock.lap("forward_backward_s")
-        grad_norm = self._apply_gradients(sequences)
+        step = self._apply_gradients(sequences)
         clock.lap("optimizer_s")
         return {
             "loss": loss,
-            "grad_norm": grad_norm,
+            **step,
             "tokens": float(sum(sum(sequence.loss_mask) for sequence in sequences)),
             "sequences": float(len(sequences)),
             "lr": self._lr,
@@ -254,7 +257,7 @@ class TrainEngine:
         )
         self._require_finite("policy loss", output.loss, scored.logprobs, batch, members)
         output.loss.backward()  # type: ignore[no-untyped-call]
-        return {"loss": float(output.loss), **{name: float(value) for name, value in output.metrics.items()}}
+        return {"loss": output.loss.item(), **{name: float(value) for name, value in output.metrics.items()}}
 
     def _nll_backward(self, sequences: Sequence[SupervisedSequence], weight: float, what: str) -> float:
         """Add the gradient of `weight` times the mean NLL of all loss tokens; returns the mean."""
@@ -266,24 +269,29 @@ class TrainEngine:
             loss = ptx_loss(logprobs, tokens)
             self._require_finite(what, loss, logprobs, batch, [sequences[index] for index in batch.sequences])
             (weight * loss).backward()
-            total += float(loss)
+            total += loss.item()
         return total
 
-    def _apply_gradients(self, sequences: Sequence[TrainSequence] | Sequence[SupervisedSequence]) -> float:
-        """Clip, check and step; returns the gradient norm before clipping."""
+    def _apply_gradients(
+        self, sequences: Sequence[TrainSequence] | Sequence[SupervisedSequence]
+    ) -> dict[str, float]:
+        """Clip, check, step and round; returns `grad_norm` and `update_rms`."""
         norm = self._weights.clip_gradients(self._optimizer_config.max_grad_norm)
-        if not norm < float("inf"):
+        if not math.isfinite(norm):
             names = self._weights.nonfinite_gradients()
             self._weights.drop_gradients()
             raise RunError(
                 f"gradient norm is {norm} at update {self.step_count + 1} "
                 f"({_some(names) or 'overflow of the norm'}); batch of {_some([s.id for s in sequences])}"
             )
+        before = self._weights.sample()
         self._optimizer.step()
+        moved = torch._foreach_sub(self._weights.sample(), before)
         self._weights.drop_gradients()
         self._weights.publish()
         self.step_count += 1
-        return norm
+        rms = float(nn.utils.get_total_norm(moved)) / math.sqrt(sum(part.numel() for part in moved))
+        return {"grad_norm": norm, "update_rms": rms}
 
     def _require_finite(
         self,
@@ -298,7 +306,7 @@ class TrainEngine:
         bad = batch.sequence_index[~torch.isfinite(logprobs)].unique().tolist()
         self._weights.drop_gradients()
         raise RunError(
-            f"{what} is {float(loss)} at update {self.step_count + 1}; sequences "
+            f"{what} is {loss.item()} at update {self.step_count + 1}; sequences "
             f"{_some([members[index].id for index in bad] or [member.id for member in members])}"
         )
 

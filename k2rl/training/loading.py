@@ -28,12 +28,27 @@ def load_causal_lm(path: Path) -> Any:
     if not (path / "config.json").is_file():
         raise ConfigError(f"model.path={path} is not a folder with a Hugging Face checkpoint (no config.json)")
     config = AutoConfig.from_pretrained(path)
+    _check_attention(config, path)
     model = AutoModelForCausalLM.from_pretrained(
         path, config=config, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
     )
     model.eval()
     _check_packing(model, path)
     return model
+
+
+def _check_attention(config: Any, path: Path) -> None:
+    """A packed row brings its own mask, which replaces whatever else a layer would have masked."""
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None) if kinds is None else None
+    other = sorted(set(kinds or ()) - {"full_attention"})
+    if window is not None and window < config.max_position_embeddings:
+        other = [f"sliding_attention (window {window})"]
+    if other:
+        raise ConfigError(
+            f"model.path={path} ({config.model_type}) has layers with {', '.join(other)}; shared-prefix packing "
+            "needs full attention in all of them: choose another model"
+        )
 
 
 def packed_logprobs(model: Any, batch: MicroBatch, temperature: float) -> TokenLogprobs:

@@ -7,7 +7,7 @@ rounded image. Gradients of micro-batches are summed in float32 too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class MasterWeights:
         self._shared = dtype == torch.float32
 
     @staticmethod
-    def _collector(master: nn.Parameter):  # type: ignore[no-untyped-def]
+    def _collector(master: nn.Parameter) -> Callable[[Tensor], None]:
         def collect(parameter: Tensor) -> None:
             gradient = parameter.grad
             parameter.grad = None
@@ -79,6 +79,10 @@ class MasterWeights:
         if max_norm > 0 and max_norm < float(norm) < float("inf"):
             nn.utils.clip_grads_with_norm_(list(self._masters.values()), max_norm, norm)
         return float(norm)
+
+    def sample(self) -> list[Tensor]:
+        """A copy of the first row of every master: enough to see how far a step moves them, at no cost."""
+        return [master.detach()[:1].clone() for master in self._masters.values()]
 
     def nonfinite_gradients(self) -> list[str]:
         """Names of parameters whose gradient holds a NaN or an infinity."""

@@ -76,7 +76,7 @@ def pack(
     rows.sort(key=lambda row: -row.num_tokens)
     batches: list[list[_PrefixTree]] = []
     for row in rows:
-        if batches and (len(batches[-1]) + 1) * batches[-1][0].num_tokens <= micro_batch_tokens:
+        if batches and (len(batches[-1]) + 1) * max(1, batches[-1][0].num_tokens) <= micro_batch_tokens:
             batches[-1].append(row)
         else:
             batches.append([row])
@@ -107,18 +107,15 @@ class _PrefixTree:
     def num_tokens(self) -> int:
         return len(self.tokens) - 1
 
-    def new_tokens(self, items: Sequence[_Item]) -> int:
-        """Upper bound, exact for one item, of the nodes that inserting `items` would add."""
-        return sum(len(item.inputs) - self._shared(item.inputs) for item in items)
-
-    def _shared(self, inputs: Sequence[int]) -> int:
+    def new_tokens(self, item: _Item) -> int:
+        """Nodes that inserting it would add."""
         node = 0
-        for index, token in enumerate(inputs):
+        for index, token in enumerate(item.inputs):
             child = self.children[node].get(token)
             if child is None:
-                return index
+                return len(item.inputs) - index
             node = child
-        return len(inputs)
+        return 0
 
     def insert(self, item: _Item) -> None:
         node, nodes = 0, []
@@ -202,7 +199,8 @@ def _split_group(items: Sequence[_Item], limit: int) -> list[_PrefixTree]:
     """A group too large for a micro-batch: several rows, each with the shared prompt again."""
     rows = [_PrefixTree()]
     for item in items:
-        if rows[-1].branches and rows[-1].num_tokens + rows[-1].new_tokens([item]) > limit:
+        added = rows[-1].new_tokens(item)
+        if rows[-1].num_tokens and added and rows[-1].num_tokens + added > limit:
             rows.append(_PrefixTree())
         rows[-1].insert(item)
     return rows
