@@ -32,11 +32,12 @@ quickstart: setup ## Train SmolLM2-135M to use a calculator, on this machine's C
 test: setup ## Unit and integration tests (some of them: make test ARGS="-m 'not integration'")
 	$(BIN)/pytest $(ARGS)
 
-lint: setup ## Lint, format check, types and the direction of imports
+lint: setup ## Lint, format check, types, the direction of imports, and that docs/config.md is current
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/config_reference.py --check
 
 format: setup ## Format the code and mend what the linter can
 	$(BIN)/ruff check --fix .

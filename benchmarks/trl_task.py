@@ -1,4 +1,4 @@
-"""What both sides of the TRL comparison work on: the sizes, the prompts and the reward. Imports nothing heavy."""
+"""What both sides of the TRL comparison work on: sizes, prompts and reward. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ GROUP_SIZE = 8
 SAMPLES_PER_STEP = PROMPTS_PER_STEP * GROUP_SIZE
 MAX_TOKENS = 48
 TEMPERATURE = 1.0
+SYSTEM = "Work out the answer, step by step, and end with the number."
 # So small that neither policy moves away from what both start from: their answers stay alike in length.
 LEARNING_RATE = 1e-7
 
@@ -23,15 +24,10 @@ def problems(seed: int = 0) -> Iterator[tuple[str, int]]:
     rng = random.Random(seed)
     while True:
         boxes, each, loose = rng.randint(3, 30), rng.randint(3, 30), rng.randint(1, 99)
-        question = f"A shop has {boxes} boxes of {each} apples each, and {loose} loose apples. How many apples?"
+        question = (
+            f"A shop has {boxes} boxes of {each} apples each, and {loose} loose apples. How many apples?"
+        )
         yield question, boxes * each + loose
-
-
-def chat(question: str) -> list[dict[str, str]]:
-    return [
-        {"role": "system", "content": "Work out the answer, step by step, and end with the number."},
-        {"role": "user", "content": question},
-    ]
 
 
 def reward(text: str, answer: int) -> float:

@@ -1,4 +1,4 @@
-"""TRL's side of the comparison, run by `trl_compare.py` in TRL's own environment; see there for the settings."""
+"""TRL's side of the comparison, run by `trl_compare.py` in TRL's own environment; settings: see there."""
 
 import sys
 import tempfile
@@ -7,11 +7,10 @@ from itertools import islice
 from typing import Any, TextIO
 
 import torch
+import trl_task
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-
-import trl_task
 
 STEPS = 10_000
 """More than anyone asks for: the driver ends the worker by closing its input."""
@@ -50,11 +49,11 @@ class TakeTurns(TrainerCallback):
 def main() -> None:
     model_path = sys.argv[1]
     turns = TakeTurns(trl_task.protocol_stream())
-    torch.set_num_threads(torch.get_num_threads())
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
+    system = {"role": "system", "content": trl_task.SYSTEM}
     rows = [
-        {"prompt": trl_task.chat(question), "answer": answer}
+        {"prompt": [system, {"role": "user", "content": question}], "answer": answer}
         for question, answer in islice(trl_task.problems(), 64 * trl_task.PROMPTS_PER_STEP)
     ]
     with tempfile.TemporaryDirectory() as scratch:
@@ -68,6 +67,7 @@ def main() -> None:
             num_generations=trl_task.GROUP_SIZE,
             max_completion_length=trl_task.MAX_TOKENS,
             temperature=trl_task.TEMPERATURE,
+            shuffle_dataset=False,
             learning_rate=trl_task.LEARNING_RATE,
             beta=0.0,
             gradient_checkpointing=False,

@@ -17,12 +17,12 @@ TARGET = Path(__file__).parent / "config.md"
 HEADER = """\
 # Configuration
 
-A run is composed by Hydra from one choice of each group, an optional `experiment`, and overrides on the command line:
-`k2rl train experiment=quickstart optimizer=adamw rollout.group_size=16`. `k2rl train --cfg …` prints the result.
-Unknown keys and impossible combinations end the command at once, with exit code 2.
+A run is composed by Hydra from one choice of each group, an optional `experiment`, and overrides on the
+command line: `k2rl train experiment=quickstart optimizer=adamw rollout.group_size=16`. `k2rl train --cfg …`
+prints the result. Unknown keys and impossible combinations end the command at once, with exit code 2.
 
-This page is generated from `k2rl/config.py` by `make docs`. Defaults are the schema's; the choices under `conf/` may
-set others.
+This page is generated from `k2rl/config.py` by `make docs`. Defaults are the schema's; the choices under
+`conf/` may set others.
 """
 
 

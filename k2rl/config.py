@@ -65,9 +65,9 @@ class TemperatureConfig:
     #: `constant`, `linear` or `cosine`.
     schedule: str = "linear"
     #: Sampling temperature of the first step.
-    start: float = 1.3
+    start: float = 1.0
     #: Sampling temperature of the last step.
-    end: float = 0.9
+    end: float = 0.8
 
 
 @dataclass

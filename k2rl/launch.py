@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
@@ -234,6 +235,8 @@ def _cancel_on_signal(task: asyncio.Future[T]) -> Iterator[None]:
 def _ray(config: Config) -> Iterator[None]:
     """A Ray cluster: one of this run's own, or the one at `cluster.address`."""
     local = config.cluster.address == "local"
+    # Ray makes its workers nice to others by default; here the worker is the run.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         ray.init(
             address="local" if local else config.cluster.address,

@@ -16,8 +16,9 @@ from k2rl.types import NO_WEIGHT_VERSION
 from k2rl.workers.process import OWNER_PID
 
 # vLLM's CPU runner cannot take back a token it sampled with a request's own seed, which it must after
-# a partial prefill; so prompts are prefilled whole.
-_CPU_ARGUMENTS = {"enable_chunked_prefill": False}
+# a partial prefill; so prompts are prefilled whole. Its default KV block of 128 tokens is longer than many
+# prompts, and only whole blocks are shared between the responses of a group.
+_CPU_ARGUMENTS: dict[str, Any] = {"enable_chunked_prefill": False, "block_size": 32}
 
 
 def _cpu_binding(setting: str) -> str:

@@ -41,7 +41,7 @@ class Mismatch:
         self.log_ratio_max = max(self.log_ratio_max, float(log_ratio.max()))
 
     def metrics(self) -> dict[str, float]:
-        """`logprob_gap_mean` and `logprob_gap_max` in nats, `ratio_min` and `ratio_max`; neutral without tokens."""
+        """`logprob_gap_mean` and `logprob_gap_max` (nats), `ratio_min` and `ratio_max`."""
         if self.tokens == 0:
             return {"logprob_gap_mean": 0.0, "logprob_gap_max": 0.0, "ratio_min": 1.0, "ratio_max": 1.0}
         return {

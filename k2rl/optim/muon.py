@@ -44,7 +44,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 raise ValueError(f"unknown algorithm {group['algorithm']!r}")
             for parameter in group["params"]:
                 if group["algorithm"] == "muon" and parameter.ndim != 2:
-                    raise ValueError(f"Muon takes matrices, not a parameter of shape {tuple(parameter.shape)}")
+                    raise ValueError(f"Muon takes matrices, not parameters of shape {tuple(parameter.shape)}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

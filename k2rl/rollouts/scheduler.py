@@ -126,8 +126,8 @@ def check_failures(trajectories: Sequence[Trajectory], max_share: float, where: 
     failed = [trajectory for trajectory in trajectories if trajectory.failed]
     if not failed or len(failed) <= max_share * len(trajectories):
         return
-    verdict = failed[0].verdict
+    first = failed[0].verdict.failure if failed[0].verdict else "no verdict"
     raise RunError(
         f"{where}: {len(failed)} of {len(trajectories)} episodes failed, more than "
-        f"rollout.max_failed_share={max_share:g} allows; first: {verdict.failure if verdict else 'no verdict'}"
+        f"rollout.max_failed_share={max_share:g} allows; first: {first}"
     )

@@ -25,8 +25,6 @@ from k2rl.training.masters import MasterWeights
 from k2rl.training.packing import MicroBatch, pack
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-ROW_TOKENS = 512
-"""Rows are filled up to this length: longer ones pay more for attention than they save in padding."""
 
 
 class TrainEngine:
@@ -107,7 +105,7 @@ class TrainEngine:
             update: `grad_norm` (before clipping), `update_rms` (over the first rows of all weights).
             Before the first update: `logprob_gap_mean`, `logprob_gap_max` (trainer against behaviour,
             nats), `ratio_min`, `ratio_max`, `entropy` (nats a sampled token). Of the call: `tokens`
-            (sampled), `positions` (computed, without padding), `sequences`, `lr`,
+            (sampled), `positions` (computed), `sequences`, `lr`,
             `forward_backward_s`, `optimizer_s`.
 
         Raises:
@@ -139,7 +137,7 @@ class TrainEngine:
             **policy.mismatch.metrics(),
             "entropy": policy.entropy_sum / tokens,
             "tokens": float(tokens),
-            "positions": float(sum(batch.num_tokens for batch in batches)),
+            "positions": float(sum(batch.num_positions for batch in batches)),
             "sequences": float(len(sequences)),
             "lr": self._lr,
             **clock.seconds,
@@ -210,8 +208,8 @@ class TrainEngine:
         ours = {name: tuple(master.shape) for name, master in masters.items()}
         theirs = {name: tuple(master.shape) for name, master in state["masters"].items()}
         if ours != theirs:
-            differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-            raise ConfigError(f"{folder} is a checkpoint of another model: {differing[0]} differs")
+            name = min(name for name, _ in ours.items() ^ theirs.items())
+            raise ConfigError(f"{folder} is a checkpoint of another model: {name} differs")
         if state["optimizer_name"] != self._optimizer_config.name:
             raise ConfigError(
                 f"{folder} was trained with optimizer.name={state['optimizer_name']}, "
@@ -236,7 +234,7 @@ class TrainEngine:
         return float(self._optimizer.param_groups[0]["lr"])
 
     def _pack(self, groups: Sequence[Sequence[LabelledSequence]]) -> list[MicroBatch]:
-        return pack(groups, self._micro_batch_tokens, ROW_TOKENS)
+        return pack(groups, self._micro_batch_tokens)
 
     def _policy_backward(self, policy: _PolicyPass, batch: MicroBatch, measure: bool) -> dict[str, float]:
         """Add a micro-batch's gradient; returns its share of `loss` and of the loss's metrics."""
@@ -256,7 +254,7 @@ class TrainEngine:
             )
         )
         self._require_finite("policy loss", output.loss, scored.logprobs, batch, members)
-        output.loss.backward()  # type: ignore[no-untyped-call]
+        output.loss.backward()
         return {"loss": output.loss.item(), **{name: float(value) for name, value in output.metrics.items()}}
 
     def _nll_backward(self, sequences: Sequence[SupervisedSequence], weight: float, what: str) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from k2rl.errors import ConfigError
+from k2rl.training import tree_attention
 from k2rl.training.batch import SupervisedSequence
 from k2rl.training.logprobs import TokenLogprobs, token_logprobs
 from k2rl.training.packing import MicroBatch, pack
@@ -26,11 +27,15 @@ def load_causal_lm(path: Path) -> Any:
         ConfigError: if the folder holds no checkpoint, or its model cannot be trained on packed rows.
     """
     if not (path / "config.json").is_file():
-        raise ConfigError(f"model.path={path} is not a folder with a Hugging Face checkpoint (no config.json)")
+        raise ConfigError(f"model.path={path} is not a Hugging Face checkpoint: it has no config.json")
     config = AutoConfig.from_pretrained(path)
     _check_attention(config, path)
     model = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+        path,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation=tree_attention.NAME,
+        local_files_only=True,
     )
     model.eval()
     _check_packing(model, path)
@@ -38,7 +43,7 @@ def load_causal_lm(path: Path) -> Any:
 
 
 def _check_attention(config: Any, path: Path) -> None:
-    """A packed row brings its own mask, which replaces whatever else a layer would have masked."""
+    """A packed row brings its own attention, which replaces whatever else a layer would have masked."""
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None) if kinds is None else None
     other = sorted(set(kinds or ()) - {"full_attention"})
@@ -46,8 +51,8 @@ def _check_attention(config: Any, path: Path) -> None:
         other = [f"sliding_attention (window {window})"]
     if other:
         raise ConfigError(
-            f"model.path={path} ({config.model_type}) has layers with {', '.join(other)}; shared-prefix packing "
-            "needs full attention in all of them: choose another model"
+            f"model.path={path} ({config.model_type}) has layers with {', '.join(other)}; shared-prefix "
+            "packing needs full attention in all of them: choose another model"
         )
 
 
@@ -55,11 +60,11 @@ def packed_logprobs(model: Any, batch: MicroBatch, temperature: float) -> TokenL
     """Log-probs of a micro-batch's labels, in its order; differentiable."""
     hidden: Tensor = model.base_model(
         input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask(),
         position_ids=batch.position_ids,
         use_cache=False,
+        tree=batch.tree,
     ).last_hidden_state
-    predicting = hidden.flatten(0, 1).index_select(0, batch.predictors)
+    predicting = hidden[0].index_select(0, batch.predictors)
     head: nn.Linear = model.get_output_embeddings()
     return token_logprobs(predicting, head.weight, batch.label_predictor, batch.targets, temperature)
 
@@ -76,7 +81,7 @@ def _check_packing(model: Any, path: Path) -> None:
         SupervisedSequence(tuple(token % size for token in tokens), (False,) + (True,) * (len(tokens) - 1))
         for tokens in ((11, 7, 5, 23, 42, 3, 9), (11, 7, 5, 31, 2, 8), (13, 4, 6))
     ]
-    (batch,) = pack([sequences], micro_batch_tokens=64, row_tokens=64)
+    (batch,) = pack([sequences], micro_batch_tokens=64)
     packed = packed_logprobs(model, batch, temperature=1.0).logprobs
     alone = []
     for index in batch.sequences:
@@ -92,7 +97,7 @@ def _check_packing(model: Any, path: Path) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat template and whatever else lies beside the weights, but not over files in target."""
+    """Copy tokenizer, chat template and whatever else lies beside the weights; overwrites nothing."""
     for file in sorted(source.iterdir()):
         is_weight = file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json")
         if file.is_file() and not is_weight and not (target / file.name).exists():

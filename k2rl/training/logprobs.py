@@ -44,7 +44,9 @@ def token_logprobs(
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be greater than 0")
-    logprobs, entropy = _ChunkedLogprobs.apply(hidden, head, predictor, targets, temperature)
+    logprobs, entropy = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden, head, predictor, targets, temperature
+    )
     return TokenLogprobs(logprobs=logprobs, entropy=entropy)
 
 

@@ -36,7 +36,7 @@ def _start_long_run(start: Start, tmp_path: Path, *overrides: str) -> tuple[Comm
 
 @pytest.mark.parametrize("victim", ["VLLM::EngineCore", "VLLM::Worker", "ray::ColocatedWorker"])
 def test_a_killed_part_is_named_and_nothing_hangs(victim: str, start: Start, tmp_path: Path) -> None:
-    command, run_dir = _start_long_run(start, tmp_path)
+    command, _ = _start_long_run(start, tmp_path)
     command.named(victim).kill()
     code, _, err = command.finish(SECONDS_TO_NOTICE)
     assert code == 1
@@ -57,7 +57,7 @@ def test_ctrl_c_saves_and_resume_goes_on(start: Start, tmp_path: Path) -> None:
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step_{done:06d}"]
 
     resumed = start("train", f"resume={run_dir}", f"train.steps={done + 1}", cwd=tmp_path)
-    code, out, err = resumed.finish()
+    code, _, err = resumed.finish()
     assert code == 0, err
     assert _steps(run_dir) == list(range(1, done + 2))
     assert json.loads((run_dir / "summary.json").read_text())["steps"] == done + 1

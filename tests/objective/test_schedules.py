@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_schedules_go_from_start_to_end_without_turning(
     values = [temperature_at(config, step, total) for step in range(total)]
     assert values[0] == pytest.approx(start)
     assert values[-1] == pytest.approx(end)
-    steps = [later - earlier for earlier, later in zip(values, values[1:], strict=False)]
+    steps = [later - earlier for earlier, later in pairwise(values)]
     assert all(step * (end - start) >= -1e-9 for step in steps)
 
 
@@ -98,7 +99,7 @@ def test_cosine_is_flat_at_its_ends() -> None:
 
 
 def test_bad_schedules_are_refused() -> None:
-    with pytest.raises(ConfigError, match="temperature.schedule='step'"):
+    with pytest.raises(ConfigError, match=r"temperature\.schedule='step'"):
         temperature_at(TemperatureConfig(schedule="step"), 0, 2)
     with pytest.raises(ValueError, match="step 2"):
         temperature_at(TemperatureConfig(), 2, 2)

@@ -85,7 +85,7 @@ def test_rendered_conversation_is_what_the_template_renders(chat: ChatTemplate) 
 def test_a_turn_across_a_weight_update_has_two_segments(chat: ChatTemplate) -> None:
     trajectory = play(CalculatorEnv(), FakePolicy(chat, ["The answer is 3."], version_change_at=4), chat)
     sampled = [segment for segment in trajectory.segments if segment.sampled]
-    assert [(segment.weight_version, len(segment.token_ids)) for segment in sampled][0] == (7, 4)
+    assert (sampled[0].weight_version, len(sampled[0].token_ids)) == (7, 4)
     assert sampled[1].weight_version == 8
     assert sum(len(s.token_ids) for s in sampled) == len(chat.turn_ids("The answer is 3."))
 

@@ -233,7 +233,11 @@ def test_a_step_is_deterministic(llama_path: Path, dtype: str) -> None:
     for _ in range(2):
         engine = make_engine(llama_path, dtype)
         engine.policy_step(
-            random_groups(10), objective=OBJECTIVE, temperature=1.1, ptx_sequences=random_texts(1), ptx_weight=0.1
+            random_groups(10),
+            objective=OBJECTIVE,
+            temperature=1.1,
+            ptx_sequences=random_texts(1),
+            ptx_weight=0.1,
         )
         results.append(weights(engine))
     assert_same_bits(*results)
@@ -304,9 +308,10 @@ def test_nan_log_probs_name_their_sequences(qwen3_path: Path) -> None:
 def test_a_nan_gradient_touches_no_weight(llama_path: Path) -> None:
     engine = make_engine(llama_path)
     before = weights(engine)
-    target = dict(engine._weights.named_masters())["model.layers.1.mlp.up_proj.weight"]
+    name = "model.layers.1.mlp.up_proj.weight"
+    target = dict(engine._weights.named_masters())[name]
     handle = target.register_hook(lambda gradient: gradient * math.nan)
-    with pytest.raises(RunError, match=r"gradient norm is nan at update 1 \(model.layers.1.mlp.up_proj.weight\)"):
+    with pytest.raises(RunError, match=rf"gradient norm is nan at update 1 \({name}\)"):
         engine.policy_step(random_groups(12), objective=OBJECTIVE, temperature=1.0)
     assert_same_bits(weights(engine), before)
     handle.remove()
@@ -351,11 +356,13 @@ def test_a_resumed_run_goes_on_bit_for_bit(
         assert torch.equal(mine, reference)
 
 
-def test_a_checkpoint_of_something_else_is_refused(llama_path: Path, qwen3_path: Path, tmp_path: Path) -> None:
+def test_checkpoints_of_something_else_are_refused(
+    llama_path: Path, qwen3_path: Path, tmp_path: Path
+) -> None:
     make_engine(llama_path).save(tmp_path)
     with pytest.raises(ConfigError, match=r"another model: .* differs"):
         make_engine(qwen3_path).load(tmp_path)
-    with pytest.raises(ConfigError, match="optimizer.name=muon, not adamw"):
+    with pytest.raises(ConfigError, match=r"optimizer\.name=muon, not adamw"):
         make_engine(llama_path, optimizer=OptimizerConfig(name="adamw")).load(tmp_path)
 
 
@@ -379,5 +386,5 @@ def test_calls_without_sense_are_refused(
 
 
 def test_unknown_dtype_is_refused(llama_path: Path) -> None:
-    with pytest.raises(ConfigError, match="model.dtype='float16'"):
+    with pytest.raises(ConfigError, match=r"model\.dtype='float16'"):
         make_engine(llama_path, "float16")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import random_texts
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from k2rl.config import OptimizerConfig
 from k2rl.errors import ConfigError
@@ -46,8 +46,6 @@ def test_a_sliding_window_is_refused(qwen3_path: Path, tmp_path: Path) -> None:
 
 def test_scaled_logits_are_refused(llama_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a model does after its head, the check at load sees the difference."""
-    from transformers import LlamaForCausalLM
-
     plain = LlamaForCausalLM.forward
 
     def scaled(self: object, **kwargs: object) -> object:
@@ -102,9 +100,14 @@ def test_a_failed_write_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: 
 def test_a_failed_export_leaves_the_last_folder(tmp_path: Path) -> None:
     with replaced_folder(tmp_path / "out") as folder:
         (folder / "file").write_text("first")
-    with pytest.raises(OSError, match="disk full"), replaced_folder(tmp_path / "out") as folder:
-        (folder / "file").write_text("second")
-        raise OSError("disk full")
+
+    def export() -> None:
+        with replaced_folder(tmp_path / "out") as folder:
+            (folder / "file").write_text("second")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        export()
     assert (tmp_path / "out" / "file").read_text() == "first"
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 

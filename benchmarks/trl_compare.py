@@ -1,0 +1,235 @@
+"""Samples per second of a whole GRPO step, k2rl beside TRL, taking turns on this machine's CPU.
+
+Both train SmolLM2-135M-Instruct on the same prompts in the same order: 8 prompts, 8 completions of each, at
+most 48 tokens, temperature 1, the same reward, one AdamW update over all 64. A step is everything between one
+set of weights that can generate and the next: generate, score, forward, backward, update, and (ours) publish
+the weights to vLLM. The learning rate is so small that both policies, and so the lengths of their answers,
+stay alike.
+
+TRL gets its own environment (`trl-requirements.txt`: same torch, same transformers) and the settings that were
+fastest here: TUNED
+
+One side computes at a time: each is a process that waits for a line before every step. What the waiting side's
+processes burn meanwhile is measured and printed too.
+
+    make bench-trl                     five rounds
+    make bench-trl ARGS="--rounds 9"
+
+Writes outputs/benchmarks/trl_compare-*/result.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import select
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import Any
+
+import psutil
+from filelock import FileLock
+
+from k2rl.models.hub import cache_home, resolve_model
+
+HERE = Path(__file__).parent
+REQUIREMENTS = HERE / "trl-requirements.txt"
+INSTALL_DEADLINE_S = 1800.0
+START_DEADLINE_S = 600.0
+STEP_DEADLINE_S = 900.0
+STOP_DEADLINE_S = 60.0
+
+
+@dataclass
+class Step:
+    """One step of one side."""
+
+    seconds: float
+    samples: int
+    tokens: int
+    #: CPU seconds that the other side's processes used meanwhile.
+    other_cpu_s: float
+
+    @property
+    def samples_per_s(self) -> float:
+        return self.samples / self.seconds
+
+
+class Side:
+    """A worker process that does one training step for each line it gets."""
+
+    def __init__(self, name: str, command: list[str], log: Path) -> None:
+        self.name = name
+        self._log = log
+        # Nothing of this process's environment may limit one side only.
+        env = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "MKL_"))}
+        with log.open("wb") as stderr:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env
+            )
+        self._read("starting", START_DEADLINE_S)
+
+    def step(self, other: Side | None = None) -> Step:
+        assert self._process.stdin is not None
+        before = other.cpu_seconds() if other else 0.0
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        record = self._read("a step", STEP_DEADLINE_S)
+        after = other.cpu_seconds() if other else 0.0
+        return Step(record["seconds"], int(record["samples"]), round(record["tokens"]), after - before)
+
+    def cpu_seconds(self) -> float:
+        """CPU seconds used so far by the living processes of this side."""
+        total = 0.0
+        for process in self._tree():
+            try:
+                times = process.cpu_times()
+            except psutil.NoSuchProcess:
+                continue
+            total += times.user + times.system
+        return total
+
+    def _tree(self) -> list[psutil.Process]:
+        try:
+            root = psutil.Process(self._process.pid)
+            return [root, *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def _read(self, what: str, deadline_s: float) -> dict[str, Any]:
+        stdout = self._process.stdout
+        assert stdout is not None
+        # Never more than one line is under way, so none can hide in the buffer.
+        ready, _, _ = select.select([stdout], [], [], deadline_s)
+        line = stdout.readline() if ready else ""
+        if not line:
+            why = "ended" if ready else f"took more than {deadline_s:.0f} s"
+            tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
+            raise SystemExit(f"{self.name}: {what} {why}; last lines of {self._log}:\n{tail}")
+        record: dict[str, Any] = json.loads(line)
+        return record
+
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        processes = self._tree()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_DEADLINE_S if error is None else 5.0)
+        for process in processes:
+            if process.is_running():
+                process.kill()
+        self._process.wait()
+
+
+def trl_python() -> Path:
+    """The interpreter of TRL's environment, which is built at the first call."""
+    digest = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()[:12]
+    folder = cache_home() / "benchmarks" / f"trl-{digest}"
+    python, stamp = folder / "bin" / "python", folder / "installed"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock", timeout=INSTALL_DEADLINE_S):
+        if not stamp.exists():
+            print(f"installing TRL into {folder} (1.4 GB, once)", flush=True)
+            subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+            pip = [str(python), "-m", "pip", "install", "-qq", "-r", str(REQUIREMENTS)]
+            subprocess.run(pip, check=True, timeout=INSTALL_DEADLINE_S)
+            stamp.touch()
+    return python
+
+
+def machine() -> dict[str, str]:
+    """What the numbers were measured on."""
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    models = {line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name")}
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
+    )
+    return {
+        "cpu": ", ".join(sorted(models)) or platform.processor(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "k2rl": commit.stdout.strip(),
+    }
+
+
+def compare(rounds: int, folder: Path) -> dict[str, list[Step]]:
+    """Warm each side up with one step, then let them take turns."""
+    model = str(resolve_model("smollm2-135m"))
+    theirs_command = [str(trl_python()), str(HERE / "trl_worker.py"), model]
+    ours_command = [sys.executable, str(HERE / "k2rl_worker.py"), model]
+    steps: dict[str, list[Step]] = {"k2rl": [], "trl": []}
+    with (
+        Side("trl", theirs_command, folder / "trl.log") as theirs,
+        Side("k2rl", ours_command, folder / "k2rl.log") as ours,
+    ):
+        for side in (theirs, ours):
+            print(f"{side.name}: warm-up step {side.step().seconds:.1f} s", flush=True)
+        for number in range(1, rounds + 1):
+            steps["k2rl"].append(ours.step(theirs))
+            steps["trl"].append(theirs.step(ours))
+            a, b = steps["k2rl"][-1], steps["trl"][-1]
+            print(
+                f"round {number}: k2rl {a.seconds:6.1f} s, {a.samples_per_s:5.2f} samples/s "
+                f"({a.tokens} tokens) | TRL {b.seconds:6.1f} s, {b.samples_per_s:5.2f} samples/s "
+                f"({b.tokens} tokens) | ratio {a.samples_per_s / b.samples_per_s:.2f}",
+                flush=True,
+            )
+    return steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    folder = Path("outputs/benchmarks") / f"trl_compare-{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    folder.mkdir(parents=True)
+    started = time.monotonic()
+    steps = compare(rounds, folder)
+    ratios = [a.samples_per_s / b.samples_per_s for a, b in zip(steps["k2rl"], steps["trl"], strict=True)]
+    result = {
+        "machine": machine(),
+        "requirements": REQUIREMENTS.read_text().splitlines()[1:],
+        "samples_per_s": {name: median(s.samples_per_s for s in side) for name, side in steps.items()},
+        "ratio": {"median": median(ratios), "min": min(ratios), "max": max(ratios)},
+        "steps": {name: [asdict(step) for step in side] for name, side in steps.items()},
+        "seconds": time.monotonic() - started,
+    }
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    report(result, steps, folder)
+
+
+def report(result: dict[str, Any], steps: dict[str, list[Step]], folder: Path) -> None:
+    """The numbers for a person."""
+    print(", ".join(f"{key} {value}" for key, value in result["machine"].items()))
+    for name, side in steps.items():
+        seconds = sum(step.seconds for step in side)
+        lengths = sum(step.tokens for step in side) / sum(step.samples for step in side)
+        idle = sum(step.other_cpu_s for step in side) / seconds
+        print(
+            f"{name:5} median {result['samples_per_s'][name]:.2f} samples/s, {lengths:.1f} tokens a sample; "
+            f"the other side used {idle:.2f} cores meanwhile"
+        )
+    ratio = result["ratio"]
+    print(f"k2rl / TRL: median {ratio['median']:.2f}, min {ratio['min']:.2f}, max {ratio['max']:.2f}")
+    print(f"written to {folder / 'result.json'}")
+
+
+if __name__ == "__main__":
+    main()
