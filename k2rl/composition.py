@@ -115,7 +115,9 @@ def render(overrides: Sequence[str]) -> str:
 
 
 def _typed(config: DictConfig) -> Config:
-    typed = OmegaConf.to_object(config)
+    # Merged anew: a key added with `+` passes Hydra's checks and would silently do nothing.
+    values = OmegaConf.to_container(config, resolve=True)
+    typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
     assert isinstance(typed, Config)
     return typed
 
