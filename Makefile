@@ -30,7 +30,7 @@ quickstart: setup ## Train SmolLM2-135M to use a calculator, on this machine's C
 	$(BIN)/k2rl train experiment=quickstart
 
 test: setup ## Unit and integration tests (some of them: make test ARGS="-m 'not integration'")
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: setup ## Lint, format check, types, the direction of imports, and that docs/config.md is current
 	$(BIN)/ruff check .

@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import subprocess
 import sys
+import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-MARK = "K2RL_TEST_MARK"
-DEADLINE_S = 180.0
+DEADLINE_S = 240.0
+CENSUS_INTERVAL_S = 0.2
 
 
 class Command:
-    """A `k2rl` command whose whole process tree can be found, also after its parents have died."""
+    """A `k2rl` command and every process that was ever seen below it, found also after its parents died."""
 
     def __init__(self, *arguments: str, cwd: Path) -> None:
-        self.mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
             [sys.executable, "-m", "k2rl.cli", *arguments],
             cwd=cwd,
-            env={**os.environ, MARK: self.mark},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
+        self._seen: set[psutil.Process] = {psutil.Process(self.process.pid)}
+        threading.Thread(target=self._take_census, daemon=True).start()
+
+    def _take_census(self) -> None:
+        while self.process.poll() is None:
+            self.look()
+            time.sleep(CENSUS_INTERVAL_S)
+
+    def look(self) -> None:
+        """Note the processes that are there now."""
+        with contextlib.suppress(psutil.Error):
+            self._seen |= set(psutil.Process(self.process.pid).children(recursive=True))
 
     def finish(self, deadline_s: float = DEADLINE_S) -> tuple[int, str, str]:
         """Exit code, stdout and stderr."""
@@ -38,20 +48,22 @@ class Command:
         return self.process.returncode, out, err
 
     def descendants(self) -> list[psutil.Process]:
-        """Every living process that inherited this command's mark."""
-        return [process for process in psutil.process_iter() if self._is_marked(process)]
-
-    def _is_marked(self, process: psutil.Process) -> bool:
-        try:
-            return process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return False
+        """Those that are still alive."""
+        return [process for process in set(self._seen) if _is_alive(process)]
 
     def named(self, name: str) -> psutil.Process:
         """The one descendant whose command line or name has `name` in it."""
+        self.look()
         found = [p for p in self.descendants() if name in p.name() or name in " ".join(p.cmdline())]
         assert len(found) == 1, f"{len(found)} processes named {name}: {found}"
         return found[0]
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def wait_for(condition: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S) -> None:

@@ -13,7 +13,8 @@ import torch
 from k2rl.evaluation.results import EvaluationResult
 from k2rl.tracking.metrics import read_metrics
 
-pytestmark = pytest.mark.integration
+# One run serves all of these, so they belong to one test process.
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("tiny_run")]
 
 
 def test_summary_has_what_is_promised(tiny_run: Path) -> None:
