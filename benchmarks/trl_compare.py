@@ -6,11 +6,11 @@ set of weights that can generate and the next: generate, score, forward, backwar
 the weights to vLLM. The learning rate is so small that both policies, and so the lengths of their answers,
 stay alike.
 
-TRL gets its own environment (`trl-requirements.txt`: same torch, same transformers) and the settings that were
-fastest here: TUNED
+TRL gets its own environment (`trl-requirements.txt`: same torch, same transformers) and its better settings
+on a CPU: weights and compute in bfloat16, one batch of all 64, no gradient checkpointing, no KL, no logging.
 
-One side computes at a time: each is a process that waits for a line before every step. What the waiting side's
-processes burn meanwhile is measured and printed too.
+One side computes at a time: each is a process that waits for a line before every step. What the waiting
+side's processes burn meanwhile is measured and printed too.
 
     make bench-trl                     five rounds
     make bench-trl ARGS="--rounds 9"

@@ -57,7 +57,7 @@ def execute_evaluation(prepared: Preflight, run_dir: Path) -> EvaluationResult:
 
 async def _execute(prepared: Preflight, run_dir: Path) -> None:
     resume_step = _resume_step(prepared.config, run_dir)
-    async with _started(prepared, run_dir, resume_step, trains=True) as run:
+    async with started(prepared, run_dir, resume_step, trains=True) as run:
         work = asyncio.ensure_future(_work(run, resume_step))
         await _supervise(run, work)
         if work.cancelled():
@@ -66,7 +66,7 @@ async def _execute(prepared: Preflight, run_dir: Path) -> None:
 
 
 async def _execute_evaluation(prepared: Preflight, run_dir: Path) -> EvaluationResult:
-    async with _started(prepared, run_dir, None, trains=False) as run:
+    async with started(prepared, run_dir, None, trains=False) as run:
 
         async def work() -> EvaluationResult:
             await _publish(run)
@@ -80,7 +80,7 @@ async def _execute_evaluation(prepared: Preflight, run_dir: Path) -> EvaluationR
 
 
 @asynccontextmanager
-async def _started(
+async def started(
     prepared: Preflight, run_dir: Path, resume_step: int | None, trains: bool
 ) -> AsyncIterator[Run]:
     """Tracker, Ray and the worker, started in this order and stopped in the other."""

@@ -50,14 +50,14 @@ class TrainEngine:
             optimizer: its settings; `lr` is the first learning rate.
             micro_batch_tokens: positions per forward and backward pass.
             seed: of torch's generator.
-            num_threads: CPU threads of this process; 0 means all cores.
+            num_threads: CPU threads of this process; 0 means all cores it may run on.
 
         Raises:
             ConfigError: if the model cannot be loaded or trained, or the dtype is unknown.
         """
         if dtype not in DTYPES:
             raise ConfigError(f"model.dtype={dtype!r} is not one of: {', '.join(DTYPES)}")
-        torch.set_num_threads(num_threads or os.cpu_count() or 1)
+        torch.set_num_threads(num_threads or len(os.sched_getaffinity(0)))
         torch.manual_seed(seed)
         self._path = Path(model_path)
         self._dtype = DTYPES[dtype]
@@ -123,6 +123,7 @@ class TrainEngine:
         use_ptx = ptx_weight > 0 and bool(ptx_sequences)
         metrics: dict[str, float] = {"loss": 0.0, "ptx_loss": 0.0}
         clock = _Clock()
+        self._weights.drop_gradients()  # of a call that ended early
         for update in range(updates):
             sums = [self._policy_backward(policy, batch, measure=update == 0) for batch in batches]
             for name in sums[0]:
@@ -155,6 +156,7 @@ class TrainEngine:
             ValueError: if there is no loss token.
         """
         clock = _Clock()
+        self._weights.drop_gradients()  # of a call that ended early
         loss = self._nll_backward(sequences, 1.0, "loss")
         clock.lap("forward_backward_s")
         step = self._apply_gradients(sequences)

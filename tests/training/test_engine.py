@@ -296,6 +296,25 @@ def test_an_infinite_loss_touches_no_weight(llama_path: Path, dtype: str) -> Non
     engine.policy_step(random_groups(11), objective=OBJECTIVE, temperature=1.0)
 
 
+def test_a_call_that_ended_early_leaves_no_gradient(llama_path: Path) -> None:
+    silent = [SupervisedSequence((5, 6), (False, False))]
+    results = []
+    for spoil in (False, True):
+        engine = make_engine(llama_path, "bfloat16")
+        if spoil:
+            with pytest.raises(ValueError, match="ptx_loss: none of 1 sequences"):
+                engine.policy_step(
+                    random_groups(1),
+                    objective=OBJECTIVE,
+                    temperature=1.0,
+                    ptx_sequences=silent,
+                    ptx_weight=1.0,
+                )
+        engine.policy_step(random_groups(2), objective=OBJECTIVE, temperature=1.0)
+        results.append(weights(engine))
+    assert_same_bits(*results)
+
+
 def test_nan_log_probs_name_their_sequences(qwen3_path: Path) -> None:
     engine = make_engine(qwen3_path)
     break_head(engine)
