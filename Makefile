@@ -27,7 +27,7 @@ $(STAMP): requirements/cpu.lock pyproject.toml
 	@touch $@
 
 quickstart: setup ## Train SmolLM2-135M to use a calculator, on this machine's CPU
-	$(BIN)/k2rl train experiment=quickstart
+	$(BIN)/k2rl train experiment=quickstart $(ARGS)
 
 test: setup ## Unit and integration tests (some of them: make test ARGS="-m 'not integration'")
 	$(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
