@@ -7,7 +7,8 @@ the weights to vLLM. The learning rate is so small that both policies, and so th
 stay alike.
 
 TRL gets its own environment (`trl-requirements.txt`: same torch, same transformers) and its better settings
-on a CPU: weights and compute in bfloat16, one batch of all 64, no gradient checkpointing, no KL, no logging.
+on a CPU: weights and compute in bfloat16, all 64 generated as one batch and trained on 16 at a time, the
+default key-value cache (the static one is no faster), no gradient checkpointing, no KL, no logging.
 
 One side computes at a time: each is a process that waits for a line before every step. What the waiting
 side's processes burn meanwhile is measured and printed too.
