@@ -63,7 +63,7 @@ def main() -> None:
             use_cpu=True,
             bf16=False,  # the weights are bfloat16 already: autocast on top only costs
             max_steps=STEPS,
-            # Generated as one batch of all 64, trained on in parts: one pass over all takes 10 GB.
+            # Generated as one batch of all 64, trained on in parts: one pass over all took 12 GB.
             per_device_train_batch_size=MICRO_BATCH,
             gradient_accumulation_steps=trl_task.SAMPLES_PER_STEP // MICRO_BATCH,
             num_generations=trl_task.GROUP_SIZE,
