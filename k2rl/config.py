@@ -16,8 +16,9 @@ from k2rl.errors import ConfigError
 class ModelConfig:
     #: A folder with a Hugging Face checkpoint, a hub id, or a built-in name (`smollm2-135m`, `tiny-qwen3`).
     path: str = "smollm2-135m"
-    #: Compute and inference dtype: `bfloat16` or `float32`. Master weights are always float32.
-    dtype: str = "bfloat16"
+    #: Compute and inference dtype: `bfloat16`, `float32`, or `auto`: bfloat16 where the worker's hardware
+    #: multiplies it, else float32. Master weights are always float32.
+    dtype: str = "auto"
 
 
 @dataclass
@@ -250,7 +251,7 @@ def check(config: Config) -> None:
                 f"{key}={tokens} does not fit the engine's context of inference.max_model_len="
                 f"{inference.max_model_len} tokens; lower the budget or raise inference.max_model_len"
             )
-    _check_choice("model.dtype", config.model.dtype, ("bfloat16", "float32"))
+    _check_choice("model.dtype", config.model.dtype, ("auto", "bfloat16", "float32"))
     _check_choice("temperature.schedule", config.temperature.schedule, ("constant", "linear", "cosine"))
     _check_choice("objective.name", config.objective.name, ("k2",))
     _check_choice("optimizer.name", config.optimizer.name, ("muon", "adamw"))

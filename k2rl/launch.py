@@ -88,6 +88,7 @@ async def started(
     spec = WorkerSpec(
         model_path=str(prepared.model_path),
         dtype=config.model.dtype,
+        device="cuda" if config.cluster.gpus_per_worker else "cpu",
         stop_token_ids=prepared.chat.stop_token_ids,
         seed=config.seed,
         log_path=str((run_dir / "logs" / "worker-0.log").absolute()),
@@ -107,6 +108,7 @@ async def started(
                 raise Interrupted("while starting; nothing was trained yet")
             worker = start.result()
             cluster = undo.pop_all()
+        tracker.note(f"computing in {worker.dtype} on {spec.device}")
         scheduler = RolloutScheduler(config, worker, prepared.chat, prepared.make_env, prepared.rubric)
         ptx = PTXCorpus(prepared.ptx, config.ptx.sequences_per_step, config.seed)
         with cluster:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from k2rl.hardware import fast_dtype
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """(a, b, c) of the quintic; from Keller Jordan's Muon, used by Moonlight and K2."""
 
@@ -12,7 +14,7 @@ EPS = 1e-7
 """Floor of the Frobenius norm, so that a zero gradient gives a zero update."""
 
 
-def newton_schulz(matrix: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def newton_schulz(matrix: Tensor, steps: int, dtype: torch.dtype | None = None) -> Tensor:
     """Push all singular values of a matrix to about 1, keeping its singular vectors.
 
     X0 = M / ||M||_F, then `steps` times X = a X + b (X X^T) X + c (X X^T)^2 X
@@ -25,7 +27,8 @@ def newton_schulz(matrix: Tensor, steps: int, dtype: torch.dtype = torch.bfloat1
     Args:
         matrix: [n, m], any dtype; left as it is.
         steps: iterations; 5 in both papers.
-        dtype: the iteration's dtype; bfloat16 is accurate enough and the fastest.
+        dtype: the iteration's dtype; default bfloat16, which is accurate enough, where the hardware
+            multiplies it, else float32.
 
     Returns:
         [n, m] in `dtype`.
@@ -35,6 +38,7 @@ def newton_schulz(matrix: Tensor, steps: int, dtype: torch.dtype = torch.bfloat1
     """
     if matrix.ndim != 2:
         raise ValueError(f"newton_schulz takes a matrix, not a tensor of shape {tuple(matrix.shape)}")
+    dtype = dtype or getattr(torch, fast_dtype(matrix.is_cuda))
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.to(dtype, copy=True)
     x = x.T if tall else x  # the Gram matrix of the shorter side is the cheaper one

@@ -41,6 +41,7 @@ class TrainEngine:
         micro_batch_tokens: int = 4096,
         seed: int = 0,
         num_threads: int = 0,
+        device: str = "cpu",
     ) -> None:
         """Load the model and its master weights.
 
@@ -51,6 +52,7 @@ class TrainEngine:
             micro_batch_tokens: positions per forward and backward pass.
             seed: of torch's generator.
             num_threads: CPU threads of this process; 0 means all cores it may run on.
+            device: `cpu` or `cuda`, where weights, optimizer state and computation live.
 
         Raises:
             ConfigError: if the model cannot be loaded or trained, or the dtype is unknown.
@@ -61,7 +63,8 @@ class TrainEngine:
         torch.manual_seed(seed)
         self._path = Path(model_path)
         self._dtype = DTYPES[dtype]
-        self._model = load_causal_lm(self._path)
+        self._device = torch.device(device)
+        self._model = load_causal_lm(self._path, self._device)
         self._weights = MasterWeights(self._model, self._dtype)
         self._model.config.dtype = self._dtype
         self._optimizer_config = optimizer or OptimizerConfig()
@@ -178,8 +181,8 @@ class TrainEngine:
         ]
         results: list[list[float]] = [[] for _ in sequences]
         for batch in self._pack([[sequence] for sequence in labelled]):
-            values = packed_logprobs(self._model, batch, temperature).logprobs
-            lengths = torch.bincount(batch.sequence_index, minlength=len(batch.sequences)).tolist()
+            values = packed_logprobs(self._model, batch, temperature).logprobs.cpu()
+            lengths = torch.bincount(batch.sequence_index.cpu(), minlength=len(batch.sequences)).tolist()
             for sequence, part in zip(batch.sequences, values.split(lengths), strict=True):
                 results[sequence] = part.tolist()
         return results
@@ -236,13 +239,16 @@ class TrainEngine:
         return float(self._optimizer.param_groups[0]["lr"])
 
     def _pack(self, groups: Sequence[Sequence[LabelledSequence]]) -> list[MicroBatch]:
-        return pack(groups, self._micro_batch_tokens)
+        return [batch.to(self._device) for batch in pack(groups, self._micro_batch_tokens)]
+
+    def _floats(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self._device)
 
     def _policy_backward(self, policy: _PolicyPass, batch: MicroBatch, measure: bool) -> dict[str, float]:
         """Add a micro-batch's gradient; returns its share of `loss` and of the loss's metrics."""
         members = [policy.sequences[index] for index in batch.sequences]
         scored = packed_logprobs(self._model, batch, policy.temperature)
-        behaviour = torch.tensor([value for member in members for value in member.behaviour_logprobs])
+        behaviour = self._floats([value for member in members for value in member.behaviour_logprobs])
         if measure:
             policy.mismatch.add(scored.logprobs, behaviour)
             policy.entropy_sum += float(scored.entropy.sum())
@@ -251,7 +257,7 @@ class TrainEngine:
                 logprobs=scored.logprobs,
                 behaviour_logprobs=behaviour,
                 sequence_index=batch.sequence_index,
-                advantages=torch.tensor([member.advantage for member in members]),
+                advantages=self._floats([member.advantage for member in members]),
                 num_sequences_total=policy.num_sequences,
             )
         )

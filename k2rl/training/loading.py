@@ -18,9 +18,10 @@ from k2rl.training.packing import MicroBatch, pack
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
 PACKING_TOLERANCE = 1e-3
+CPU = torch.device("cpu")
 
 
-def load_causal_lm(path: Path) -> Any:
+def load_causal_lm(path: Path, device: torch.device = CPU) -> Any:
     """The model in float32 and evaluation mode (no dropout: log-probs must be those of the policy).
 
     Raises:
@@ -37,7 +38,7 @@ def load_causal_lm(path: Path) -> Any:
         attn_implementation=tree_attention.NAME,
         local_files_only=True,
     )
-    model.eval()
+    model.to(device).eval()
     _check_packing(model, path)
     return model
 
@@ -81,11 +82,11 @@ def _check_packing(model: Any, path: Path) -> None:
         SupervisedSequence(tuple(token % size for token in tokens), (False,) + (True,) * (len(tokens) - 1))
         for tokens in ((11, 7, 5, 23, 42, 3, 9), (11, 7, 5, 31, 2, 8), (13, 4, 6))
     ]
-    (batch,) = pack([sequences], micro_batch_tokens=64)
+    batch = pack([sequences], micro_batch_tokens=64)[0].to(model.device)
     packed = packed_logprobs(model, batch, temperature=1.0).logprobs
     alone = []
     for index in batch.sequences:
-        ids = torch.tensor([sequences[index].token_ids])
+        ids = torch.tensor([sequences[index].token_ids], device=model.device)
         logprobs = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0].float(), dim=-1)
         alone.append(logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0])
     gap = float((packed - torch.cat(alone)).abs().max())

@@ -105,7 +105,7 @@ def _logits(hidden: Tensor, head: Tensor, tokens: slice, temperature: float) -> 
 def _slices(count: int, vocabulary: int, targets: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the vocabulary, each with the indices of the labels whose target lies in it."""
     size = max(MIN_CHUNK_TOKENS, CHUNK_ELEMENTS // max(1, count))
-    starts = torch.arange(0, vocabulary, size)
+    starts = torch.arange(0, vocabulary, size, device=targets.device)
     by_target = torch.argsort(targets, stable=True)
     first = torch.searchsorted(targets[by_target], starts)[1:].tolist()
     for start, labels in zip(starts.tolist(), by_target.tensor_split(first), strict=True):

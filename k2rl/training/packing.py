@@ -12,7 +12,7 @@ computed one by one, up to rounding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -45,6 +45,15 @@ class MicroBatch:
     @property
     def num_positions(self) -> int:
         return self.input_ids.shape[1]
+
+    def to(self, device: torch.device) -> MicroBatch:
+        moved = {
+            item.name: value.to(device)
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Tensor)
+        }
+        tree = tuple(replace(block, mask=block.mask.to(device)) for block in self.tree)
+        return replace(self, tree=tree, **moved)
 
 
 def pack(groups: Sequence[Sequence[LabelledSequence]], micro_batch_tokens: int) -> list[MicroBatch]:

@@ -14,6 +14,7 @@ import msgspec
 import ray
 
 from k2rl.config import InferenceConfig, ObjectiveConfig, OptimizerConfig
+from k2rl.hardware import fast_dtype
 from k2rl.inference.engine import Generation, Sampling
 from k2rl.training.batch import SupervisedSequence, TrainSequence
 from k2rl.workers.process import redirect_output
@@ -23,7 +24,10 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     """What a worker needs to start."""
 
     model_path: str
+    #: `bfloat16`, `float32`, or `auto`: what the worker's hardware is fast at.
     dtype: str
+    #: Where the trainer computes: `cpu` or `cuda`. vLLM finds its own.
+    device: str
     stop_token_ids: tuple[int, ...]
     seed: int
     log_path: str
@@ -40,17 +44,20 @@ class ColocatedWorker:
 
     def __init__(self, spec: WorkerSpec) -> None:
         redirect_output(Path(spec.log_path))
+        if spec.dtype == "auto":
+            spec = msgspec.structs.replace(spec, dtype=fast_dtype(gpu=spec.device == "cuda"))
         self._spec = spec
         self._training = asyncio.Lock()
 
-    async def start(self) -> None:
-        """Start trainer and vLLM, at the same time."""
+    async def start(self) -> str:
+        """Start trainer and vLLM, at the same time; returns the dtype they compute in."""
         await asyncio.to_thread(_import_engines)
         await asyncio.gather(asyncio.to_thread(self._start_trainer), asyncio.to_thread(self._start_vllm))
         # vLLM lowers this process's thread count for its front end; the trainer wants its own back.
         import torch
 
-        torch.set_num_threads(self._spec.num_threads or os.cpu_count() or 1)
+        torch.set_num_threads(self._spec.num_threads or len(os.sched_getaffinity(0)))
+        return self._spec.dtype
 
     def _start_trainer(self) -> None:
         from k2rl.checkpoint_engine.arena import WeightArena
@@ -62,7 +69,13 @@ class ColocatedWorker:
         from k2rl.training.engine import TrainEngine
 
         self._trainer = TrainEngine(
-            spec.model_path, spec.dtype, spec.optimizer, spec.micro_batch_tokens, spec.seed, spec.num_threads
+            spec.model_path,
+            spec.dtype,
+            spec.optimizer,
+            spec.micro_batch_tokens,
+            spec.seed,
+            spec.num_threads,
+            spec.device,
         )
 
     def _start_vllm(self) -> None:

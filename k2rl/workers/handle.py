@@ -33,6 +33,8 @@ class Worker:
         self._name = name
         self._log_path = log_path
         self._deadlines = deadlines
+        #: What trainer and vLLM compute in; known once started.
+        self.dtype = ""
 
     @classmethod
     async def start(cls, config: Config, spec: WorkerSpec) -> Worker:
@@ -51,7 +53,7 @@ class Worker:
         actor = create_actor(spec, cpus, config.cluster.gpus_per_worker)
         worker = cls(actor, "worker 0", Path(spec.log_path), config.deadlines)
         try:
-            await worker._call("starting", actor.start.remote(), "start_s")
+            worker.dtype = await worker._call("starting", actor.start.remote(), "start_s")
         except BaseException:
             ray.kill(actor)
             raise

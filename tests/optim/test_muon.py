@@ -126,7 +126,7 @@ def test_newton_schulz_orthogonalises(shape: tuple[int, int], dtype: torch.dtype
 
 
 def test_newton_schulz_of_zero_is_zero() -> None:
-    assert torch.equal(newton_schulz(torch.zeros(4, 6), steps=5), torch.zeros(4, 6, dtype=torch.bfloat16))
+    assert torch.equal(newton_schulz(torch.zeros(4, 6), steps=5).float(), torch.zeros(4, 6))
 
 
 def test_zero_steps_normalise_only() -> None:
