@@ -12,7 +12,7 @@ computed one by one, up to rounding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -47,13 +47,16 @@ class MicroBatch:
         return self.input_ids.shape[1]
 
     def to(self, device: torch.device) -> MicroBatch:
-        moved = {
-            item.name: value.to(device)
-            for item in fields(self)
-            if isinstance(value := getattr(self, item.name), Tensor)
-        }
-        tree = tuple(replace(block, mask=block.mask.to(device)) for block in self.tree)
-        return replace(self, tree=tree, **moved)
+        return MicroBatch(
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            tree=tuple(replace(block, mask=block.mask.to(device)) for block in self.tree),
+            predictors=self.predictors.to(device),
+            label_predictor=self.label_predictor.to(device),
+            targets=self.targets.to(device),
+            sequence_index=self.sequence_index.to(device),
+            sequences=self.sequences,
+        )
 
 
 def pack(groups: Sequence[Sequence[LabelledSequence]], micro_batch_tokens: int) -> list[MicroBatch]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from k2rl import hardware
 from k2rl.config import OptimizerConfig
 from k2rl.errors import ConfigError
 from k2rl.optim.muon import MuonAdamW, build_optimizer, is_muon_matrix
@@ -35,12 +36,14 @@ def named(params: list[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize(("momentum", "tolerance"), [(0.5, 1e-3), (0.95, 0.04)])
 def test_muon_follows_torch_muon(
-    nesterov: bool, weight_decay: float, momentum: float, tolerance: float
+    monkeypatch: pytest.MonkeyPatch, nesterov: bool, weight_decay: float, momentum: float, tolerance: float
 ) -> None:
     """Torch's momentum is ours times (1 - mu): one direction, but rounded to bfloat16 at another scale.
 
     At mu = 0.5 the scale is a power of two and the rounding is the same.
     """
+    # Torch iterates in bfloat16 whatever the hardware.
+    monkeypatch.setattr(hardware, "cpu_multiplies_bfloat16", lambda: True)
     ours, theirs = parameters(SHAPES), parameters(SHAPES)
     config = OptimizerConfig(lr=0.02, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
     optimizer = build_optimizer(named(ours), config, config.lr)
