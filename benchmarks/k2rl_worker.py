@@ -18,11 +18,12 @@ from k2rl.preflight import Preflight, preflight
 from k2rl.run import Run
 
 
-def settings(model_path: str) -> Config:
+def settings(model_path: str, dtype: str) -> Config:
     """A run that does what TRL's side does: AdamW, no PTX, no warm start, every group trained on."""
     return compose(
         [
             f"model.path={model_path}",
+            f"model.dtype={dtype}",
             "env.id=one_turn_env:OneTurn",
             "env.max_turns=1",
             "env.eval_tasks=1",
@@ -68,7 +69,7 @@ async def serve(prepared: Preflight, run_dir: Path, stream: TextIO) -> None:
 
 def main() -> None:
     stream = trl_task.protocol_stream()
-    prepared = preflight(settings(sys.argv[1]))
+    prepared = preflight(settings(*sys.argv[1:]))
     with tempfile.TemporaryDirectory() as run_dir:
         asyncio.run(serve(prepared, Path(run_dir), stream))
 

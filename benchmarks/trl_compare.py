@@ -7,14 +7,15 @@ the weights to vLLM. The learning rate is so small that both policies, and so th
 stay alike.
 
 TRL gets its own environment (`trl-requirements.txt`: same torch, same transformers) and its better settings
-on a CPU: weights and compute in bfloat16, all 64 generated as one batch and trained on 16 at a time, the
-default key-value cache (the static one is no faster), no gradient checkpointing, no KL, no logging.
+on a CPU: weights and compute in the dtype that this processor is fast at (as ours), all 64 generated as one
+batch and trained on 16 at a time, the default key-value cache (the static one is no faster), no gradient
+checkpointing, no KL, no logging.
 
 One side computes at a time: each is a process that waits for a line before every step. What the waiting
 side's processes burn meanwhile is measured and printed too.
 
     make bench-trl                     five rounds
-    make bench-trl ARGS="--rounds 9"
+    make bench-trl ARGS="--rounds 9 --trl-micro-batch 64"
 
 Writes outputs/benchmarks/trl_compare-*/result.json.
 """
@@ -41,6 +42,7 @@ from typing import Any
 import psutil
 from filelock import FileLock
 
+from k2rl.hardware import fast_dtype
 from k2rl.models.hub import cache_home, resolve_model
 
 HERE = Path(__file__).parent
@@ -170,11 +172,11 @@ def machine() -> dict[str, str]:
     }
 
 
-def compare(rounds: int, folder: Path) -> dict[str, list[Step]]:
+def compare(rounds: int, dtype: str, trl_micro_batch: int, folder: Path) -> dict[str, list[Step]]:
     """Warm each side up with one step, then let them take turns."""
     model = str(resolve_model("smollm2-135m"))
-    theirs_command = [str(trl_python()), str(HERE / "trl_worker.py"), model]
-    ours_command = [sys.executable, str(HERE / "k2rl_worker.py"), model]
+    theirs_command = [str(trl_python()), str(HERE / "trl_worker.py"), model, dtype, str(trl_micro_batch)]
+    ours_command = [sys.executable, str(HERE / "k2rl_worker.py"), model, dtype]
     steps: dict[str, list[Step]] = {"k2rl": [], "trl": []}
     with (
         Side("trl", theirs_command, folder / "trl.log") as theirs,
@@ -198,14 +200,18 @@ def compare(rounds: int, folder: Path) -> dict[str, list[Step]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--dtype", default=fast_dtype(gpu=False), choices=("bfloat16", "float32"))
+    parser.add_argument("--trl-micro-batch", type=int, default=16, help="completions TRL trains on at a time")
+    args = parser.parse_args()
     folder = Path("outputs/benchmarks") / f"trl_compare-{datetime.now():%Y-%m-%d_%H-%M-%S}"
     folder.mkdir(parents=True)
     started = time.monotonic()
-    steps = compare(rounds, folder)
+    steps = compare(args.rounds, args.dtype, args.trl_micro_batch, folder)
     ratios = [a.samples_per_s / b.samples_per_s for a, b in zip(steps["k2rl"], steps["trl"], strict=True)]
     result = {
         "machine": machine(),
+        "dtype": args.dtype,
+        "trl_micro_batch": args.trl_micro_batch,
         "requirements": REQUIREMENTS.read_text().splitlines()[1:],
         "samples_per_s": {name: median(s.samples_per_s for s in side) for name, side in steps.items()},
         "ratio": {"median": median(ratios), "min": min(ratios), "max": max(ratios)},

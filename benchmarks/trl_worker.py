@@ -12,7 +12,6 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-MICRO_BATCH = 16
 STEPS = 10_000
 """More than anyone asks for: the driver ends the worker by closing its input."""
 
@@ -48,10 +47,10 @@ class TakeTurns(TrainerCallback):
 
 
 def main() -> None:
-    model_path = sys.argv[1]
+    model_path, dtype, micro_batch = sys.argv[1], sys.argv[2], int(sys.argv[3])
     turns = TakeTurns(trl_task.protocol_stream())
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype))
     system = {"role": "system", "content": trl_task.SYSTEM}
     rows = [
         {"prompt": [system, {"role": "user", "content": question}], "answer": answer}
@@ -61,11 +60,11 @@ def main() -> None:
         settings = GRPOConfig(
             output_dir=scratch,
             use_cpu=True,
-            bf16=False,  # the weights are bfloat16 already: autocast on top only costs
+            bf16=False,  # the weights are in the dtype already: autocast on top only costs
             max_steps=STEPS,
             # Generated as one batch of all 64, trained on in parts: one pass over all took 12 GB.
-            per_device_train_batch_size=MICRO_BATCH,
-            gradient_accumulation_steps=trl_task.SAMPLES_PER_STEP // MICRO_BATCH,
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=trl_task.SAMPLES_PER_STEP // micro_batch,
             num_generations=trl_task.GROUP_SIZE,
             max_completion_length=trl_task.MAX_TOKENS,
             temperature=trl_task.TEMPERATURE,

@@ -43,9 +43,37 @@ def newton_schulz(matrix: Tensor, steps: int, dtype: torch.dtype | None = None) 
     x = matrix.to(dtype, copy=True)
     x = x.T if tall else x  # the Gram matrix of the shorter side is the cheaper one
     x.div_(x.norm().clamp(min=EPS))
+    if dtype == torch.float32 and x.shape[1] >= 2 * x.shape[0] and steps > 0:
+        x = _iterate_on_gram(x, steps)
+    else:
+        x = _iterate(x, steps)
+    return x.T if tall else x
+
+
+def _iterate(x: Tensor, steps: int) -> Tensor:
     a, b, c = COEFFICIENTS
     for _ in range(steps):
         gram = x @ x.T
         polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.addmm(x, polynomial, x, beta=a)
-    return x.T if tall else x
+    return x
+
+
+def _iterate_on_gram(x: Tensor, steps: int) -> Tensor:
+    """The same on the n x n Gram matrix: with P = a + b R + c R^2, X -> P X makes R = X X^T -> P R P.
+
+    The long side then costs two products instead of two a step. Polynomials of one matrix commute, so
+    all of them can be gathered in one factor of X. Rounding grows with R's condition, the square of X's:
+    good enough in float32 (1e-3 on gradients of low rank), not in bfloat16.
+    """
+    a, b, c = COEFFICIENTS
+    gram = x @ x.T
+    factor: Tensor | None = None
+    for step in range(steps):
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal().add_(a)
+        factor = polynomial if factor is None else factor @ polynomial
+        if step + 1 < steps:
+            gram = gram @ polynomial @ polynomial
+    assert factor is not None
+    return factor @ x
