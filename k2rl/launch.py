@@ -20,6 +20,7 @@ from k2rl.loop import train
 from k2rl.preflight import Preflight
 from k2rl.rollouts.scheduler import RolloutScheduler
 from k2rl.run import Run, checkpoint_folder, checkpoints
+from k2rl.tracking import phases
 from k2rl.tracking.report import write_report
 from k2rl.tracking.summary import Summary, write_summary
 from k2rl.tracking.tracker import Tracker
@@ -99,7 +100,7 @@ async def started(
         trains=trains,
     )
     with Tracker(run_dir, config.tracking, config.train.steps, resume_step) as tracker:
-        with tracker.phase("start", resume_step or 0), ExitStack() as undo:
+        with tracker.phase(phases.START), ExitStack() as undo:
             undo.enter_context(_ray(config))
             start = asyncio.ensure_future(Worker.start(config, spec))
             with _cancel_on_signal(start):
@@ -141,7 +142,7 @@ async def _supervise(run: Run, work: asyncio.Future[T]) -> None:
 
 async def _work(run: Run, resume_step: int | None) -> None:
     if resume_step is not None:
-        with run.tracker.phase("load", resume_step):
+        with run.tracker.phase(phases.LOAD):
             await run.worker.load(checkpoint_folder(run.run_dir, resume_step))
     await _publish(run)
     await _self_check(run)
@@ -152,13 +153,13 @@ async def _work(run: Run, resume_step: int | None) -> None:
         await run.evaluate("before")
     await train(run)
     await run.evaluate("after")
-    with run.tracker.phase("save", run.finished_steps):
+    with run.tracker.phase(phases.SAVE, run.finished_steps):
         await run.worker.save_pretrained(run.run_dir / "model")
     await run.checkpoint()
 
 
 async def _publish(run: Run) -> None:
-    with run.tracker.phase("publish", run.finished_steps):
+    with run.tracker.phase(phases.PUBLISH):
         await run.worker.publish()
 
 
@@ -175,7 +176,7 @@ async def _self_check(run: Run) -> None:
     for task in run.prepared.eval_tasks[:SELF_CHECK_PROMPTS]:
         messages, _ = await maybe_await(env.reset(seed=task.seed, options={"task": task}))
         prompts.append(run.prepared.chat.prompt_ids(messages))
-    with run.tracker.phase("self-check", run.finished_steps):
+    with run.tracker.phase(phases.SELF_CHECK):
         gap = await run.worker.logprob_gap(prompts, SELF_CHECK_TOKENS, run.config.seed)
     limit = run.config.inference.max_logprob_gap
     if not gap["mean"] <= limit:
@@ -192,7 +193,7 @@ async def _warm_start(run: Run) -> None:
     if run.prepared.warm_start:
         await run.evaluate("base")
         await worker.reset_optimizer(settings.lr)
-        with run.tracker.phase("warm start"):
+        with run.tracker.phase(phases.WARM_START):
             for done, batch in enumerate(run.prepared.warm_start, start=1):
                 learned = await worker.sft_step(batch)
                 run.tracker.progress(done, len(run.prepared.warm_start))

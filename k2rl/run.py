@@ -17,6 +17,7 @@ from k2rl.preflight import Preflight
 from k2rl.rollouts.episode import Attempt
 from k2rl.rollouts.scheduler import RolloutScheduler, check_failures
 from k2rl.seeds import derive_seed
+from k2rl.tracking import phases
 from k2rl.tracking.tracker import Tracker
 from k2rl.training.supervised import PTXCorpus
 from k2rl.types import Task
@@ -49,7 +50,7 @@ class Run:
             Attempt(f"{name}-{task.id}", task.id, task, temperature=0.0, seed=self.config.seed)
             for task in self.prepared.eval_tasks
         ]
-        with self.tracker.phase(f"evaluate {name}", self.finished_steps):
+        with self.tracker.phase(phases.EVALUATE, self.finished_steps):
             trajectories = await self.scheduler.run(attempts, self.tracker.progress)
         check_failures(trajectories, self.config.rollout.max_failed_share, f"evaluation {name}")
         result = summarise(name, self.finished_steps, trajectories)
@@ -69,7 +70,7 @@ class Run:
         folder = checkpoint_folder(self.run_dir, self.finished_steps)
         if folder.exists():
             return
-        with self.tracker.phase("checkpoint", self.finished_steps):
+        with self.tracker.phase(phases.CHECKPOINT, self.finished_steps):
             await self.worker.save(folder)
         for step, other in checkpoints(self.run_dir):
             if step != self.finished_steps:
