@@ -171,7 +171,7 @@ class InferenceConfig:
 class ClusterConfig:
     #: Address of a running Ray cluster, or `local` to start one for this run.
     address: str = "local"
-    #: CPUs the worker reserves in Ray; 0 means all of the machine.
+    #: CPUs the worker reserves in Ray, on one node; 0 means all of the largest.
     cpus_per_worker: int = 0
     #: GPUs the worker reserves in Ray; 0 runs on the CPU.
     gpus_per_worker: float = 0.0
