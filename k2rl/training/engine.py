@@ -51,7 +51,8 @@ class TrainEngine:
             optimizer: its settings; `lr` is the first learning rate.
             micro_batch_tokens: positions per forward and backward pass.
             seed: of torch's generator.
-            num_threads: CPU threads of this process; 0 means all cores it may run on.
+            num_threads: CPU threads of the calling thread, which should then make all further calls; 0
+                means all cores it may run on.
             device: `cpu` or `cuda`, where weights, optimizer state and computation live.
 
         Raises:
@@ -59,7 +60,7 @@ class TrainEngine:
         """
         if dtype not in DTYPES:
             raise ConfigError(f"model.dtype={dtype!r} is not one of: {', '.join(DTYPES)}")
-        torch.set_num_threads(num_threads or len(os.sched_getaffinity(0)))
+        compute_with(num_threads or len(os.sched_getaffinity(0)))
         torch.manual_seed(seed)
         self._path = Path(model_path)
         self._dtype = DTYPES[dtype]
@@ -315,6 +316,14 @@ class TrainEngine:
             f"{what} is {loss.item()} at update {self.step_count + 1}; sequences "
             f"{_some([members[index].id for index in bad] or [member.id for member in members])}"
         )
+
+
+def compute_with(threads: int) -> None:
+    """Let this thread, and no other, compute with so many threads, whatever others set later."""
+    # At its first parallel work a thread takes the number that was last set anywhere; here that is over
+    # before ours is set.
+    torch.get_num_threads()
+    torch.set_num_threads(threads)
 
 
 class _PolicyPass:
