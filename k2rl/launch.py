@@ -19,11 +19,12 @@ from k2rl.evaluation.results import EvaluationResult
 from k2rl.loop import train
 from k2rl.preflight import Preflight
 from k2rl.rollouts.scheduler import RolloutScheduler
-from k2rl.run import Run, checkpoint_folder, checkpoints
+from k2rl.run import Run
 from k2rl.tracking import phases
 from k2rl.tracking.report import write_report
 from k2rl.tracking.summary import Summary, write_summary
 from k2rl.tracking.tracker import Tracker
+from k2rl.training.checkpoint import checkpoint_folder, checkpoints, remove_leftovers
 from k2rl.training.supervised import PTXCorpus
 from k2rl.workers.colocated import WorkerSpec
 from k2rl.workers.handle import Worker
@@ -58,6 +59,8 @@ def execute_evaluation(prepared: Preflight, run_dir: Path) -> EvaluationResult:
 
 async def _execute(prepared: Preflight, run_dir: Path) -> None:
     resume_step = _resume_step(prepared.config, run_dir)
+    if resume_step is not None:
+        remove_leftovers(run_dir)
     async with started(prepared, run_dir, resume_step, trains=True) as run:
         work = asyncio.ensure_future(_work(run, resume_step))
         await _supervise(run, work)
@@ -207,7 +210,7 @@ def _resume_step(config: Config, run_dir: Path) -> int | None:
         return None
     found = checkpoints(run_dir)
     if not found:
-        raise ConfigError(f"resume={config.resume}: there is no checkpoint in {run_dir}/checkpoints")
+        raise ConfigError(f"resume={config.resume}: there is no whole checkpoint in {run_dir}/checkpoints")
     step = found[-1][0]
     if step >= config.train.steps and (run_dir / "model").exists():
         raise ConfigError(f"resume={config.resume}: the run is over; set train.steps above {step} to go on")
