@@ -14,6 +14,7 @@ from k2rl.rollouts.episode import Attempt
 from k2rl.rollouts.scheduler import check_failures
 from k2rl.run import Run, uninterrupted
 from k2rl.seeds import derive_seed
+from k2rl.tracking import phases
 from k2rl.training.batch import TrainSequence
 from k2rl.types import Trajectory
 
@@ -31,7 +32,7 @@ async def train(run: Run) -> None:
     for step in range(run.finished_steps + 1, config.train.steps + 1):
         temperature = temperature_at(config.temperature, step - 1, config.train.steps)
 
-        with tracker.phase("rollout", step):
+        with tracker.phase(phases.ROLLOUT, step):
             trajectories = await run.scheduler.run(attempts(run, step, temperature), tracker.progress)
         check_failures(trajectories, config.rollout.max_failed_share, f"step {step}")
         rollout_seconds = tracker.timeline.of_step(step)[-1].seconds
@@ -44,12 +45,13 @@ async def train(run: Run) -> None:
 async def learn(run: Run, step: int, trajectories: list[Trajectory], metrics: dict[str, float]) -> None:
     """Train on a step's trajectories, publish the new weights and record the step."""
     config, tracker = run.config, run.tracker
+    run.settled = False
     groups, num_sequences = policy_batch(run, trajectories)
     if groups:
-        with tracker.phase("train", step):
+        with tracker.phase(phases.TRAIN, step):
             ptx, temperature = run.ptx.sample(step), metrics["rollout/temperature"]
             learned = await run.worker.policy_step(groups, config, temperature, ptx, num_sequences)
-        with tracker.phase("publish", step):
+        with tracker.phase(phases.PUBLISH, step):
             published = await run.worker.publish()
         metrics |= train_metrics(learned, published)
     else:
@@ -58,6 +60,7 @@ async def learn(run: Run, step: int, trajectories: list[Trajectory], metrics: di
     run.finished_steps = step
     tracker.step(step, metrics)
     tracker.samples(step, trajectories)
+    run.settled = True
 
 
 def attempts(run: Run, step: int, temperature: float) -> list[Attempt]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import shutil
 from collections.abc import Awaitable
 from dataclasses import dataclass
@@ -12,12 +11,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from k2rl.config import Config
+from k2rl.errors import RunError
 from k2rl.evaluation.results import EvaluationResult, summarise
 from k2rl.preflight import Preflight
 from k2rl.rollouts.episode import Attempt
 from k2rl.rollouts.scheduler import RolloutScheduler, check_failures
 from k2rl.seeds import derive_seed
+from k2rl.tracking import phases
 from k2rl.tracking.tracker import Tracker
+from k2rl.training.checkpoint import checkpoint_folder, checkpoints, read_about
 from k2rl.training.supervised import PTXCorpus
 from k2rl.types import Task
 from k2rl.workers.handle import Worker
@@ -37,6 +39,8 @@ class Run:
     scheduler: RolloutScheduler
     ptx: PTXCorpus
     finished_steps: int = 0
+    #: Whether the trainer is exactly where the record says; a checkpoint at another time would lie.
+    settled: bool = False
 
     def train_tasks(self, step: int) -> list[Task]:
         """The tasks of a step: a function of the seed and the step."""
@@ -49,7 +53,7 @@ class Run:
             Attempt(f"{name}-{task.id}", task.id, task, temperature=0.0, seed=self.config.seed)
             for task in self.prepared.eval_tasks
         ]
-        with self.tracker.phase(f"evaluate {name}", self.finished_steps):
+        with self.tracker.phase(phases.EVALUATE, self.finished_steps):
             trajectories = await self.scheduler.run(attempts, self.tracker.progress)
         check_failures(trajectories, self.config.rollout.max_failed_share, f"evaluation {name}")
         result = summarise(name, self.finished_steps, trajectories)
@@ -65,34 +69,36 @@ class Run:
             await self.evaluate(f"step_{step}")
 
     async def checkpoint(self) -> None:
-        """Save what resuming needs; older checkpoints go once the new one is complete."""
+        """Save what resuming needs, unless it is saved already; the others go once the new one is whole.
+
+        An interruption waits until it is written.
+        """
+        await uninterrupted(self._checkpoint())
+
+    async def _checkpoint(self) -> None:
         folder = checkpoint_folder(self.run_dir, self.finished_steps)
-        if folder.exists():
+        if read_about(folder) is not None:
             return
-        with self.tracker.phase("checkpoint", self.finished_steps):
+        with self.tracker.phase(phases.CHECKPOINT, self.finished_steps):
             await self.worker.save(folder)
-        for step, other in checkpoints(self.run_dir):
-            if step != self.finished_steps:
+        if read_about(folder) is None:
+            raise RunError(f"the worker wrote {folder}, but it is not there; the two must share this storage")
+        for _, other in checkpoints(self.run_dir):
+            if other != folder:
                 shutil.rmtree(other)
 
 
-def checkpoint_folder(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step_{step:06d}"
-
-
-def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
-    """The complete checkpoints of a run, oldest first."""
-    found = (
-        (re.fullmatch(r"step_(\d+)", path.name), path) for path in (run_dir / "checkpoints").glob("step_*")
-    )
-    return sorted((int(match[1]), path) for match, path in found if match)
-
-
 async def uninterrupted(work: Awaitable[T]) -> T:
-    """Let `work` end even if the caller is cancelled meanwhile; the cancellation is raised after it."""
+    """Let `work` end even if the caller is cancelled meanwhile.
+
+    Raises:
+        CancelledError: after the work, if it ended well; its own error weighs more than a wish to stop.
+    """
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait({task})
+        if not task.cancelled():
+            task.result()
         raise

@@ -8,19 +8,16 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from k2rl.errors import ConfigError
+from k2rl.models.hub import weight_files
 
 
 def checkpoint_weights(folder: Path, dtype: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of a Hugging Face checkpoint, in the given floating dtype.
 
     Raises:
-        ConfigError: the folder holds no safetensors.
+        ConfigError: a file of it is missing.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"{folder} holds no .safetensors weights; save the model with safetensors")
-    for file in files:
+    for file in weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  (not a mapping)
                 tensor = tensors.get_tensor(name)

@@ -54,13 +54,21 @@ class EvaluationResult(msgspec.Struct, frozen=True):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The scalars of this evaluation, named as metrics (`eval/…`)."""
-        values = {"eval/n": float(self.n), "eval/failed": float(self.failed), "eval/tokens": self.mean_tokens}
+        """The scalars of this evaluation as metrics: `eval/…`, a curve over the RL steps from `before` on.
+
+        Those of `base` are `eval/base/…`: it shares step 0 with `before`, which would hide it.
+        """
+        prefix = "eval/base" if self.name == "base" else "eval"
+        values = {
+            f"{prefix}/n": float(self.n),
+            f"{prefix}/failed": float(self.failed),
+            f"{prefix}/tokens": self.mean_tokens,
+        }
         if self.reward is not None:
-            values["eval/reward"] = self.reward
+            values[f"{prefix}/reward"] = self.reward
         for kind, result in self.per_kind.items():
             if result.reward is not None:
-                values[f"eval/reward/{kind}"] = result.reward
+                values[f"{prefix}/reward/{kind}"] = result.reward
         return values
 
 

@@ -99,9 +99,12 @@ def _check_config(folder: Path) -> None:
         )
 
 
-def _check_weights(folder: Path) -> None:
-    from safetensors import SafetensorError, safe_open
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up a checkpoint; others may lie beside them and are no part of it.
 
+    Raises:
+        ConfigError: the index or a file is missing or damaged.
+    """
     index = folder / "model.safetensors.index.json"
     try:
         shards = (
@@ -114,11 +117,31 @@ def _check_weights(folder: Path) -> None:
     for shard in shards:
         if not (folder / shard).is_file():
             raise ConfigError(f"model {folder} has no weights: {shard} is missing")
+    return [folder / shard for shard in shards]
+
+
+def shapes_fingerprint(folder: Path) -> str:
+    """A digest of a checkpoint's tensor names and shapes: equal for models whose weights fit each other."""
+    import xxhash
+    from safetensors import safe_open
+
+    shapes = []
+    for file in weight_files(folder):
+        with safe_open(file, framework="np") as tensors:
+            names = list(tensors.keys())
+            shapes += [f"{name} {tensors.get_slice(name).get_shape()}" for name in names]
+    return xxhash.xxh3_128_hexdigest("\n".join(sorted(shapes)).encode())
+
+
+def _check_weights(folder: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    for file in weight_files(folder):
         try:
-            with safe_open(folder / shard, framework="np"):  # reads the header and compares the length
+            with safe_open(file, framework="np"):  # reads the header and compares the length
                 pass
         except SafetensorError as error:
-            raise ConfigError(f"model {folder}: {shard} is damaged ({_one_line(error)})") from error
+            raise ConfigError(f"model {folder}: {file.name} is damaged ({_one_line(error)})") from error
 
 
 def _from_hub(repo: str) -> Path:

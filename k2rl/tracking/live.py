@@ -61,7 +61,7 @@ class LiveView:
         """The run enters phase `name` of `step` (0: before RL)."""
         self._state.enter_phase(name, step)
         if self._show_lines and step == 0:
-            self._print(f"… {name.replace('_', ' ')}")
+            self._print(f"… {name}")
         self._redraw()
         self._schedule_tick()
 

@@ -111,7 +111,7 @@ def _bars(state: PanelState) -> Table:
     if not state.stopped:
         done, total = state.progress or (0, 0)
         table.add_row(
-            Text(state.phase.replace("_", " "), "green"),
+            Text(state.phase, "green"),
             ProgressBar(total=max(1, total), completed=done, complete_style="green") if total else Text(""),
             f"{done}/{total}" if total else "",
             Text(clock_text(state.clock() - state.phase_began), "dim"),

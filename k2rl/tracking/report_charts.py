@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from k2rl.tracking import charts
+from k2rl.tracking import charts, phases
 from k2rl.tracking.metrics import series
 from k2rl.tracking.report_data import Run, evaluation_color, evaluation_label, phase_colors, reward_text
 from k2rl.tracking.timeline import Phase
@@ -162,8 +162,8 @@ def step_bars(run: Run) -> Figure:
     """The phases of each step on a row, from the step's start; evenly chosen steps of a long run."""
     by_step: defaultdict[int, list[Phase]] = defaultdict(list)
     for phase in run.phases:
-        # Evaluations follow a step rather than belong to it, and would dwarf it.
-        if phase.step > 0 and phase.phase != "evaluate":
+        # What follows a step, evaluations above all, would dwarf it.
+        if phase.step > 0 and phase.phase not in phases.AFTER_A_STEP:
             by_step[phase.step].append(phase)
     steps = sorted(by_step)
     stride = -(-len(steps) // STEP_ROWS)
@@ -177,6 +177,5 @@ def step_bars(run: Run) -> Figure:
 
 
 def _bar(phase: Phase, origin: float, colors: dict[str, str]) -> charts.Bar:
-    name = phase.phase.replace("_", " ")
-    title = f"{name}, step {phase.step}: {charts.seconds_text(phase.seconds)}"
+    title = f"{phase.phase}, step {phase.step}: {charts.seconds_text(phase.seconds)}"
     return charts.Bar(phase.start - origin, phase.end - origin, colors[phase.phase], title)

@@ -11,19 +11,14 @@ import msgspec
 
 from k2rl.evaluation.results import EvaluationResult, KindResult, load_results
 from k2rl.evaluation.stats import Estimate, difference_ci95
-from k2rl.tracking import charts
+from k2rl.tracking import charts, phases
 from k2rl.tracking.jsonl import read_jsonl
 from k2rl.tracking.metrics import read_metrics
 from k2rl.tracking.summary import Summary, read_config, summarise_run
 from k2rl.tracking.timeline import Phase, read_timeline, sum_per_phase
 from k2rl.tracking.versions import read_versions
 
-PHASE_COLORS = {
-    name: f"p{number}"
-    for number, name in enumerate(
-        ("rollout", "train", "publish", "judge", "evaluate", "warm_start", "start", "checkpoint")
-    )
-}
+PHASE_COLORS = {name: f"p{number}" for number, name in enumerate(phases.ALL)}
 
 
 class Note(msgspec.Struct, frozen=True):
@@ -178,14 +173,14 @@ def phase_rows(run: Run) -> list[PhaseRow]:
         rows.append(("other", "p-other", wall - covered))
     whole = max(wall, covered)
     return [
-        PhaseRow(name.replace("_", " "), color, seconds, seconds / whole)
+        PhaseRow(name, color, seconds, seconds / whole)
         for name, color, seconds in sorted(rows, key=lambda row: -row[2])
         if seconds > 0
     ]
 
 
-def phase_colors(phases: Sequence[Phase]) -> dict[str, str]:
+def phase_colors(recorded: Sequence[Phase]) -> dict[str, str]:
     """A CSS class for each phase: the known ones always the same, others in turn."""
-    colors = {phase.phase: PHASE_COLORS.get(phase.phase, "") for phase in phases}
+    colors = {phase.phase: PHASE_COLORS.get(phase.phase, "") for phase in recorded}
     unknown = [name for name, color in colors.items() if not color]
-    return colors | {name: f"p{(8 + number) % 11}" for number, name in enumerate(unknown)}
+    return colors | {name: f"p{(len(PHASE_COLORS) + number) % 11}" for number, name in enumerate(unknown)}

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from k2rl.config import ObjectiveConfig, OptimizerConfig
 from k2rl.errors import ConfigError, RunError
+from k2rl.models.hub import shapes_fingerprint
 from k2rl.objective.base import PolicyLoss, PolicyLossInputs
 from k2rl.objective.losses import build_policy_loss
 from k2rl.objective.mismatch import Mismatch
 from k2rl.objective.ptx import ptx_loss
 from k2rl.optim.muon import MuonAdamW, build_optimizer
 from k2rl.training.batch import LabelledSequence, SupervisedSequence, TrainSequence
-from k2rl.training.checkpoint import read_state, replaced_folder, write_state
+from k2rl.training.checkpoint import read_state, replaced_folder, write_checkpoint
 from k2rl.training.loading import copy_companions, load_causal_lm, packed_logprobs
 from k2rl.training.masters import MasterWeights
 from k2rl.training.packing import MicroBatch, pack
@@ -51,7 +52,8 @@ class TrainEngine:
             optimizer: its settings; `lr` is the first learning rate.
             micro_batch_tokens: positions per forward and backward pass.
             seed: of torch's generator.
-            num_threads: CPU threads of this process; 0 means all cores it may run on.
+            num_threads: CPU threads of the calling thread, which should then make all further calls; 0
+                means all cores it may run on.
             device: `cpu` or `cuda`, where weights, optimizer state and computation live.
 
         Raises:
@@ -59,9 +61,10 @@ class TrainEngine:
         """
         if dtype not in DTYPES:
             raise ConfigError(f"model.dtype={dtype!r} is not one of: {', '.join(DTYPES)}")
-        torch.set_num_threads(num_threads or len(os.sched_getaffinity(0)))
+        compute_with(num_threads or len(os.sched_getaffinity(0)))
         torch.manual_seed(seed)
         self._path = Path(model_path)
+        self._shapes = shapes_fingerprint(self._path)
         self._dtype = DTYPES[dtype]
         self._device = torch.device(device)
         self._model = load_causal_lm(self._path, self._device)
@@ -192,7 +195,7 @@ class TrainEngine:
         return self._weights.named_weights()
 
     def save(self, folder: str | Path) -> None:
-        """Write a resumable checkpoint; a crash meanwhile leaves the earlier one in `folder` as it was."""
+        """Write a resumable checkpoint; `folder` is whole or not there, also when the process is killed."""
         state = {
             "masters": {name: master.detach() for name, master in self._weights.named_masters()},
             "optimizer_name": self._optimizer_config.name,
@@ -200,10 +203,10 @@ class TrainEngine:
             "step_count": self.step_count,
             "rng": torch.get_rng_state(),
         }
-        write_state(Path(folder), state)
+        write_checkpoint(Path(folder), state, self._optimizer_config.name, self._path, self._shapes)
 
     def load(self, folder: str | Path) -> None:
-        """Go on from a checkpoint as if nothing had happened since it was saved.
+        """Go on from a checkpoint: its weights and optimizer state, this engine's optimizer settings.
 
         Raises:
             ConfigError: if there is none, or it is of another model or optimizer.
@@ -224,7 +227,10 @@ class TrainEngine:
             for name, master in masters.items():
                 master.copy_(state["masters"][name])
         self._weights.publish()
-        self._optimizer.load_state_dict(state["optimizer"])
+        self.reset_optimizer(self._optimizer_config.lr)
+        # Its state alone: the checkpoint's own learning rate and such would undo overrides of a resumed run.
+        settings = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({**state["optimizer"], "param_groups": settings})
         self.step_count = state["step_count"]
         torch.set_rng_state(state["rng"])
 
@@ -315,6 +321,14 @@ class TrainEngine:
             f"{what} is {loss.item()} at update {self.step_count + 1}; sequences "
             f"{_some([members[index].id for index in bad] or [member.id for member in members])}"
         )
+
+
+def compute_with(threads: int) -> None:
+    """Let this thread, and no other, compute with so many threads, whatever others set later."""
+    # At its first parallel work a thread takes the number that was last set anywhere; here that is over
+    # before ours is set.
+    torch.get_num_threads()
+    torch.set_num_threads(threads)
 
 
 class _PolicyPass:

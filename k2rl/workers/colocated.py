@@ -6,18 +6,24 @@ import asyncio
 import importlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 import ray
 
+from k2rl.checkpoint_engine.manifest import Manifest
 from k2rl.config import InferenceConfig, ObjectiveConfig, OptimizerConfig
 from k2rl.hardware import fast_dtype
 from k2rl.inference.engine import Generation, Sampling
 from k2rl.training.batch import SupervisedSequence, TrainSequence
 from k2rl.workers.process import redirect_output
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
@@ -47,17 +53,20 @@ class ColocatedWorker:
         if spec.dtype == "auto":
             spec = msgspec.structs.replace(spec, dtype=fast_dtype(gpu=spec.device == "cuda"))
         self._spec = spec
-        self._training = asyncio.Lock()
+        # One thread for the trainer's whole life: OpenMP's thread count belongs to the thread that sets it,
+        # and calls wait for each other.
+        self._trainer_thread = ThreadPoolExecutor(1, thread_name_prefix="trainer")
 
     async def start(self) -> str:
         """Start trainer and vLLM, at the same time; returns the dtype they compute in."""
         await asyncio.to_thread(_import_engines)
-        await asyncio.gather(asyncio.to_thread(self._start_trainer), asyncio.to_thread(self._start_vllm))
-        # vLLM lowers this process's thread count for its front end; the trainer wants its own back.
-        import torch
-
-        torch.set_num_threads(self._spec.num_threads or len(os.sched_getaffinity(0)))
+        await asyncio.gather(self._train(self._start_trainer), asyncio.to_thread(self._start_vllm))
         return self._spec.dtype
+
+    async def _train(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+        """Let the trainer's thread do something, after whatever it was given before."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._trainer_thread, partial(work, *arguments, **options))
 
     def _start_trainer(self) -> None:
         from k2rl.checkpoint_engine.arena import WeightArena
@@ -100,45 +109,47 @@ class ColocatedWorker:
         num_sequences: int,
     ) -> dict[str, float]:
         """See `TrainEngine.policy_step`."""
-        async with self._training:
-            return await asyncio.to_thread(
-                self._trainer.policy_step,
-                groups,
-                objective=objective,
-                temperature=temperature,
-                ptx_sequences=ptx_sequences,
-                ptx_weight=ptx_weight,
-                updates=updates,
-                num_sequences=num_sequences,
-            )
+        return await self._train(
+            self._trainer.policy_step,
+            groups,
+            objective=objective,
+            temperature=temperature,
+            ptx_sequences=ptx_sequences,
+            ptx_weight=ptx_weight,
+            updates=updates,
+            num_sequences=num_sequences,
+        )
 
     async def sft_step(self, sequences: Sequence[SupervisedSequence]) -> dict[str, float]:
         """See `TrainEngine.sft_step`."""
-        async with self._training:
-            return await asyncio.to_thread(self._trainer.sft_step, sequences)
+        return await self._train(self._trainer.sft_step, sequences)
 
     async def reset_optimizer(self, lr: float) -> None:
-        async with self._training:
-            self._trainer.reset_optimizer(lr)
+        await self._train(self._trainer.reset_optimizer, lr)
 
     async def publish(self) -> dict[str, float]:
-        """Push the trainer's weights (the checkpoint's where nothing trains) into vLLM as the next version.
+        """Push the trainer's weights (the checkpoint's where nothing trains) into vLLM.
+
+        Their version is the number of optimizer steps that made them, so that a resumed run goes on
+        counting. Publish again only when this call has returned: vLLM reads the arena until then.
 
         Returns:
             `version`, `bytes`, and the seconds spent copying out (`write_s`) and in place (`update_s`).
         """
-        async with self._training:
-            started = time.monotonic()
-            version = self._vllm.version + 1
-            manifest = await asyncio.to_thread(self._arena.write, self._weights(), version)
-            written = time.monotonic()
-            await self._vllm.update_weights(manifest)
+        started = time.monotonic()
+        manifest = await self._train(self._write_weights)
+        written = time.monotonic()
+        await self._vllm.update_weights(manifest)
         return {
-            "version": float(version),
+            "version": float(manifest.version),
             "bytes": float(sum(record.nbytes for record in manifest.records)),
             "write_s": written - started,
             "update_s": time.monotonic() - written,
         }
+
+    def _write_weights(self) -> Manifest:
+        version = self._trainer.step_count if self._spec.trains else 0
+        return self._arena.write(self._weights(), version)
 
     def _weights(self) -> Iterator[tuple[str, Any]]:
         from k2rl.checkpoint_engine.source import checkpoint_weights
@@ -156,8 +167,7 @@ class ColocatedWorker:
         sampling = Sampling(1.0, max_tokens, seed)
         generations = await asyncio.gather(*(self._vllm.generate(prompt, sampling) for prompt in prompts))
         sequences = [[*prompt, *g.token_ids] for prompt, g in zip(prompts, generations, strict=True)]
-        async with self._training:
-            scored = await asyncio.to_thread(self._trainer.logprobs, sequences)
+        scored = await self._train(self._trainer.logprobs, sequences)
         gaps = [
             abs(ours - theirs)
             for g, logprobs in zip(generations, scored, strict=True)
@@ -166,16 +176,13 @@ class ColocatedWorker:
         return {"mean": sum(gaps) / len(gaps), "max": max(gaps), "tokens": float(len(gaps))}
 
     async def save(self, folder: str) -> None:
-        async with self._training:
-            await asyncio.to_thread(self._trainer.save, folder)
+        await self._train(self._trainer.save, folder)
 
     async def load(self, folder: str) -> None:
-        async with self._training:
-            await asyncio.to_thread(self._trainer.load, folder)
+        await self._train(self._trainer.load, folder)
 
     async def save_pretrained(self, folder: str) -> None:
-        async with self._training:
-            await asyncio.to_thread(self._trainer.save_pretrained, folder)
+        await self._train(self._trainer.save_pretrained, folder)
 
     async def heartbeat(self) -> dict[str, Any]:
         """Answers at once, whatever is being computed.

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from k2rl.config import Config, DeadlineConfig
+from k2rl.config import ClusterConfig, Config, DeadlineConfig
 from k2rl.errors import ConfigError, RunError
 from k2rl.inference.engine import EngineDeadError, Generation, Sampling
 from k2rl.training.batch import SupervisedSequence, TrainSequence
@@ -35,22 +35,19 @@ class Worker:
         self._deadlines = deadlines
         #: What trainer and vLLM compute in; known once started.
         self.dtype = ""
+        #: Whether the actor died or no longer answers: nothing more can be asked of it.
+        self.lost = False
 
     @classmethod
     async def start(cls, config: Config, spec: WorkerSpec) -> Worker:
         """Place the actor in Ray and start its engines.
 
         Raises:
+            ConfigError: no node of the cluster is large enough.
             RunError: it did not start in time, or died.
         """
-        resources = ray.cluster_resources()
-        cpus = config.cluster.cpus_per_worker or resources.get("CPU", 1)
-        if config.cluster.gpus_per_worker > resources.get("GPU", 0):
-            raise ConfigError(
-                f"cluster.gpus_per_worker={config.cluster.gpus_per_worker:g}, but the Ray cluster has "
-                f"{resources.get('GPU', 0):g} GPUs"
-            )
-        actor = create_actor(spec, cpus, config.cluster.gpus_per_worker)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        actor = create_actor(spec, *reservation(config.cluster, nodes))
         worker = cls(actor, "worker 0", Path(spec.log_path), config.deadlines)
         try:
             worker.dtype = await worker._call("starting", actor.start.remote(), "start_s")
@@ -61,7 +58,9 @@ class Worker:
 
     async def generate(self, prompt_ids: list[int], sampling: Sampling) -> Generation:
         """See `InferenceEngine.generate`."""
-        return await self._call("generating", self._actor.generate.remote(prompt_ids, sampling), "generate_s")
+        reference = self._actor.generate.remote(prompt_ids, sampling)
+        # vLLM that is slow or stuck leaves the trainer able to save.
+        return await self._await("generating", reference, self._deadlines.generate_s, late_is_lost=False)
 
     async def policy_step(
         self,
@@ -117,22 +116,19 @@ class Worker:
 
     async def shutdown(self) -> None:
         """Stop vLLM and the actor; a worker that does not stop in time is killed."""
-        with suppress(TimeoutError, RayActorError, RayTaskError):
+        with suppress(TimeoutError, RayError):
             await asyncio.wait_for(self._actor.shutdown.remote(), SHUTDOWN_DEADLINE_S)
         ray.kill(self._actor)
 
     async def _call(self, what: str, reference: Awaitable[T], deadline: str) -> T:
         return await self._await(what, reference, getattr(self._deadlines, deadline))
 
-    async def _await(self, what: str, reference: Awaitable[T], seconds: float) -> T:
+    async def _await(
+        self, what: str, reference: Awaitable[T], seconds: float, late_is_lost: bool = True
+    ) -> T:
         try:
             return await asyncio.wait_for(reference, seconds)
-        except TimeoutError:
-            raise RunError(
-                self._obituary(f"{self._name} hangs: {what} took more than {seconds:g} s")
-            ) from None
-        except RayActorError:
-            raise RunError(self._obituary(f"{self._name} died while {what}")) from None
+        # First: what a method of the worker raised is also an instance of its cause, even of TimeoutError.
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, EngineDeadError):
@@ -140,7 +136,44 @@ class Worker:
             if isinstance(cause, (RunError, ConfigError)):
                 raise type(cause)(str(cause)) from None
             raise RunError(self._obituary(f"{self._name} failed while {what}: {cause!r}")) from error
+        except TimeoutError:
+            self.lost = self.lost or late_is_lost
+            raise RunError(
+                self._obituary(f"{self._name} hangs: {what} took more than {seconds:g} s")
+            ) from None
+        except RayActorError:
+            self.lost = True
+            raise RunError(self._obituary(f"{self._name} died while {what}")) from None
+        except RayError as error:
+            self.lost = True
+            reason = " ".join(str(error).split())
+            raise RunError(
+                self._obituary(f"{self._name} was lost while {what}: {type(error).__name__}: {reason}")
+            ) from error
 
     def _obituary(self, what: str) -> str:
         lines = last_lines(self._log_path)
         return f"{what}; last lines of {self._log_path}:\n{lines}" if lines else what
+
+
+def reservation(config: ClusterConfig, nodes: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+    """The CPUs and GPUs to reserve for a worker, all of them on one of these nodes.
+
+    Raises:
+        ConfigError: no node has that many, so Ray would wait for them without end.
+    """
+    gpus = config.gpus_per_worker
+    large = [node for node in nodes if node.get("GPU", 0.0) >= gpus]
+    if not large:
+        most = max((node.get("GPU", 0.0) for node in nodes), default=0.0)
+        raise ConfigError(
+            f"cluster.gpus_per_worker={gpus:g}, but no node of the Ray cluster has more than {most:g}"
+        )
+    most = max(node.get("CPU", 0.0) for node in large)
+    if config.cpus_per_worker > most:
+        kind = "node with such GPUs" if gpus else "node of the Ray cluster"
+        raise ConfigError(
+            f"cluster.cpus_per_worker={config.cpus_per_worker}, but no {kind} has more than {most:g}; "
+            "0 reserves all of the largest"
+        )
+    return config.cpus_per_worker or most, gpus

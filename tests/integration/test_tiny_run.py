@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from k2rl.evaluation.results import EvaluationResult
+from k2rl.tracking import phases
 from k2rl.tracking.metrics import read_metrics
+from k2rl.tracking.timeline import read_timeline
 
 # One run serves all of these, so they belong to one test process.
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("tiny_run")]
@@ -39,6 +41,13 @@ def test_run_leaves_its_files(tiny_run: Path) -> None:
     ):
         assert (tiny_run / name).stat().st_size > 0, name
     assert list((tiny_run / "tensorboard").iterdir())
+
+
+def test_every_phase_is_one_that_the_report_knows(tiny_run: Path) -> None:
+    assert {phase.phase for phase in read_timeline(tiny_run)} == set(phases.ALL) - {
+        phases.LOAD,
+        phases.WARM_START,
+    }
 
 
 def test_trainer_and_vllm_agree_in_float32(tiny_run: Path) -> None:

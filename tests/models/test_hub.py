@@ -244,3 +244,11 @@ def test_recipe_that_leaves_something_out(tmp_path: Path, monkeypatch: pytest.Mo
 def test_deadline_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="the download took longer than 0 s"):
         hub._run(["timeit", "-n", "1", "import time; time.sleep(60)"], "the download", 0.2)
+
+
+def test_shapes_tell_models_apart_and_values_do_not(tmp_path: Path) -> None:
+    one, same, other = (write_checkpoint(tmp_path / name) for name in ("one", "same", "other"))
+    save_file({"weight": np.ones((4, 4), dtype=np.float32)}, same / "model.safetensors")
+    save_file({"weight": np.zeros((4, 5), dtype=np.float32)}, other / "model.safetensors")
+    assert hub.shapes_fingerprint(one) == hub.shapes_fingerprint(same)
+    assert hub.shapes_fingerprint(one) != hub.shapes_fingerprint(other)

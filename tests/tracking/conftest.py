@@ -10,6 +10,7 @@ import pytest
 
 from k2rl.config import TrackingConfig
 from k2rl.evaluation.results import EvaluationResult, summarise
+from k2rl.tracking import phases
 from k2rl.tracking.timeline import Timeline
 from k2rl.tracking.tracker import Tracker
 from k2rl.types import Message, Segment, Task, ToolCall, Trajectory, Verdict
@@ -134,20 +135,22 @@ def build_run(run_dir: Path, steps: int = 15, total: int = 15, evaluations: tupl
             clock.now += 0.1
 
         def evaluate(name: str, step: int, accuracy: float) -> None:
-            spend("evaluate", step, 22)
+            spend(phases.EVALUATE, step, 22)
             tracker.evaluation(make_evaluation(name, step, accuracy, seed=step + len(name)))
 
-        spend("start", 0, 35)
+        spend(phases.START, 0, 35)
+        spend(phases.PUBLISH, 0, 1.6)
+        spend(phases.SELF_CHECK, 0, 3)
         if "base" in evaluations:
             evaluate("base", 0, 0.02)
-            spend("warm_start", 0, 48)
+            spend(phases.WARM_START, 0, 48)
+            spend(phases.PUBLISH, 0, 1.6)
         if "before" in evaluations:
             evaluate("before", 0, 0.2)
         for step in range(1, steps + 1):
-            spend("rollout", step, 25)
-            spend("judge", step, 1.2)
-            spend("train", step, 31)
-            spend("publish", step, 1.6)
+            spend(phases.ROLLOUT, step, 25)
+            spend(phases.TRAIN, step, 31)
+            spend(phases.PUBLISH, step, 1.6)
             trajectories = [
                 make_trajectory(f"s{step}-{n}", float(n % 3 == 0), task=f"t{n}") for n in range(8)
             ]
@@ -155,10 +158,14 @@ def build_run(run_dir: Path, steps: int = 15, total: int = 15, evaluations: tupl
             tracker.step(step, step_metrics(step, rng))
             if step == 3:
                 tracker.note("2 of 96 episodes failed: sandbox died: out of memory")
+            if step % 5 == 0 and step < total:
+                spend(phases.CHECKPOINT, step, 4)
             if step % 5 == 0 and step < total and evaluations:
                 evaluate(f"step_{step}", step, 0.2 + 0.03 * step)
         if "after" in evaluations:
+            spend(phases.CHECKPOINT, steps, 4)
             evaluate("after", steps, 0.68)
+            spend(phases.SAVE, steps, 2)
     return run_dir
 
 

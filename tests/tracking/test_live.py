@@ -53,7 +53,7 @@ def test_the_panel_shows_where_the_run_is(clock: Any, evaluation: Callable[..., 
     clock.now += 60
     state.finish_step(1, METRICS)
     state.finish_step(2, METRICS | {"reward/mean": 0.5})
-    state.enter_phase("warm_start", 3)
+    state.enter_phase("warm start", 3)
     clock.now += 15
     state.progress = (30, 96)
     state.notes.append((61.0, "2 of 96 episodes failed"))
@@ -111,7 +111,7 @@ def test_auto_without_a_terminal_prints_one_plain_line_a_step(
     console = Console(file=io.StringIO(), width=40)
     view = LiveView("run", 15, "auto", console=console, clock=clock)
     view.start()
-    view.phase("warm_start")
+    view.phase("warm start")
     view.evaluation(evaluation("before", 0, 0.2))
     view.phase("rollout", 1)
     view.progress(5, 96)

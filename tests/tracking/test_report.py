@@ -11,8 +11,10 @@ import pytest
 import k2rl
 from k2rl.config import TrackingConfig
 from k2rl.evaluation.results import EvaluationResult, save_result, summarise
+from k2rl.tracking import phases
 from k2rl.tracking.report import main, write_report
-from k2rl.tracking.report_charts import running_mean
+from k2rl.tracking.report_charts import running_mean, step_bars
+from k2rl.tracking.report_data import PHASE_COLORS, load_run
 from k2rl.tracking.report_examples import MAX_CHARS, build_examples
 from k2rl.tracking.tracker import Tracker
 from k2rl.types import Message, ToolCall, Trajectory
@@ -113,6 +115,17 @@ def test_an_unfinished_run_has_a_report(
     assert not re.search(r"\b(nan|None|inf|undefined)\b", text)
 
 
+def test_phases_are_told_apart_and_steps_are_rows_of_their_own_phases(
+    tmp_path: Path, make_run: MakeRun
+) -> None:
+    run = load_run(make_run(tmp_path / "run", evaluations=("base", "before", "after")))
+    assert {phase.phase for phase in run.phases} <= set(phases.ALL)
+    assert len(set(PHASE_COLORS.values())) == len(phases.ALL)
+    titles = ET.fromstring(step_bars(run).svg).itertext()
+    shown = {text.split(",")[0] for text in titles if ", step " in text}
+    assert shown == {phases.ROLLOUT, phases.TRAIN, phases.PUBLISH}
+
+
 def test_an_empty_folder_has_a_report(tmp_path: Path) -> None:
     assert "no evaluation yet" in report(tmp_path).text
 
@@ -167,11 +180,11 @@ def test_metrics_that_were_not_numbers_leave_gaps(tmp_path: Path) -> None:
 
 
 def test_a_long_run_stays_readable(tmp_path: Path, make_run: MakeRun) -> None:
-    run = make_run(tmp_path / "run", steps=110, total=110)
+    run = make_run(tmp_path / "run", steps=130, total=130)
     text = report(run).text
-    assert "Every 3 steps." in text
+    assert "Every 4 steps." in text
     html = (run / "report.html").read_text(encoding="utf-8")
-    assert ">step 4</text>" in html
+    assert ">step 5</text>" in html
     assert ">step 2</text>" not in html
     assert "and its mean over 5 steps" in text
     assert "The whole run" not in text

@@ -1,13 +1,17 @@
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from k2rl.config import TrackingConfig
 from k2rl.errors import ConfigError
+from k2rl.evaluation.results import EvaluationResult
 from k2rl.tracking.sinks import TensorBoardSink, WandbSink
+from k2rl.tracking.tracker import Tracker
 
 
 def scalars(directory: Path, tag: str) -> list[tuple[int, float]]:
@@ -36,6 +40,18 @@ def test_tensorboard_forgets_the_steps_a_resumed_run_repeats(tmp_path: Path) -> 
     second.write(3, {"reward/mean": 0.9})
     second.close()
     assert scalars(tmp_path, "reward/mean") == [(1, 0.1), (2, 0.1), (3, 0.9)]
+
+
+def test_evaluations_of_step_0_do_not_hide_each_other(
+    tmp_path: Path, evaluation: Callable[..., EvaluationResult]
+) -> None:
+    results = [evaluation("base", 0, 0.1), evaluation("before", 0, 0.3), evaluation("after", 9, 0.6)]
+    with Tracker(tmp_path, TrackingConfig(live="off"), 9) as tracker:
+        for result in results:
+            tracker.evaluation(result)
+    base, before, after = (round(result.reward or 0, 6) for result in results)
+    assert scalars(tmp_path / "tensorboard", "eval/base/reward") == [(0, base)]
+    assert scalars(tmp_path / "tensorboard", "eval/reward") == [(0, before), (9, after)]
 
 
 def test_wandb_that_is_not_installed_is_a_config_error(

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from k2rl.config import OptimizerConfig
 from k2rl.errors import ConfigError
-from k2rl.training.checkpoint import read_state, replaced_folder, write_state
 from k2rl.training.engine import TrainEngine
 from k2rl.training.loading import load_causal_lm
 
@@ -82,44 +81,3 @@ def test_save_pretrained_is_a_plain_checkpoint(model_path: Path, tmp_path: Path,
     chat = [{"role": "user", "content": "w5 w6"}]
     assert tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False) == [5, 6]
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_failed_write_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_state(tmp_path, {"value": 1})
-
-    def broken(*_: object, **__: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(OSError, match="disk full"):
-        write_state(tmp_path, {"value": 2})
-    assert read_state(tmp_path)["value"] == 1
-    assert [file.name for file in tmp_path.iterdir()] == ["trainer.pt"]
-
-
-def test_a_failed_export_leaves_the_last_folder(tmp_path: Path) -> None:
-    with replaced_folder(tmp_path / "out") as folder:
-        (folder / "file").write_text("first")
-
-    def export() -> None:
-        with replaced_folder(tmp_path / "out") as folder:
-            (folder / "file").write_text("second")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        export()
-    assert (tmp_path / "out" / "file").read_text() == "first"
-    assert [file.name for file in tmp_path.iterdir()] == ["out"]
-
-
-def test_missing_and_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no trainer checkpoint"):
-        read_state(tmp_path)
-    write_state(tmp_path, {"value": torch.arange(1000)})
-    whole = (tmp_path / "trainer.pt").read_bytes()
-    (tmp_path / "trainer.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ConfigError, match="cannot be read"):
-        read_state(tmp_path)
-    torch.save({"format": 99}, tmp_path / "trainer.pt")
-    with pytest.raises(ConfigError, match="format 99"):
-        read_state(tmp_path)

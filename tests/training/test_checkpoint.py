@@ -1,0 +1,119 @@
+"""Checkpoints: whole or not there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from k2rl.errors import ConfigError
+from k2rl.training.checkpoint import (
+    checkpoint_folder,
+    checkpoints,
+    read_about,
+    read_state,
+    remove_leftovers,
+    replaced_folder,
+    write_checkpoint,
+)
+
+
+def write(folder: Path, **state: Any) -> None:
+    write_checkpoint(folder, state, "muon", Path("/models/tiny"), "shapes")
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "trainer.pt"
+    os.truncate(file, file.stat().st_size // 2)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "state cut off": truncate,
+    "state missing": lambda folder: (folder / "trainer.pt").unlink(),
+    "description missing": lambda folder: (folder / "checkpoint.json").unlink(),
+    "description cut off": lambda folder: (folder / "checkpoint.json").write_text('{"format": 1'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_none(tmp_path: Path, damage: str) -> None:
+    older, newest = (checkpoint_folder(tmp_path, step) for step in (5, 10))
+    for folder in (older, newest):
+        write(folder, value=torch.arange(1000))
+    assert checkpoints(tmp_path) == [(5, older), (10, newest)]
+    DAMAGES[damage](newest)
+    assert checkpoints(tmp_path) == [(5, older)]
+    remove_leftovers(tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == [older]
+    assert torch.equal(read_state(older)["value"], torch.arange(1000))
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(checkpoint_folder(tmp_path, 1), value=1)
+
+    def broken(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(OSError, match="disk full"):
+        write(checkpoint_folder(tmp_path, 2), value=2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
+
+
+def test_a_process_killed_while_it_writes_leaves_the_older_one(tmp_path: Path) -> None:
+    older = checkpoint_folder(tmp_path, 1)
+    write(older, value=1)
+    code = (
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from k2rl.training.checkpoint import replaced_folder\n"
+        f"with replaced_folder(Path({str(checkpoint_folder(tmp_path, 2))!r})) as folder:\n"
+        "    (folder / 'trainer.pt').write_bytes(b'half of it')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=root).returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    assert checkpoints(tmp_path) == [(1, older)]
+    (tmp_path / "checkpoints" / "notes.txt").write_text("the user's own")
+    remove_leftovers(tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_000001", "notes.txt"}
+
+
+def test_a_failed_export_leaves_the_last_folder(tmp_path: Path) -> None:
+    with replaced_folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("first")
+
+    def export() -> None:
+        with replaced_folder(tmp_path / "out") as folder:
+            (folder / "file").write_text("second")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        export()
+    assert (tmp_path / "out" / "file").read_text() == "first"
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_states_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    assert read_about(tmp_path) is None
+    with pytest.raises(ConfigError, match="holds no trainer checkpoint"):
+        read_state(tmp_path)
+    folder = tmp_path / "checkpoint"
+    write(folder, value=torch.arange(1000))
+    about = read_about(folder)
+    assert about is not None
+    assert (about.optimizer, about.model, about.shapes) == ("muon", "/models/tiny", "shapes")
+    truncate(folder)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_state(folder)
+    torch.save({"format": 99}, folder / "trainer.pt")
+    with pytest.raises(ConfigError, match="format 99"):
+        read_state(folder)

@@ -1,0 +1,76 @@
+"""The worker's own thread for the trainer."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from k2rl.checkpoint_engine.manifest import Manifest
+from k2rl.config import InferenceConfig, OptimizerConfig
+from k2rl.training.engine import compute_with
+from k2rl.workers import colocated
+from k2rl.workers.colocated import ColocatedWorker, WorkerSpec
+
+
+class ReceivingEngine:
+    """Takes what vLLM would be sent."""
+
+    def __init__(self) -> None:
+        self.versions: list[int] = []
+
+    async def update_weights(self, manifest: Manifest) -> None:
+        self.versions.append(manifest.version)
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ColocatedWorker:
+    monkeypatch.setattr(colocated, "redirect_output", lambda path: None)
+    spec = WorkerSpec(
+        str(tmp_path), "float32", "cpu", (), 0, "log", OptimizerConfig(), 64, 2, InferenceConfig()
+    )
+    return ColocatedWorker(spec)
+
+
+def test_the_trainer_keeps_its_thread_and_its_thread_count(worker: ColocatedWorker) -> None:
+    """OpenMP's count belongs to the thread that set it; vLLM sets it to 1 in others."""
+
+    async def counts() -> list[tuple[int, int]]:
+        def now() -> tuple[int, int]:
+            return threading.get_ident(), torch.get_num_threads()
+
+        await worker._train(compute_with, 2)
+        await asyncio.to_thread(torch.set_num_threads, 1)
+        return list(await asyncio.gather(*(worker._train(now) for _ in range(8))))
+
+    threads = torch.get_num_threads()
+    try:
+        found = asyncio.run(counts())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(set(found)) == 1
+    assert found[0][1] == 2
+    assert found[0][0] != threading.get_ident()
+
+
+def test_versions_count_the_optimizer_steps(worker: ColocatedWorker) -> None:
+    """So they go on where a resumed trainer does."""
+    engine, trainer = ReceivingEngine(), SimpleNamespace(step_count=0)
+    trainer.named_weights = lambda: iter([("weight", torch.ones(3))])
+    worker_with_parts: Any = worker
+    worker_with_parts._vllm, worker_with_parts._trainer = engine, trainer
+
+    async def publish(step_count: int) -> float:
+        trainer.step_count = step_count
+        return (await worker.publish())["version"]
+
+    from k2rl.checkpoint_engine.arena import WeightArena
+
+    worker_with_parts._arena = WeightArena()
+    assert [asyncio.run(publish(count)) for count in (7, 8)] == [7.0, 8.0]
+    assert engine.versions == [7, 8]
