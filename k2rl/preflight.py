@@ -10,7 +10,8 @@ from pathlib import Path
 
 import envs.registry
 from envs.base import TextEnv
-from k2rl.config import Config, check
+from k2rl.config import Config
+from k2rl.config_check import check
 from k2rl.errors import ConfigError
 from k2rl.models.chat import ChatTemplate
 from k2rl.models.hub import resolve_model
