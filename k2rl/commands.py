@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TextIO
 
@@ -27,7 +28,7 @@ def train(overrides: Sequence[str], multirun: bool) -> int:
     _quiet()
     overrides = composition.resumed(overrides)
     for job in composition.jobs(overrides, multirun):
-        preflight(composition.compose(job))
+        preflight(composition.compose(job)).close()
     return composition.run_jobs(overrides, multirun, _reporting_errors(_train))
 
 
@@ -39,12 +40,13 @@ def evaluate(overrides: Sequence[str]) -> int:
     """
     _quiet()
     overrides = [*overrides, "name=eval"]
-    preflight(composition.compose(overrides), training=False)
+    preflight(composition.compose(overrides), training=False).close()
     return composition.run_jobs(overrides, False, _reporting_errors(_evaluate))
 
 
 def _train(config: Config, run_dir: Path) -> None:
-    summary = execute(preflight(config), run_dir)
+    with closing(preflight(config)) as prepared:
+        summary = execute(prepared, run_dir)
     _say(f"report:  {run_dir / 'report.html'}")
     _say(f"summary: {run_dir / 'summary.json'}")
     _say(f"model:   {run_dir / 'model'}")
@@ -54,7 +56,8 @@ def _train(config: Config, run_dir: Path) -> None:
 
 
 def _evaluate(config: Config, run_dir: Path) -> None:
-    result = execute_evaluation(preflight(config, training=False), run_dir)
+    with closing(preflight(config, training=False)) as prepared:
+        result = execute_evaluation(prepared, run_dir)
     if result.reward is None or result.ci95 is None:
         raise RunError(f"none of {result.failed} episodes was scored")
     _say(f"reward {_estimate(result.reward, result.ci95)}, n={result.n}, failed {result.failed}")
