@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Awaitable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,10 +15,8 @@ from k2rl.evaluation.results import EvaluationResult, summarise
 from k2rl.preflight import Preflight
 from k2rl.rollouts.episode import Attempt
 from k2rl.rollouts.scheduler import RolloutScheduler, check_failures
-from k2rl.seeds import derive_seed
 from k2rl.tracking.tracker import Tracker
 from k2rl.training.supervised import PTXCorpus
-from k2rl.types import Task
 from k2rl.workers.handle import Worker
 
 T = TypeVar("T")
@@ -37,11 +34,6 @@ class Run:
     scheduler: RolloutScheduler
     ptx: PTXCorpus
     finished_steps: int = 0
-
-    def train_tasks(self, step: int) -> list[Task]:
-        """The tasks of a step: a function of the seed and the step."""
-        seed = derive_seed(self.config.seed, step)
-        return list(islice(self.prepared.env.tasks("train", seed), self.config.rollout.tasks_per_step))
 
     async def evaluate(self, name: str) -> EvaluationResult:
         """Greedy episodes on the held-out tasks; saved as `evaluations/<name>.json`."""
