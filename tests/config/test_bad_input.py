@@ -40,6 +40,7 @@ CASES = {
         "have 0 of warm_start.kinds=['add']",
     ),
     "demonstrations cut off": (["warm_start=easy", "env.max_turns=1"], "cut off by env.max_turns=1"),
+    "not set yet": (["env.kwargs.mix.subtract=1"], "add it with a plus sign: +env.kwargs.mix.subtract=1"),
     "engine argument": (["+inference.engine_args.blok_size=16"], "did you mean block_size?"),
     "engine argument of ours": (["+inference.engine_args.load_format=auto"], "load_format cannot be set"),
     "long chat": (["train.micro_batch_tokens=20"], "train.micro_batch_tokens=20"),
@@ -79,6 +80,10 @@ def test_a_judge_that_raises(
 
 PRELUDE = "import threading\nfrom itertools import islice\nfrom envs.calculator import CalculatorEnv\n"
 BAD_ENVIRONMENTS = {
+    "a constructor that raises": (
+        "def __init__(self):\n        raise OSError('no container runtime')",
+        "OSError: no container runtime",
+    ),
     "a close() that raises": ("def close(self):\n        raise OSError('it runs on')", "close(): OSError"),
     "no training tasks": (
         "def tasks(self, split, seed):\n"
@@ -145,6 +150,32 @@ def test_a_sliding_window_is_found_before_anything_starts(
     monkeypatch.chdir(tmp_path)
     assert main(["train", "experiment=tiny", f"model.path={model}"]) == 2
     assert "has layers with sliding_attention" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["nosuch", "."])
+def test_a_report_of_what_is_no_run(
+    folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", folder]) == 2
+    assert capsys.readouterr().err == f"k2rl: {folder} is not the folder of a run (no config.yaml in it)\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_called_as_one_of_our_packages_is_no_trouble(tmp_path: Path) -> None:
+    (tmp_path / "envs").mkdir()
+    (tmp_path / "envs" / "__init__.py").write_text("raise ImportError('the wrong package')")
+    # -P as for an installed command: Python itself does not put the working folder first.
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "k2rl.cli", "envs", "list"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "calculator" in done.stdout
 
 
 def test_every_job_of_a_multirun_is_checked_first(
