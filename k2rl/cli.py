@@ -21,8 +21,10 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code: 0, 1 (the run failed), 2 (wrong input), 130 (interrupted)."""
-    # Environments and rubrics named as `module:Class` are looked for in the working folder too.
-    sys.path.insert(0, str(Path.cwd()))
+    # Environments and rubrics named as `module:Class` are looked for in the working folder too; last, since
+    # a folder there may be called as one of our own packages (`envs`).
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
     arguments, rest = _parser().parse_known_args(argv)
     if arguments.command in ("train", "eval"):
         arguments.overrides = [*arguments.overrides, *rest]
@@ -112,8 +114,11 @@ def _list_environments(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from k2rl.composition import CONFIG_FILE
     from k2rl.tracking.report import write_report
 
+    if not (arguments.run_dir / CONFIG_FILE).is_file():
+        raise ConfigError(f"{arguments.run_dir} is not the folder of a run (no {CONFIG_FILE} in it)")
     print(write_report(arguments.run_dir))
     return 0
 

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -29,7 +30,8 @@ def train(overrides: Sequence[str], multirun: bool) -> int:
     _quiet()
     overrides = composition.resumed(overrides, multirun)
     for job in composition.jobs(overrides, multirun):
-        resume_step(preflight(composition.compose(job)))
+        with closing(preflight(composition.compose(job))) as prepared:
+            resume_step(prepared)
     return composition.run_jobs(overrides, multirun, _reporting_errors(_train))
 
 
@@ -41,13 +43,14 @@ def evaluate(overrides: Sequence[str]) -> int:
     """
     _quiet()
     overrides = [*overrides, "name=eval"]
-    preflight(composition.compose(overrides), training=False)
+    preflight(composition.compose(overrides), training=False).close()
     return composition.run_jobs(overrides, False, _reporting_errors(_evaluate))
 
 
 def _train(config: Config, run_dir: Path) -> None:
     record = partial(composition.record, config, composition.own_overrides(), run_dir)
-    summary = execute(preflight(config), run_dir, record)
+    with closing(preflight(config)) as prepared:
+        summary = execute(prepared, run_dir, record)
     _say(f"report:  {run_dir / 'report.html'}")
     _say(f"summary: {run_dir / 'summary.json'}")
     _say(f"model:   {run_dir / 'model'}")
@@ -58,7 +61,8 @@ def _train(config: Config, run_dir: Path) -> None:
 
 def _evaluate(config: Config, run_dir: Path) -> None:
     composition.record(config, composition.own_overrides(), run_dir)
-    result = execute_evaluation(preflight(config, training=False), run_dir)
+    with closing(preflight(config, training=False)) as prepared:
+        result = execute_evaluation(prepared, run_dir)
     if result.reward is None or result.ci95 is None:
         raise RunError(f"none of {result.failed} episodes was scored")
     _say(f"reward {_estimate(result.reward, result.ci95)}, n={result.n}, failed {result.failed}")

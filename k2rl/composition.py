@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -150,6 +151,10 @@ def _one_line(error: BaseException) -> str:
     known = list(_keys(Config))
     if key in known:
         return f"{key}: {str(cause).splitlines()[0]}"
+    # Below a dict of the user's own (env.kwargs), Hydra sets what is there and adds only with a plus sign.
+    adding = re.search(r"To append to your config use (\+\S+)", first)
+    if adding and any(key.startswith(f"{name}.") for name in known):
+        return f"{key} is not set yet; add it with a plus sign: {adding[1]}"
     close = difflib.get_close_matches(key, known, 1, 0.6)
     return f"{key}: no such key" + (f"; did you mean {close[0]}?" if close else "; docs/config.md lists all")
 

@@ -14,7 +14,6 @@ from typing import TypeVar
 import msgspec
 import ray
 
-from envs.base import maybe_await
 from k2rl.config import Config
 from k2rl.errors import ConfigError, RunError
 from k2rl.evaluation.results import EvaluationResult
@@ -207,7 +206,6 @@ async def started(
             try:
                 yield Run(config, prepared, run_dir, tracker, worker, scheduler, ptx, resume_step or 0)
             finally:
-                scheduler.close()
                 await worker.shutdown()
 
 
@@ -266,11 +264,9 @@ async def _self_check(run: Run) -> None:
     Raises:
         RunError: with the gap.
     """
-    env = run.prepared.make_env()
-    prompts = []
-    for task in run.prepared.eval_tasks[:SELF_CHECK_PROMPTS]:
-        messages, _ = await maybe_await(env.reset(seed=task.seed, options={"task": task}))
-        prompts.append(run.prepared.chat.prompt_ids(messages))
+    room = run.config.inference.max_model_len - SELF_CHECK_TOKENS
+    tasks = run.prepared.eval_tasks[:SELF_CHECK_PROMPTS]
+    prompts = [(await run.prepared.opening(task))[:room] for task in tasks]
     with run.tracker.phase(phases.SELF_CHECK):
         gap = await run.worker.logprob_gap(prompts, SELF_CHECK_TOKENS, run.config.seed)
     limit = run.config.inference.max_logprob_gap

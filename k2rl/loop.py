@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean
 
-from k2rl.errors import RunError
+from k2rl.config import Config
+from k2rl.errors import ConfigError, RunError
 from k2rl.objective.advantages import group_advantages, is_uniform
 from k2rl.objective.budget import penalised_reward
 from k2rl.objective.temperature import temperature_at
@@ -16,7 +17,7 @@ from k2rl.run import Run, uninterrupted
 from k2rl.seeds import derive_seed
 from k2rl.tracking import phases
 from k2rl.training.batch import TrainSequence
-from k2rl.types import Trajectory
+from k2rl.types import Task, Trajectory
 
 
 async def train(run: Run) -> None:
@@ -33,7 +34,9 @@ async def train(run: Run) -> None:
         temperature = temperature_at(config.temperature, step - 1, config.train.steps)
 
         with tracker.phase(phases.ROLLOUT, step):
-            trajectories = await run.scheduler.run(attempts(run, step, temperature), tracker.progress)
+            tasks = await _tasks(run, step)
+            responses = attempts(tasks, config.rollout.group_size, config.seed, step, temperature)
+            trajectories = await run.scheduler.run(responses, tracker.progress)
         check_failures(trajectories, config.rollout.max_failed_share, f"step {step}")
         rollout_seconds = tracker.timeline.of_step(step)[-1].seconds
         metrics = rollout_metrics(trajectories, temperature, rollout_seconds)
@@ -46,7 +49,7 @@ async def learn(run: Run, step: int, trajectories: list[Trajectory], metrics: di
     """Train on a step's trajectories, publish the new weights and record the step."""
     config, tracker = run.config, run.tracker
     run.settled = False
-    groups, num_sequences = policy_batch(run, trajectories)
+    groups, num_sequences = policy_batch(config, trajectories)
     if groups:
         with tracker.phase(phases.TRAIN, step):
             ptx, temperature = run.ptx.sample(step), metrics["rollout/temperature"]
@@ -55,7 +58,8 @@ async def learn(run: Run, step: int, trajectories: list[Trajectory], metrics: di
             published = await run.worker.publish()
         metrics |= train_metrics(learned, published)
     else:
-        tracker.note(f"step {step}: every group's rewards are all equal; nothing to learn")
+        why = "every group's rewards are all equal" if num_sequences else "no group has two scored responses"
+        tracker.note(f"step {step}: {why}; nothing to learn")
     metrics["rollout/informative_groups"] = len(groups) / config.rollout.tasks_per_step
     run.finished_steps = step
     tracker.step(step, metrics)
@@ -63,22 +67,34 @@ async def learn(run: Run, step: int, trajectories: list[Trajectory], metrics: di
     run.settled = True
 
 
-def attempts(run: Run, step: int, temperature: float) -> list[Attempt]:
-    """K attempts for each of the step's tasks; a function of seed and step alone."""
+async def _tasks(run: Run, step: int) -> list[Task]:
+    try:
+        return await run.prepared.train_tasks(step)
+    except ConfigError as error:  # too late to be wrong input: the first step's tasks were there
+        raise RunError(f"step {step}: {error}") from error
+
+
+def attempts(
+    tasks: Sequence[Task], group_size: int, seed: int, step: int, temperature: float
+) -> list[Attempt]:
+    """`group_size` attempts for each of the step's tasks, seeded apart by `(seed, step)` and their places.
+
+    A task that a step draws twice makes two groups.
+    """
     return [
         Attempt(
-            id=f"step{step}-{task.id}-{k}",
-            group_id=f"step{step}-{task.id}",
+            id=f"step{step}-{index}-{task.id}-{k}",
+            group_id=f"step{step}-{index}-{task.id}",
             task=task,
             temperature=temperature,
-            seed=derive_seed(run.config.seed, step, task.id, k),
+            seed=derive_seed(seed, step, index, task.id, k),
         )
-        for task in run.train_tasks(step)
-        for k in range(run.config.rollout.group_size)
+        for index, task in enumerate(tasks)
+        for k in range(group_size)
     ]
 
 
-def policy_batch(run: Run, trajectories: Sequence[Trajectory]) -> tuple[list[list[TrainSequence]], int]:
+def policy_batch(config: Config, trajectories: Sequence[Trajectory]) -> tuple[list[list[TrainSequence]], int]:
     """The groups to learn from, with advantages, and how many responses the loss is averaged over.
 
     Failed episodes are left out; a group needs two scored ones. Groups whose rewards are all equal
@@ -93,8 +109,8 @@ def policy_batch(run: Run, trajectories: Sequence[Trajectory]) -> tuple[list[lis
         if len(members) < 2:
             continue
         num_sequences += len(members)
-        rewards = [penalised_reward(t.reward, t.stop_reason, run.config.budget) for t in members]
-        if run.config.rollout.drop_uniform_groups and is_uniform(rewards):
+        rewards = [penalised_reward(t.reward, t.stop_reason, config.budget) for t in members]
+        if config.rollout.drop_uniform_groups and is_uniform(rewards):
             continue
         advantages = group_advantages(rewards)
         groups.append([TrainSequence.from_trajectory(t, a) for t, a in zip(members, advantages, strict=True)])
@@ -104,22 +120,32 @@ def policy_batch(run: Run, trajectories: Sequence[Trajectory]) -> tuple[list[lis
 def rollout_metrics(
     trajectories: Sequence[Trajectory], temperature: float, seconds: float
 ) -> dict[str, float]:
-    """What the rollouts of a step say; rewards are those of the judge, without budget penalties."""
+    """What the rollouts of a step say; rewards are those of the judge, without budget penalties.
+
+    Raises:
+        RunError: no episode was scored.
+    """
     scored = [trajectory for trajectory in trajectories if not trajectory.failed]
     by_kind: defaultdict[str, list[float]] = defaultdict(list)
     for trajectory in scored:
         by_kind[trajectory.task.kind].append(trajectory.reward)
+    components: defaultdict[str, list[float]] = defaultdict(list)
+    for trajectory in scored:
+        for name, value in (trajectory.verdict.components if trajectory.verdict else {}).items():
+            components[name].append(value)
     tokens = [trajectory.num_sampled for trajectory in scored]
-    truncated = [trajectory.stop_reason == "token_budget" for trajectory in scored]
+    ends = [trajectory.stop_reason for trajectory in scored]
     if not scored:
         raise RunError("no episode of the step was scored")
     return {
         "reward/mean": fmean(trajectory.reward for trajectory in scored),
         **{f"reward/kind/{kind}": fmean(rewards) for kind, rewards in sorted(by_kind.items())},
+        **{f"reward/component/{name}": fmean(values) for name, values in sorted(components.items())},
         "rollout/episodes": len(trajectories),
         "rollout/failed": len(trajectories) - len(scored),
         "rollout/tokens_mean": fmean(tokens),
-        "rollout/truncated_share": fmean(truncated),
+        "rollout/truncated_share": ends.count("token_budget") / len(ends),
+        "rollout/context_share": ends.count("context") / len(ends),
         "rollout/tokens_per_second": sum(tokens) / seconds,
         "rollout/episodes_per_second": len(trajectories) / seconds,
         "rollout/temperature": temperature,

@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
+import logging
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
+from typing import Any, TypeVar
 
 import envs.registry
 from envs.base import TextEnv
-from k2rl.config import Config, check
+from k2rl.config import Config
+from k2rl.config_check import check
 from k2rl.errors import ConfigError
+from k2rl.inference.arguments import check_engine_args
+from k2rl.models.attention import check_attention_config
 from k2rl.models.chat import ChatTemplate
 from k2rl.models.hub import resolve_model
 from k2rl.objective.budget import budget_for
 from k2rl.rollouts.demonstration import play_script
 from k2rl.rollouts.episode import EpisodeLimits
+from k2rl.rollouts.hosting import CLOSE_DEADLINE_S, call, hosted
+from k2rl.seeds import derive_seed
 from k2rl.training.batch import SupervisedSequence
 from k2rl.training.chats import load_chats
 from k2rl.training.supervised import chat_sequence, demonstration_sequence
-from k2rl.types import Task, Trajectory
+from k2rl.types import Message, Split, Task, Trajectory
 from rubrics.base import Rubric, judge_safely
+from rubrics.deadline import MissedDeadlineError, within
+
+T = TypeVar("T")
+
+DRAWS_PER_DEMONSTRATION = 200
+"""Training tasks to look at, for each demonstration wanted, in search of the kinds to demonstrate."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Preflight:
-    """What the checks have found and built; all of it light."""
+    """What the checks have found and built; all of it light. To be closed, for the environment's sake."""
 
     config: Config
     model_path: Path
@@ -40,6 +55,59 @@ class Preflight:
     def make_env(self) -> TextEnv:
         return envs.registry.make(self.config.env.id, **self.config.env.kwargs)
 
+    async def train_tasks(self, step: int) -> list[Task]:
+        """The tasks of a step: a function of the seed and the step.
+
+        Raises:
+            ConfigError: the environment raises, hangs or has too few.
+        """
+        wanted = self.config.rollout.tasks_per_step
+        tasks = await _draw(self, "train", derive_seed(self.config.seed, step), wanted)
+        if len(tasks) < wanted:
+            raise ConfigError(
+                f"environment {self.config.env.id!r} gives only {len(tasks)} training tasks, but a step "
+                f"draws rollout.tasks_per_step={wanted}; its tasks('train', seed) should not end"
+            )
+        return tasks
+
+    async def opening(self, task: Task) -> list[int]:
+        """The prompt of a task's episode, as ids.
+
+        Raises:
+            ConfigError: the environment raises or hangs.
+        """
+
+        async def reset(env: TextEnv) -> tuple[Iterable[Message], Any]:
+            return await call(env.reset, seed=task.seed, options={"task": task})
+
+        messages, _ = await _asked(self.config, f"on task {task.id}", self._hosted(reset))
+        return self.chat.prompt_ids(tuple(messages))
+
+    async def play(self, task: Task, script: Callable[[TextEnv], Iterable[str]]) -> Trajectory:
+        """Play a script as the policy's turns, with the engine's whole context for a budget.
+
+        Raises:
+            ConfigError: the environment raises or hangs, or the script is at its end before the episode is.
+        """
+        context = self.config.inference.max_model_len
+        limits = EpisodeLimits(self.config.env.max_turns, context, context, context)
+
+        async def episode(env: TextEnv) -> Trajectory:
+            return await play_script(env, task, await call(script, env), self.chat, limits)
+
+        return await _asked(self.config, f"on task {task.id}", self._hosted(episode))
+
+    def _hosted(self, use: Callable[[TextEnv], Coroutine[Any, Any, T]]) -> Coroutine[Any, Any, T]:
+        return hosted(self.make_env, use, self.config.rollout.episode_deadline_s)
+
+    def close(self) -> None:
+        """Close the environment that gives the tasks; one that cannot is noted in the log."""
+        try:
+            asyncio.run(within(CLOSE_DEADLINE_S, call(self.env.close)))
+        # There is nothing left to lose to it, and the run's own result is not to be lost.
+        except Exception as error:
+            logger.warning("close() of environment %s failed", self.config.env.id, exc_info=error)
+
 
 def preflight(config: Config, training: bool = True) -> Preflight:
     """Check a configuration against the parts it names.
@@ -51,45 +119,83 @@ def preflight(config: Config, training: bool = True) -> Preflight:
         ConfigError: one line that says what is wrong and how to mend it.
     """
     check(config)
+    check_engine_args(config.inference.engine_args)
     env = envs.registry.make(config.env.id, **config.env.kwargs)
     _check_kinds(config, env)
     rubric = envs.registry.rubric_of(env, config.rubric.id, **config.rubric.kwargs)
     model_path = resolve_model(config.model.path)
-    chat = ChatTemplate.from_pretrained(model_path)
-    eval_tasks = list(islice(env.tasks("eval", 0), config.env.eval_tasks))
-    if not eval_tasks:
-        raise ConfigError(
-            f"environment {config.env.id!r} has no held-out tasks: its tasks('eval', seed) is empty"
-        )
-    prepared = Preflight(config, model_path, chat, env, rubric, eval_tasks, [], [])
-    asyncio.run(_rehearse(prepared))
     if training:
-        prepared.warm_start = asyncio.run(_warm_start(prepared))
-        prepared.ptx = _ptx(config, chat)
+        check_attention_config(model_path)
+    chat = ChatTemplate.from_pretrained(model_path)
+    prepared = Preflight(config, model_path, chat, env, rubric, [], [], [])
+    try:
+        asyncio.run(_look(prepared, training))
+    except BaseException:
+        prepared.close()
+        raise
     return prepared
 
 
+async def _look(prepared: Preflight, training: bool) -> None:
+    config = prepared.config
+    prepared.eval_tasks = await _draw(prepared, "eval", 0, config.env.eval_tasks)
+    if not prepared.eval_tasks:
+        raise ConfigError(
+            f"environment {config.env.id!r} has no held-out tasks: its tasks('eval', seed) is empty"
+        )
+    await _rehearse(prepared)
+    if training:
+        await prepared.train_tasks(1)
+        prepared.warm_start = await _warm_start(prepared)
+        prepared.ptx = _ptx(config, prepared.chat)
+
+
 def _check_kinds(config: Config, env: TextEnv) -> None:
-    for key, kinds in {
-        "budget.per_kind": config.budget.per_kind,
-        "warm_start.kinds": config.warm_start.kinds,
-    }.items():
+    for key, kinds, remedy in (
+        ("budget.per_kind", config.budget.per_kind, ""),
+        (
+            "warm_start.kinds",
+            config.warm_start.kinds,
+            "; set warm_start.kinds=[] for all, or warm_start=none",
+        ),
+    ):
         for kind in kinds:
             if kind not in env.kinds:
-                raise ConfigError(f"{key} names {kind!r}, but {config.env.id} has: {', '.join(env.kinds)}")
+                raise ConfigError(
+                    f"{key} names {kind!r}, but {config.env.id} has: {', '.join(env.kinds)}{remedy}"
+                )
+
+
+async def _draw(
+    prepared: Preflight, split: Split, seed: int, count: int, kinds: Iterable[str] = (), draws: int = 0
+) -> list[Task]:
+    """Up to `count` tasks, of these `kinds` alone where there are any, from the first `draws` of a stream.
+
+    Raises:
+        ConfigError: the environment raises or hangs, or gives what is no task.
+    """
+    env, wanted = prepared.env, set(kinds)
+
+    def draw() -> list[Task]:
+        tasks = []
+        for task in islice(env.tasks(split, seed), draws or count):
+            if not isinstance(task, Task):
+                raise TypeError(f"{type(task).__name__} is no k2rl.types.Task")
+            if not wanted or task.kind in wanted:
+                tasks.append(task)
+            if len(tasks) == count:
+                break
+        return tasks
+
+    config = prepared.config
+    work = within(config.rollout.episode_deadline_s, call(draw))
+    return await _asked(config, f"to give tasks({split!r}, {seed})", work)
 
 
 async def _rehearse(prepared: Preflight) -> None:
     """Play and judge one scripted episode, so that a judge or environment that raises is found now."""
-    config, env, task = prepared.config, prepared.make_env(), prepared.eval_tasks[0]
-    turns = env.demonstration(task) or [""]
-    try:
-        trajectory = await _play(prepared, env, task, turns)
-    # Plug-in code may raise anything.
-    except Exception as error:
-        raise ConfigError(
-            f"environment {config.env.id!r} fails on task {task.id}: {type(error).__name__}: {error}"
-        ) from error
+    config, task = prepared.config, prepared.eval_tasks[0]
+    trajectory = await prepared.play(task, lambda env: env.demonstration(task) or repeat(""))
     prompt = len(trajectory.segments[0].token_ids)
     budget = budget_for(task.kind, config.budget)
     if prompt + budget > config.inference.max_model_len:
@@ -104,40 +210,79 @@ async def _rehearse(prepared: Preflight) -> None:
 
 async def _warm_start(prepared: Preflight) -> list[list[SupervisedSequence]]:
     """The warm start's batches of demonstrations, drawn from the training tasks of the chosen kinds."""
-    config = prepared.config
-    settings, env = config.warm_start, prepared.make_env()
-    if settings.steps == 0:
+    config, settings = prepared.config, prepared.config.warm_start
+    size, wanted = settings.demos_per_step, settings.steps * settings.demos_per_step
+    if not wanted:
         return []
-    kinds = settings.kinds or env.kinds
-    tasks = (task for task in env.tasks("train", config.seed) if task.kind in kinds)
-    sequences = []
-    for task in islice(tasks, settings.steps * settings.demos_per_step):
-        turns = env.demonstration(task)
-        if turns is None:
-            raise ConfigError(
-                f"{config.env.id} demonstrates no task of kind {task.kind!r}; set warm_start.steps=0"
-            )
-        sequences.append(demonstration_sequence(await _play(prepared, env, task, turns)))
-    size = settings.demos_per_step
+    draws = DRAWS_PER_DEMONSTRATION * wanted
+    tasks = await _draw(prepared, "train", config.seed, wanted, settings.kinds, draws)
+    if len(tasks) < wanted:
+        of_kinds = f" of warm_start.kinds={settings.kinds}" if settings.kinds else ""
+        raise ConfigError(
+            f"the warm start wants {wanted} demonstrations, but the first {draws} training tasks of "
+            f"{config.env.id!r} have {len(tasks)}{of_kinds}; choose other warm_start.kinds, fewer "
+            "demonstrations, or warm_start=none"
+        )
+    sequences = [demonstration_sequence(await _demonstrated(prepared, task)) for task in tasks]
     return [sequences[start : start + size] for start in range(0, len(sequences), size)]
 
 
-async def _play(prepared: Preflight, env: TextEnv, task: Task, turns: list[str]) -> Trajectory:
+async def _demonstrated(prepared: Preflight, task: Task) -> Trajectory:
+    """A demonstration, played to the end that the environment gives it."""
     config = prepared.config
-    limits = EpisodeLimits(
-        max_turns=config.env.max_turns,
-        max_tokens_per_turn=config.inference.max_model_len,
-        token_budget=config.inference.max_model_len,
-        max_model_len=config.inference.max_model_len,
-    )
-    with ThreadPoolExecutor(1) as executor:
-        return await play_script(env, task, turns, prepared.chat, limits, executor)
+
+    def script(env: TextEnv) -> list[str]:
+        turns = env.demonstration(task)
+        if turns is None:
+            raise ConfigError(
+                f"{config.env.id} demonstrates no task of kind {task.kind!r}; choose other warm_start.kinds "
+                "or warm_start=none"
+            )
+        return turns
+
+    trajectory = await prepared.play(task, script)
+    if trajectory.stop_reason not in ("env_done", "env_truncated"):
+        limit = {
+            "max_turns": f"env.max_turns={config.env.max_turns}",
+            "context": f"inference.max_model_len={config.inference.max_model_len}",
+        }.get(trajectory.stop_reason, trajectory.stop_reason)
+        raise ConfigError(
+            f"the demonstration of task {task.id} is cut off by {limit}: the warm start would teach to stop "
+            "half-way; raise it, or set warm_start=none"
+        )
+    return trajectory
+
+
+async def _asked(config: Config, what: str, work: Coroutine[Any, Any, T]) -> T:
+    """What an environment answers; whatever goes wrong is the configuration's fault.
+
+    Raises:
+        ConfigError: with the environment, what it was asked for, and why it failed.
+    """
+    try:
+        return await work
+    except ConfigError:
+        raise
+    except MissedDeadlineError as error:
+        reason = f"not done within rollout.episode_deadline_s={config.rollout.episode_deadline_s:g} s"
+        raise ConfigError(f"environment {config.env.id!r} fails {what}: {reason}") from error
+    # Plug-in code may raise anything.
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"environment {config.env.id!r} fails {what}: {reason}") from error
 
 
 def _ptx(config: Config, chat: ChatTemplate) -> list[SupervisedSequence]:
     if config.ptx.weight == 0:
         return []
-    return [
-        chat_sequence(messages, chat, f"{config.ptx.path}:{number}")
-        for number, messages in enumerate(load_chats(config.ptx.path), start=1)
-    ]
+    limit, sequences = config.train.micro_batch_tokens, []
+    for number, messages in enumerate(load_chats(config.ptx.path), start=1):
+        name = f"{config.ptx.path}, chat {number}"
+        sequence = chat_sequence(messages, chat, name)
+        if len(sequence.token_ids) > limit:
+            raise ConfigError(
+                f"{name}: {len(sequence.token_ids)} tokens are more than train.micro_batch_tokens={limit}; "
+                "shorten the chat or raise the limit"
+            )
+        sequences.append(sequence)
+    return sequences

@@ -6,7 +6,6 @@ import asyncio
 import shutil
 from collections.abc import Awaitable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,12 +15,10 @@ from k2rl.evaluation.results import EvaluationResult, summarise
 from k2rl.preflight import Preflight
 from k2rl.rollouts.episode import Attempt
 from k2rl.rollouts.scheduler import RolloutScheduler, check_failures
-from k2rl.seeds import derive_seed
 from k2rl.tracking import phases
 from k2rl.tracking.tracker import Tracker
 from k2rl.training.checkpoint import checkpoint_folder, checkpoints, read_about
 from k2rl.training.supervised import PTXCorpus
-from k2rl.types import Task
 from k2rl.workers.handle import Worker
 
 T = TypeVar("T")
@@ -41,11 +38,6 @@ class Run:
     finished_steps: int = 0
     #: Whether the trainer is exactly where the record says; a checkpoint at another time would lie.
     settled: bool = False
-
-    def train_tasks(self, step: int) -> list[Task]:
-        """The tasks of a step: a function of the seed and the step."""
-        seed = derive_seed(self.config.seed, step)
-        return list(islice(self.prepared.env.tasks("train", seed), self.config.rollout.tasks_per_step))
 
     async def evaluate(self, name: str) -> EvaluationResult:
         """Greedy episodes on the held-out tasks; saved as `evaluations/<name>.json`."""

@@ -13,7 +13,7 @@ import msgspec
 
 Role = Literal["system", "user", "assistant", "tool"]
 Split = Literal["train", "eval"]
-StopReason = Literal["env_done", "env_truncated", "max_turns", "token_budget", "failed"]
+StopReason = Literal["env_done", "env_truncated", "max_turns", "token_budget", "context", "failed"]
 
 NO_WEIGHT_VERSION = -1
 """Weight version of tokens that no policy sampled (prompts, tool results)."""

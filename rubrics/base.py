@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 from abc import ABC, abstractmethod
@@ -10,9 +9,7 @@ from numbers import Real
 from typing import cast
 
 from k2rl.types import Trajectory, Verdict
-
-CANCEL_GRACE_S = 1.0
-"""Seconds a judge gets to clean up once it was cancelled; after that it is left behind."""
+from rubrics.deadline import MissedDeadlineError, within
 
 RANGE_TOLERANCE = 1e-6
 """How far rounding may carry a value out of its range: a sum of tenths is not exactly 1."""
@@ -40,9 +37,10 @@ class Rubric(ABC):
 async def judge_safely(rubric: Rubric, trajectory: Trajectory, deadline_s: float) -> Verdict:
     """The rubric's verdict, or `Verdict.failed` with the reason if there is no sound one in time.
 
-    An exception, a missed deadline, a value outside `rubric.reward_range`, NaN, infinity and
-    anything that is no verdict become failures that name the rubric and the trajectory. The verdict
-    of an episode that failed stays a failure, and the rubric is not asked.
+    An exception, a missed deadline, something cancelled inside the judge, a value outside
+    `rubric.reward_range`, NaN, infinity and anything that is no verdict become failures that name the
+    rubric and the trajectory. The verdict of an episode that failed stays a failure, and the rubric is
+    not asked.
 
     Raises:
         asyncio.CancelledError: if the caller is cancelled; the judge is cancelled with it.
@@ -55,19 +53,10 @@ async def judge_safely(rubric: Rubric, trajectory: Trajectory, deadline_s: float
     async def judge() -> Verdict:
         return await rubric.judge(trajectory)
 
-    judging = asyncio.create_task(judge())
     try:
-        # Not `asyncio.timeout`: a judge that ignores its cancellation must not hold the run.
-        await asyncio.wait({judging}, timeout=deadline_s)
-        in_time = judging.done()
-    finally:
-        if not judging.done():
-            judging.cancel()
-            await asyncio.wait({judging}, timeout=CANCEL_GRACE_S)
-    if not in_time:
+        verdict = await within(deadline_s, judge())
+    except MissedDeadlineError:
         return _failed(rubric, trajectory, f"TimeoutError: no verdict within {deadline_s:g} s")
-    try:
-        verdict = judging.result()
     except Exception as error:
         logger.debug("judging trajectory %s failed", trajectory.id, exc_info=error)
         return _failed(rubric, trajectory, f"{type(error).__name__}: {error}")

@@ -73,6 +73,8 @@ class Registry(Generic[T]):
             return found(**kwargs)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{self.noun} {id!r}: {_one_line(error)}") from error
+        except Exception as error:  # whatever else a user's constructor raises
+            raise ConfigError(f"{self.noun} {id!r}: {type(error).__name__}: {_one_line(error)}") from error
 
     def _targets(self) -> dict[str, list[str]]:
         """For each id, the different `module:Class` that claim it."""

@@ -18,10 +18,6 @@ from k2rl.checkpoint_engine.manifest import Manifest, TensorRecord, WeightTransf
 ALIGNMENT = 256
 
 
-def tensor_bytes(buffer: mmap.mmap, record: TensorRecord) -> memoryview:
-    return memoryview(buffer)[record.offset : record.offset + record.nbytes]
-
-
 class WeightArena:
     """The sender's side: allocated at the first push, reused by every later one."""
 

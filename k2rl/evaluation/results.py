@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from k2rl.errors import RunError
-from k2rl.evaluation.stats import Estimate, Interval, mean_ci95
+from k2rl.evaluation.stats import Estimate, Interval, difference_ci95, mean_ci95
 from k2rl.types import Trajectory
 
 FOLDER = "evaluations"
@@ -96,6 +96,13 @@ def summarise(
         mean_tokens=sum(trajectory.num_sampled for trajectory in scored) / max(1, len(scored)),
         examples=_choose_examples(trajectories, max_examples),
     )
+
+
+def reward_gain(before: EvaluationResult | None, after: EvaluationResult | None) -> Estimate | None:
+    """`after` minus `before` with its interval; None where one is missing or has nothing scored."""
+    if before is None or after is None or before.estimate is None or after.estimate is None:
+        return None
+    return difference_ci95(before.estimate, after.estimate)
 
 
 def _score(trajectories: Sequence[Trajectory]) -> KindResult:

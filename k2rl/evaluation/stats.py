@@ -91,8 +91,3 @@ def difference_ci95(before: Estimate, after: Estimate) -> Estimate:
     low = gain - math.hypot(after.mean - after.ci95[0], before.ci95[1] - before.mean)
     high = gain + math.hypot(after.ci95[1] - after.mean, before.mean - before.ci95[0])
     return Estimate(gain, (low, high), min(before.n, after.n))
-
-
-def intervals_apart(a: Interval, b: Interval) -> bool:
-    """True if the intervals share no point: the plain, strict sign that two means differ."""
-    return a[1] < b[0] or b[1] < a[0]

@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length"]
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -36,9 +36,14 @@ class InferenceEngine(Protocol):
 
         Raises:
             EngineDeadError: the engine is gone and will not come back by itself.
+            GenerationError: this request ended before its turn did; others are not concerned.
         """
         ...
 
 
 class EngineDeadError(Exception):
     """The inference engine died."""
+
+
+class GenerationError(Exception):
+    """A request gave no whole turn: a failed episode, in an engine that lives."""

@@ -11,7 +11,7 @@ import msgspec
 
 from k2rl.checkpoint_engine.manifest import Manifest
 from k2rl.config import InferenceConfig
-from k2rl.inference.engine import EngineDeadError, Generation, Sampling
+from k2rl.inference.engine import EngineDeadError, Generation, GenerationError, Sampling
 from k2rl.types import NO_WEIGHT_VERSION
 from k2rl.workers.process import OWNER_PID
 
@@ -80,7 +80,7 @@ class VLLMEngine:
         }
         try:
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise EngineDeadError(f"vLLM did not start: {error}") from error
         self._stop_token_ids = list(stop_token_ids)
         self._request_ids = itertools.count()
@@ -92,6 +92,7 @@ class VLLMEngine:
 
         Raises:
             RuntimeError: no verified weights have been published yet, or the last push failed.
+            GenerationError: vLLM aborted the request.
             EngineDeadError: vLLM died.
         """
         from vllm import SamplingParams
@@ -115,6 +116,10 @@ class VLLMEngine:
             output = [item async for item in stream][-1].outputs[0]
         except VLLMEngineDeadError as error:
             raise EngineDeadError(str(error)) from error
+        if output.finish_reason not in ("stop", "length"):
+            raise GenerationError(
+                f"vLLM ended {request_id} with {output.finish_reason!r}, not at its turn's end"
+            )
         token_ids = tuple(output.token_ids)
         logprobs = tuple(
             position[token].logprob for position, token in zip(output.logprobs, token_ids, strict=True)

@@ -2,19 +2,28 @@
 
 A conversation is held as ids. The first prompt is rendered once; after each policy turn only the ids
 that the template puts between two policy turns are added. What the policy sampled stays as it was.
+
+Only the template writes control tokens. Where an environment's text spells one (`<|im_end|>`), it is
+encoded as the plain characters it is: no tool result can end its message and speak as somebody else.
 """
 
 from __future__ import annotations
 
+import re
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from k2rl.errors import ConfigError
 from k2rl.types import Message
 
-_PROBE = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+_PROBE = [{"role": "user", "content": "u"}]
 _PROBE_TURN = {"role": "assistant", "content": "a"}
+# Stands in a rendered text for a control token that was spelled in a message; not to be guessed.
+_STAND_IN = f"control{secrets.token_hex(16)}n"
 
 
 class ChatTemplate:
@@ -26,31 +35,53 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, stop_token_ids: Sequence[int]) -> None:
         """Raises:
-        ConfigError: the template is missing or rewrites earlier turns, so that ids can't be kept.
+        ConfigError: the template is missing or rewrites earlier turns, so that ids can't be kept, or
+            there is no token that ends a turn.
         """
+        if not stop_token_ids:
+            raise ConfigError(f"{tokenizer.name_or_path} names no end-of-sequence token: no turn could end")
         if not tokenizer.chat_template:
             raise ConfigError(
                 f"{tokenizer.name_or_path} has no chat template; use an instruction-tuned model"
             )
         self._tokenizer = tokenizer
         self.stop_token_ids = tuple(stop_token_ids)
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special |= set(tokenizer.convert_ids_to_tokens(list(stop_token_ids)))
+        self._control_ids = set(tokenizer.convert_tokens_to_ids(sorted(special)))
+        # Longest first, so that one that begins another does not hide it.
+        self._control = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
         self._turn_end = self._tail_after_turn()
 
     @classmethod
     def from_pretrained(cls, path: Path) -> ChatTemplate:
-        """Load from a Hugging Face folder; the generation config may name further stop tokens."""
+        """Load from a Hugging Face folder; the generation config may name further stop tokens.
+
+        Raises:
+            ConfigError: as the constructor, or if the tokenizer is damaged.
+        """
         from transformers import AutoTokenizer, GenerationConfig
 
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            has_settings = (path / "generation_config.json").exists()
+            configured = GenerationConfig.from_pretrained(path).eos_token_id if has_settings else None
+        # Whatever its many readers raise; the tokenizers library raises bare Exceptions.
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"the tokenizer in {path} cannot be read: {reason}") from error
         stop = [tokenizer.eos_token_id]
-        if (path / "generation_config.json").exists():
-            configured = GenerationConfig.from_pretrained(path).eos_token_id
-            stop += configured if isinstance(configured, list) else [configured]
+        stop += configured if isinstance(configured, list) else [configured]
         return cls(tokenizer, list(dict.fromkeys(token for token in stop if token is not None)))
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The opening of a conversation, up to where the policy starts to write."""
-        return self._encode(self._render(_as_dicts(messages), generate=True))
+        """The opening of a conversation, up to where the policy starts to write.
+
+        Raises:
+            ConfigError: the template refuses these messages (some know no system role).
+        """
+        spelled: list[str] = []
+        return self._encode(self._render(self._masked(messages, spelled), generate=True), spelled)
 
     def continuation_ids(self, messages: Sequence[Message], turn_closed: bool) -> list[int]:
         """What stands between two policy turns: the environment's messages and the next turn's opening.
@@ -59,19 +90,28 @@ class ChatTemplate:
             messages: what the environment said (tool results, a user's reply).
             turn_closed: whether the policy ended its turn with a stop token itself; else one is put in.
         """
+        spelled: list[str] = []
         history = [*_PROBE, _PROBE_TURN]
         before = self._render(history, generate=False)
-        after = self._render([*history, *_as_dicts(messages)], generate=True)
+        after = self._render([*history, *self._masked(messages, spelled)], generate=True)
         if not after.startswith(before):
             raise ConfigError(
                 "the chat template rewrites earlier turns; token ids can't be kept across turns"
             )
         close = [] if turn_closed else [self.stop_token_ids[0]]
-        return close + self._encode(self._turn_end + after[len(before) :])
+        return close + self._encode(self._turn_end + after[len(before) :], spelled)
 
-    def turn_ids(self, text: str) -> list[int]:
-        """A policy turn as it would be sampled: the text's ids and the stop token (for demonstrations)."""
-        return [*self._encode(text), self.stop_token_ids[0]]
+    def turn_ids(self, turn: str | Message) -> list[int]:
+        """A policy turn as it would be sampled: its ids and the stop token (for texts to imitate).
+
+        Tool calls of a message are written as the template writes them.
+        """
+        spelled: list[str] = []
+        if isinstance(turn, str) or not turn.tool_calls:
+            text = self._mask(turn if isinstance(turn, str) else turn.content, spelled)
+        else:
+            text = self._rendered_turn(self._masked([turn], spelled)[0])
+        return [*self._encode(text, spelled), self.stop_token_ids[0]]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """A policy turn as text, without special tokens."""
@@ -88,14 +128,77 @@ class ChatTemplate:
             raise ConfigError(f"the chat template does not end an assistant turn with {stop!r}")
         return tail
 
-    def _render(self, messages: list[dict[str, Any]], generate: bool) -> str:
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+    def _rendered_turn(self, turn: dict[str, Any]) -> str:
+        """What the template writes between the opening of the policy's turn and its stop token."""
+        opening = self._render(_PROBE, generate=True)
+        whole = self._render([*_PROBE, turn], generate=False)
+        end = self._tokenizer.convert_ids_to_tokens(self.stop_token_ids[0]) + self._turn_end
+        if not (whole.startswith(opening) and whole.endswith(end)):
+            raise ConfigError("the chat template cannot write the tool calls of an assistant message")
+        return whole[len(opening) : -len(end)]
+
+    def _render(self, messages: Sequence[dict[str, Any]], generate: bool) -> str:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=generate
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ConfigError(f"the chat template refuses messages of roles {roles}: {error}") from error
         assert isinstance(text, str)
         return text
 
-    def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+    def _masked(self, messages: Sequence[Message], spelled: list[str]) -> list[dict[str, Any]]:
+        return [self._mask(_as_dict(message), spelled) for message in messages]
+
+    def _mask(self, value: Any, spelled: list[str]) -> Any:
+        """A copy in which every control token spelled in a text is a stand-in, numbered into `spelled`."""
+        if isinstance(value, str):
+
+            def stand_in(found: re.Match[str]) -> str:
+                spelled.append(found[0])
+                return f"{_STAND_IN}{len(spelled) - 1};"
+
+            return self._control.sub(stand_in, value)
+        if isinstance(value, dict):
+            return {self._mask(key, spelled): self._mask(item, spelled) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._mask(item, spelled) for item in value]
+        return value
+
+    def _encode(self, text: str, spelled: Sequence[str]) -> list[int]:
+        """The ids of a rendered text, whose control tokens are the template's; stand-ins become plain text.
+
+        Raises:
+            ValueError: the tokenizer has no plain spelling of a control token.
+        """
+        ids: list[int] = []
+        for number, part in enumerate(re.split(f"{_STAND_IN}(\\d+);", text)):
+            if number % 2 == 0:
+                ids += self._ids(part)
+                continue
+            token = spelled[int(part)]
+            # Cut after its first character, it is no control token any more.
+            plain = self._ids(token[:1]) + self._ids(token[1:])
+            if self._control_ids & set(plain):
+                raise ValueError(
+                    f"a message spells {token!r}, which this tokenizer cannot write as plain text"
+                )
+            ids += plain
+        return ids
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False)) if text else []
 
 
-def _as_dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    return [{"role": message.role, "content": message.content} for message in messages]
+def _as_dict(message: Message) -> dict[str, Any]:
+    """A message as chat templates expect it; what it does not have is left out."""
+    fields: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        fields["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id is not None:
+        fields["tool_call_id"] = message.tool_call_id
+    return fields

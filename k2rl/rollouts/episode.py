@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Executor
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 import msgspec
 
-from envs.base import TextEnv, maybe_await
+from envs.base import TextEnv
 from k2rl.inference.engine import Generation, InferenceEngine, Sampling
 from k2rl.models.chat import ChatTemplate
+from k2rl.rollouts.hosting import call
 from k2rl.seeds import derive_seed
 from k2rl.types import Message, Segment, StopReason, Task, Trajectory
-
-T = TypeVar("T")
 
 
 class EpisodeLimits(msgspec.Struct, frozen=True):
@@ -47,24 +42,27 @@ async def run_episode(
     engine: InferenceEngine,
     chat: ChatTemplate,
     limits: EpisodeLimits,
-    executor: Executor,
 ) -> Trajectory:
     """Play one episode; the trajectory has no verdict yet.
 
     A turn cut at `max_tokens_per_turn` still goes to the environment. An episode that reaches its
-    token budget or the engine's context ends there (`token_budget`), its last turn unanswered.
-
-    Args:
-        executor: runs the steps of environments that are not async, so that a slow one holds nobody up.
+    token budget ends there (`token_budget`), as does one that reaches the engine's context (`context`),
+    be it by a long tool result; its last turn stays unanswered.
 
     Raises:
+        ValueError: the prompt alone fills the engine's context.
         Exception: whatever the environment or the engine raises; the scheduler decides what it means.
     """
     started = time.monotonic()
     trajectory = Trajectory(attempt.id, attempt.group_id, attempt.task, attempt.temperature)
-    messages, _ = await _call(env.reset, executor, seed=attempt.task.seed, options={"task": attempt.task})
-    _observe(trajectory, messages, chat.prompt_ids(messages))
-    trajectory.stop_reason = await _take_turns(trajectory, attempt, env, engine, chat, limits, executor)
+    messages, _ = await call(env.reset, seed=attempt.task.seed, options={"task": attempt.task})
+    prompt = chat.prompt_ids(messages)
+    if len(prompt) >= limits.max_model_len:
+        raise ValueError(
+            f"its prompt of {len(prompt)} tokens does not fit inference.max_model_len={limits.max_model_len}"
+        )
+    _observe(trajectory, messages, prompt)
+    trajectory.stop_reason = await _take_turns(trajectory, attempt, env, engine, chat, limits)
     trajectory.seconds = time.monotonic() - started
     return trajectory
 
@@ -76,24 +74,28 @@ async def _take_turns(
     engine: InferenceEngine,
     chat: ChatTemplate,
     limits: EpisodeLimits,
-    executor: Executor,
 ) -> StopReason:
     for turn in range(limits.max_turns):
         context = trajectory.token_ids
-        room = min(limits.token_budget - trajectory.num_sampled, limits.max_model_len - len(context))
-        if room <= 0:
+        budget = limits.token_budget - trajectory.num_sampled
+        room = limits.max_model_len - len(context)
+        # Where both are used up, it is the policy that wrote too much.
+        if budget <= 0:
             return "token_budget"
+        if room <= 0:
+            return "context"
+        left = min(budget, room)
         sampling = Sampling(
-            attempt.temperature, min(room, limits.max_tokens_per_turn), turn_seed(attempt.seed, turn)
+            attempt.temperature, min(left, limits.max_tokens_per_turn), turn_seed(attempt.seed, turn)
         )
         generation = await engine.generate(context, sampling)
         action = chat.decode(generation.token_ids)
         trajectory.segments += _segments(generation)
         trajectory.messages.append(Message("assistant", action))
-        if generation.finish_reason == "length" and room <= limits.max_tokens_per_turn:
-            return "token_budget"
+        if generation.finish_reason == "length" and left <= limits.max_tokens_per_turn:
+            return "token_budget" if budget <= room else "context"
 
-        messages, reward, terminated, truncated, info = await _call(env.step, executor, action)
+        messages, reward, terminated, truncated, info = await call(env.step, action)
         trajectory.env_reward += float(reward)
         for name, value in info.get("reward_components", {}).items():
             trajectory.reward_components[name] = trajectory.reward_components.get(name, 0.0) + float(value)
@@ -124,15 +126,3 @@ def _segments(generation: Generation) -> list[Segment]:
         Segment(generation.token_ids[start:end], True, generation.logprobs[start:end], version)
         for (start, version), end in zip(generation.weight_spans, ends, strict=True)
     ]
-
-
-async def _call(
-    function: Callable[..., T | Awaitable[T]], executor: Executor, *args: Any, **kwargs: Any
-) -> T:
-    """Call an environment's method, async or not, without blocking the event loop."""
-    if inspect.iscoroutinefunction(function):
-        value: T = await function(*args, **kwargs)
-        return value
-    loop = asyncio.get_running_loop()
-    result = await loop.run_in_executor(executor, lambda: function(*args, **kwargs))
-    return await maybe_await(result)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 from envs.base import TextEnv
 from k2rl.config import Config
@@ -14,12 +14,12 @@ from k2rl.inference.engine import EngineDeadError, InferenceEngine
 from k2rl.models.chat import ChatTemplate
 from k2rl.objective.budget import budget_for
 from k2rl.rollouts.episode import Attempt, EpisodeLimits, run_episode
+from k2rl.rollouts.hosting import hosted
 from k2rl.types import Task, Trajectory, Verdict
 from rubrics.base import Rubric, judge_safely
+from rubrics.deadline import MissedDeadlineError
 
 logger = logging.getLogger(__name__)
-
-MAX_ENVIRONMENT_THREADS = 64
 
 
 class RolloutScheduler:
@@ -38,17 +38,14 @@ class RolloutScheduler:
         self._chat = chat
         self._make_env = make_env
         self._rubric = rubric
-        self._executor = ThreadPoolExecutor(
-            min(config.rollout.max_concurrent, MAX_ENVIRONMENT_THREADS), thread_name_prefix="environment"
-        )
 
     async def run(
         self, attempts: Sequence[Attempt], progress: Callable[[int, int], None] = lambda done, total: None
     ) -> list[Trajectory]:
         """Play all attempts; returns judged trajectories in the order of the attempts.
 
-        An environment or judge that raises, and an episode past its deadline, give a trajectory whose
-        verdict is failed with the reason.
+        An environment (its constructor and `close()` too) or judge that raises, and an episode past its
+        deadline, give a trajectory whose verdict is failed with the reason.
 
         Raises:
             RunError, EngineDeadError: the engine is lost; the other episodes are cancelled.
@@ -73,24 +70,20 @@ class RolloutScheduler:
 
     async def _play(self, attempt: Attempt) -> Trajectory:
         deadline = self._config.rollout.episode_deadline_s
-        env = self._make_env()
+
+        def episode(env: TextEnv) -> Coroutine[Any, Any, Trajectory]:
+            return run_episode(attempt, env, self._engine, self._chat, self._limits(attempt.task))
+
         try:
-            trajectory = await asyncio.wait_for(
-                run_episode(
-                    attempt, env, self._engine, self._chat, self._limits(attempt.task), self._executor
-                ),
-                deadline,
-            )
+            trajectory = await hosted(self._make_env, episode, deadline)
         except (RunError, EngineDeadError):
             raise
-        except TimeoutError:
+        except MissedDeadlineError:
             return _failed(attempt, f"not over after rollout.episode_deadline_s={deadline:g} s")
         # Plug-in code may raise anything; whatever it is, it is this episode's failure and not a score.
         except Exception as error:
             logger.warning("episode %s failed", attempt.id, exc_info=error)
             return _failed(attempt, f"{type(error).__name__}: {error}")
-        finally:
-            env.close()
         trajectory.verdict = await judge_safely(self._rubric, trajectory, self._config.rubric.deadline_s)
         return trajectory
 
@@ -101,9 +94,6 @@ class RolloutScheduler:
             token_budget=budget_for(task.kind, self._config.budget),
             max_model_len=self._config.inference.max_model_len,
         )
-
-    def close(self) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)
 
 
 def _failed(attempt: Attempt, reason: str) -> Trajectory:

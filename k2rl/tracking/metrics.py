@@ -5,8 +5,10 @@ Names are `group/name`. Those that the live view, the summary and the report loo
 | name | meaning |
 | --- | --- |
 | `reward/mean`, `reward/kind/<kind>` | mean training reward of the scored episodes, also by task kind |
+| `reward/component/<name>` | mean of a component of the judge's verdicts, over those that name it |
 | `rollout/episodes`, `rollout/failed` | episodes of the step, and those that failed |
 | `rollout/tokens_mean`, `rollout/truncated_share` | sampled tokens an episode; share cut at its budget |
+| `rollout/context_share` | share that filled `inference.max_model_len` before it was over |
 | `rollout/tokens_per_second`, `rollout/episodes_per_second` | throughput of the rollouts |
 | `rollout/temperature` | sampling temperature |
 | `train/loss`, `train/grad_norm`, `train/lr`, `ptx/loss` | of the optimizer step |

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from k2rl.evaluation.results import EvaluationResult, KindResult, load_results
+from k2rl.evaluation.results import EvaluationResult, KindResult, load_results, reward_gain
 from k2rl.evaluation.stats import Estimate, difference_ci95
 from k2rl.tracking import charts, phases
 from k2rl.tracking.jsonl import read_jsonl
@@ -111,12 +111,12 @@ class Gain:
 
 def rl_gain(run: Run) -> Gain | None:
     """What RL has added so far; None until there is an evaluation before it and one later."""
-    if run.before is None or run.latest is None:
+    before = run.before.estimate if run.before else None
+    after = run.latest.estimate if run.latest else None
+    difference = reward_gain(run.before, run.latest)
+    if before is None or after is None or difference is None:
         return None
-    before, after = run.before.estimate, run.latest.estimate
-    if before is None or after is None:
-        return None
-    return Gain(before, after, difference_ci95(before, after))
+    return Gain(before, after, difference)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 from omegaconf import OmegaConf
 
-from k2rl.evaluation.results import EvaluationResult, KindResult, load_results
-from k2rl.evaluation.stats import Interval, difference_ci95
+from k2rl.evaluation.results import EvaluationResult, KindResult, load_results, reward_gain
+from k2rl.evaluation.stats import Interval
 from k2rl.tracking.metrics import read_metrics
 from k2rl.tracking.timeline import read_timeline
 
@@ -63,6 +63,7 @@ def summarise_run(run_dir: Path) -> Summary:
     config = read_config(run_dir)
     episodes = sum(row.get("rollout/episodes", 0.0) for row in rows)
     seconds = sum(row.get("time/step_s", 0.0) for row in rows)
+    added = reward_gain(evaluations.get("before"), evaluations.get("after"))
     failed = sum(row.get("rollout/failed", 0.0) for row in rows)
     return Summary(
         eval_before=_eval_summary(evaluations.get("before")),
@@ -71,7 +72,7 @@ def summarise_run(run_dir: Path) -> Summary:
         wall_seconds=max((phase.end for phase in read_timeline(run_dir)), default=0.0),
         samples_per_second=episodes / seconds if seconds > 0 else 0.0,
         failed_episodes=int(failed) + sum(result.failed for result in evaluations.values()),
-        rl_gain=_gain(evaluations.get("before"), evaluations.get("after")),
+        rl_gain=None if added is None else GainSummary(added.mean, added.ci95),
         eval_base=_eval_summary(evaluations.get("base")),
         model=config.get("model", {}).get("path"),
         env=config.get("env", {}).get("id"),
@@ -102,10 +103,3 @@ def _eval_summary(result: EvaluationResult | None) -> EvalSummary | None:
     if result is None:
         return None
     return EvalSummary(result.reward, result.n, result.ci95, result.failed, result.per_kind)
-
-
-def _gain(before: EvaluationResult | None, after: EvaluationResult | None) -> GainSummary | None:
-    if before is None or after is None or before.estimate is None or after.estimate is None:
-        return None
-    gain = difference_ci95(before.estimate, after.estimate)
-    return GainSummary(gain.mean, gain.ci95)

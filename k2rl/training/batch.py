@@ -27,8 +27,7 @@ class TrainSequence:
     """One response with its prompt, ready for a policy update.
 
     Raises:
-        ValueError: if lengths do not agree, the first token or a prompt token is marked as sampled, or
-            a number is not finite.
+        ValueError: if lengths do not agree, the first token is marked as sampled, or a number is not finite.
     """
 
     token_ids: tuple[int, ...]
@@ -38,8 +37,6 @@ class TrainSequence:
     behaviour_logprobs: tuple[float, ...]
     #: Reward minus group mean.
     advantage: float
-    #: Leading tokens that the whole group shares; never sampled.
-    prompt_length: int
     #: Names the sequence in error messages.
     id: str = ""
 
@@ -50,12 +47,6 @@ class TrainSequence:
             raise ValueError(
                 f"sequence {self.id!r}: {sampled} sampled tokens but {len(self.behaviour_logprobs)} log-probs"
             )
-        if not 1 <= self.prompt_length <= len(self.token_ids):
-            raise ValueError(
-                f"sequence {self.id!r}: prompt of {self.prompt_length} in {len(self.token_ids)} tokens"
-            )
-        if any(self.sampled_mask[: self.prompt_length]):
-            raise ValueError(f"sequence {self.id!r}: a prompt token is marked as sampled")
         if not math.isfinite(self.advantage) or not all(map(math.isfinite, self.behaviour_logprobs)):
             raise ValueError(f"sequence {self.id!r}: advantage or behaviour log-probs are not finite")
 
@@ -77,7 +68,6 @@ class TrainSequence:
             sampled_mask=tuple(trajectory.sampled_mask),
             behaviour_logprobs=tuple(trajectory.behaviour_logprobs),
             advantage=float(advantage),
-            prompt_length=len(trajectory.segments[0].token_ids),
             id=trajectory.id,
         )
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from k2rl.errors import ConfigError
+from k2rl.models.attention import check_attention_config
 from k2rl.training import tree_attention
 from k2rl.training.batch import SupervisedSequence
 from k2rl.training.logprobs import TokenLogprobs, token_logprobs
@@ -29,8 +30,7 @@ def load_causal_lm(path: Path, device: torch.device = CPU) -> Any:
     """
     if not (path / "config.json").is_file():
         raise ConfigError(f"model.path={path} is not a Hugging Face checkpoint: it has no config.json")
-    config = AutoConfig.from_pretrained(path)
-    _check_attention(config, path)
+    config = check_attention_config(path)
     model = AutoModelForCausalLM.from_pretrained(
         path,
         config=config,
@@ -41,20 +41,6 @@ def load_causal_lm(path: Path, device: torch.device = CPU) -> Any:
     model.to(device).eval()
     _check_packing(model, path)
     return model
-
-
-def _check_attention(config: Any, path: Path) -> None:
-    """A packed row brings its own attention, which replaces whatever else a layer would have masked."""
-    kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None) if kinds is None else None
-    other = sorted(set(kinds or ()) - {"full_attention"})
-    if window is not None and window < config.max_position_embeddings:
-        other = [f"sliding_attention (window {window})"]
-    if other:
-        raise ConfigError(
-            f"model.path={path} ({config.model_type}) has layers with {', '.join(other)}; shared-prefix "
-            "packing needs full attention in all of them: choose another model"
-        )
 
 
 def packed_logprobs(model: Any, batch: MicroBatch, temperature: float) -> TokenLogprobs:

@@ -24,7 +24,7 @@ def chat_sequence(messages: Sequence[Message], chat: ChatTemplate, id: str = "")
     loss_mask: list[bool] = []
     for policy, run in runs:
         if policy:
-            part = chat.turn_ids(run[0].content)
+            part = chat.turn_ids(run[0])
         else:
             part = chat.continuation_ids(run, turn_closed=True) if token_ids else chat.prompt_ids(run)
         token_ids += part

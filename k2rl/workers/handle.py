@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from k2rl.config import ClusterConfig, Config, DeadlineConfig
 from k2rl.errors import ConfigError, RunError
-from k2rl.inference.engine import EngineDeadError, Generation, Sampling
+from k2rl.inference.engine import EngineDeadError, Generation, GenerationError, Sampling
 from k2rl.training.batch import SupervisedSequence, TrainSequence
 from k2rl.workers.colocated import WorkerSpec, create_actor
 from k2rl.workers.process import last_lines
@@ -133,7 +133,7 @@ class Worker:
             cause = error.cause
             if isinstance(cause, EngineDeadError):
                 raise RunError(self._obituary(f"the vLLM engine of {self._name} died while {what}")) from None
-            if isinstance(cause, (RunError, ConfigError)):
+            if isinstance(cause, (RunError, ConfigError, GenerationError)):
                 raise type(cause)(str(cause)) from None
             raise RunError(self._obituary(f"{self._name} failed while {what}: {cause!r}")) from error
         except TimeoutError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from k2rl import composition
 from k2rl.cli import main
+from k2rl.models.hub import resolve_model
 
 CASES = {
     "unknown key": (["rollout.grup_size=4"], "did you mean rollout.group_size?"),
@@ -27,6 +30,20 @@ CASES = {
     "schedule": (["temperature.schedule=stairs"], "temperature.schedule"),
     "resume from nowhere": (["resume=/nowhere"], "resume=/nowhere"),
     "warm start kind": (["warm_start.steps=1", "warm_start.kinds=[juggling]"], "juggling"),
+    "kinds that are never drawn": (
+        [
+            "warm_start=easy",
+            "warm_start.steps=1",
+            "warm_start.demos_per_step=1",
+            "+env.kwargs.mix.subtract=1",
+        ],
+        "have 0 of warm_start.kinds=['add']",
+    ),
+    "demonstrations cut off": (["warm_start=easy", "env.max_turns=1"], "cut off by env.max_turns=1"),
+    "not set yet": (["env.kwargs.mix.subtract=1"], "add it with a plus sign: +env.kwargs.mix.subtract=1"),
+    "engine argument": (["+inference.engine_args.blok_size=16"], "did you mean block_size?"),
+    "engine argument of ours": (["+inference.engine_args.load_format=auto"], "load_format cannot be set"),
+    "long chat": (["train.micro_batch_tokens=20"], "train.micro_batch_tokens=20"),
     "no curated chats": (["ptx.path=/nowhere.jsonl"], "/nowhere.jsonl"),
 }
 
@@ -59,6 +76,106 @@ def test_a_judge_that_raises(
     error = capsys.readouterr().err.strip()
     assert "RuntimeError: no such file: gold.json" in error
     assert "\n" not in error
+
+
+PRELUDE = "import threading\nfrom itertools import islice\nfrom envs.calculator import CalculatorEnv\n"
+BAD_ENVIRONMENTS = {
+    "a constructor that raises": (
+        "def __init__(self):\n        raise OSError('no container runtime')",
+        "OSError: no container runtime",
+    ),
+    "a close() that raises": ("def close(self):\n        raise OSError('it runs on')", "close(): OSError"),
+    "no training tasks": (
+        "def tasks(self, split, seed):\n"
+        "        return super().tasks(split, seed) if split == 'eval' else iter(())",
+        "gives only 0 training tasks, but a step draws rollout.tasks_per_step=2",
+    ),
+    "too few training tasks": (
+        "def tasks(self, split, seed):\n"
+        "        return islice(super().tasks(split, seed), None if split == 'eval' else 1)",
+        "gives only 1 training tasks",
+    ),
+    "what is no task": ("def tasks(self, split, seed):\n        yield {'question': '1 + 1'}", "dict is no"),
+    "a demonstration that ends too soon": (
+        "def demonstration(self, task):\n        return ['calc(1)']",
+        "its script is at its end, but the episode is not",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ENVIRONMENTS)
+def test_a_bad_environment_is_one_line(
+    case: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    method, expected = BAD_ENVIRONMENTS[case]
+    module = f"bad_env_{list(BAD_ENVIRONMENTS).index(case)}"
+    (tmp_path / f"{module}.py").write_text(f"{PRELUDE}class Bad(CalculatorEnv):\n    {method}\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "experiment=tiny", f"env.id={module}:Bad"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert expected in error
+    assert "\n" not in error
+
+
+def test_an_environment_that_hangs_in_preflight_ends_the_command(tmp_path: Path) -> None:
+    """In a process of its own: its end must not wait for the thread that never ends."""
+    (tmp_path / "hanging.py").write_text(
+        f"{PRELUDE}class Hanging(CalculatorEnv):\n"
+        "    def step(self, action):\n        threading.Event().wait()\n"
+        "    def close(self):\n        raise OSError('told by the log alone')\n"
+    )
+    deadlines = ["rollout.episode_deadline_s=0.5", "deadlines.generate_s=0.1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "k2rl.cli", "train", "experiment=tiny", "env.id=hanging:Hanging", *deadlines],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "not done within rollout.episode_deadline_s=0.5 s" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_sliding_window_is_found_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = tmp_path / "sliding"
+    shutil.copytree(resolve_model("tiny-qwen3"), model)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"use_sliding_window": True, "sliding_window": 4}
+    config["layer_types"] = ["sliding_attention", *config["layer_types"][1:]]
+    (model / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "experiment=tiny", f"model.path={model}"]) == 2
+    assert "has layers with sliding_attention" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["nosuch", "."])
+def test_a_report_of_what_is_no_run(
+    folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", folder]) == 2
+    assert capsys.readouterr().err == f"k2rl: {folder} is not the folder of a run (no config.yaml in it)\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_called_as_one_of_our_packages_is_no_trouble(tmp_path: Path) -> None:
+    (tmp_path / "envs").mkdir()
+    (tmp_path / "envs" / "__init__.py").write_text("raise ImportError('the wrong package')")
+    # -P as for an installed command: Python itself does not put the working folder first.
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "k2rl.cli", "envs", "list"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "calculator" in done.stdout
 
 
 def test_every_job_of_a_multirun_is_checked_first(

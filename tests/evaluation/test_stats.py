@@ -10,7 +10,6 @@ from k2rl.evaluation.stats import (
     Estimate,
     bootstrap_interval,
     difference_ci95,
-    intervals_apart,
     mean_ci95,
     wilson_interval,
 )
@@ -114,16 +113,3 @@ def test_difference_of_two_shares_has_newcombes_known_interval() -> None:
     gain = difference_ci95(before, after)
     assert gain.mean == pytest.approx(0.2)
     assert gain.ci95 == pytest.approx((0.0524, 0.3339), abs=5e-5)
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "apart"),
-    [
-        ((0.0, 0.2), (0.3, 0.5), True),
-        ((0.3, 0.5), (0.0, 0.2), True),
-        ((0.0, 0.3), (0.3, 0.5), False),
-        ((0.0, 1.0), (0.4, 0.5), False),
-    ],
-)
-def test_intervals_apart(a: tuple[float, float], b: tuple[float, float], apart: bool) -> None:
-    assert intervals_apart(a, b) is apart

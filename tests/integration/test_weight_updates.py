@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from k2rl.checkpoint_engine.arena import WeightArena
 from k2rl.checkpoint_engine.manifest import Manifest
 from k2rl.config import InferenceConfig
-from k2rl.inference.engine import Generation, Sampling
+from k2rl.inference.engine import Generation, GenerationError, Sampling
 from k2rl.inference.vllm import VLLMEngine
 from k2rl.models.hub import resolve_model
 
@@ -83,6 +83,7 @@ async def _push_and_compare(path: Path, dtype: str) -> None:
             await engine.update_weights(manifest)
 
         await _requests_live_through_an_update(engine, arena, model)
+        await _an_aborted_request_is_no_turn(engine)
 
         manifest = arena.write(model.named_parameters(), 4)
         _corrupt(manifest)
@@ -111,3 +112,12 @@ async def _requests_live_through_an_update(
     for generation in generations:
         assert generation.weight_spans[0][0] == 0
         assert len(generation.logprobs) == len(generation.token_ids)
+
+
+async def _an_aborted_request_is_no_turn(engine: VLLMEngine) -> None:
+    aborted = asyncio.create_task(engine.generate(PROMPTS[0], Sampling(1.0, 1500, 1)))
+    await engine.generate(PROMPTS[1], Sampling(1.0, 8))
+    (request_id,) = engine._llm.output_processor.external_req_ids
+    await engine._llm.abort(request_id)
+    with pytest.raises(GenerationError, match="'abort'"):
+        await aborted

@@ -114,5 +114,5 @@ def test_budgets_by_kind() -> None:
 def test_only_the_budget_is_penalised() -> None:
     config = BudgetConfig(penalty=0.25)
     assert penalised_reward(1.0, "token_budget", config) == 0.75
-    for stop_reason in ("env_done", "env_truncated", "max_turns", "failed"):
+    for stop_reason in ("env_done", "env_truncated", "max_turns", "context", "failed"):
         assert penalised_reward(1.0, stop_reason, config) == 1.0

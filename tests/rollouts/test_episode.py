@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
@@ -46,8 +45,7 @@ class FakePolicy:
 def play(env: TextEnv, policy: FakePolicy, chat: ChatTemplate, limits: EpisodeLimits = LIMITS) -> Trajectory:
     task = next(iter(islice(CalculatorEnv().tasks("train", 3), 1)))
     attempt = Attempt("episode", "group", task, temperature=1.2, seed=5)
-    with ThreadPoolExecutor(1) as executor:
-        return asyncio.run(run_episode(attempt, env, policy, chat, limits, executor))
+    return asyncio.run(run_episode(attempt, env, policy, chat, limits))
 
 
 def test_each_prompt_is_exactly_the_ids_so_far(chat: ChatTemplate) -> None:
@@ -98,6 +96,32 @@ def test_the_budget_truncates_the_whole_episode(chat: ChatTemplate) -> None:
     assert trajectory.stop_reason == "token_budget"
     assert trajectory.num_sampled == first + 2
     assert policy.samplings[1].max_tokens == 2
+
+
+def test_a_tool_result_that_fills_the_context_is_not_the_budgets_business(chat: ChatTemplate) -> None:
+    prompt = len(play(CalculatorEnv(), FakePolicy(chat, ["3"]), chat).segments[0].token_ids)
+    first = len(chat.turn_ids("calc(1 + 2)"))
+    limits = EpisodeLimits(4, 64, token_budget=256, max_model_len=prompt + first + 2)
+    trajectory = play(CalculatorEnv(), FakePolicy(chat, ["calc(1 + 2)", "3"]), chat, limits)
+    assert trajectory.stop_reason == "context"
+    assert trajectory.num_sampled == first
+
+
+def test_a_turn_cut_by_the_context_is_told_from_one_cut_by_the_budget(chat: ChatTemplate) -> None:
+    whole = play(CalculatorEnv(), FakePolicy(chat, ["calc(1 + 2)", "The answer is 3."]), chat)
+    before_last = sum(len(segment.token_ids) for segment in whole.segments[:-1])
+    limits = EpisodeLimits(4, 64, token_budget=256, max_model_len=before_last + 2)
+    policy = FakePolicy(chat, ["calc(1 + 2)", "The answer is 3."])
+    assert play(CalculatorEnv(), policy, chat, limits).stop_reason == "context"
+    assert policy.samplings[1].max_tokens == 2
+
+
+def test_a_prompt_that_does_not_fit_is_an_error_and_not_an_episode(chat: ChatTemplate) -> None:
+    limits = EpisodeLimits(4, 64, token_budget=256, max_model_len=20)
+    policy = FakePolicy(chat, ["3"])
+    with pytest.raises(ValueError, match="does not fit inference.max_model_len=20"):
+        play(CalculatorEnv(), policy, chat, limits)
+    assert not policy.prompts
 
 
 def test_a_cut_turn_is_closed_before_the_next_message(chat: ChatTemplate) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from envs.calculator import CalculatorEnv
 from k2rl.config import Config
-from k2rl.errors import RunError
+from k2rl.errors import ConfigError, RunError
 from k2rl.inference.engine import EngineDeadError, Generation, Sampling
 from k2rl.models.chat import ChatTemplate
 from k2rl.models.hub import resolve_model
@@ -59,10 +59,7 @@ def run(
     for name, value in rollout.items():
         setattr(config.rollout, name, value)
     scheduler = RolloutScheduler(config, engine, chat, make_env, CalculatorEnv().rubric)
-    try:
-        return asyncio.run(scheduler.run(attempts(count)))
-    finally:
-        scheduler.close()
+    return asyncio.run(scheduler.run(attempts(count)))
 
 
 def test_results_come_in_order_and_judged(chat: ChatTemplate) -> None:
@@ -91,6 +88,87 @@ def test_an_environment_that_raises_is_a_failure_and_not_a_zero(chat: ChatTempla
     assert "a0" in (trajectory.verdict.failure or "")
 
 
+def refuses() -> CalculatorEnv:
+    raise ConfigError("no container left")
+
+
+class BadClose(CalculatorEnv):
+    def close(self) -> None:
+        raise OSError("the container does not stop")
+
+
+class Cancelling(CalculatorEnv):
+    async def step(self, action: str) -> Any:  # type: ignore[override]
+        raise asyncio.CancelledError
+
+
+class TimesOut(CalculatorEnv):
+    def step(self, action: str) -> Any:
+        raise TimeoutError("the browser did not answer")
+
+
+class Exits(CalculatorEnv):
+    def step(self, action: str) -> Any:
+        raise SystemExit(3)
+
+
+class Stops(CalculatorEnv):
+    def step(self, action: str) -> Any:
+        return next(iter(()))
+
+
+@pytest.mark.parametrize(
+    ("make_env", "reason"),
+    [
+        (refuses, "ConfigError: no container left"),
+        (BadClose, "close(): OSError: the container does not stop"),
+        (Cancelling, "CancelledError"),
+        (TimesOut, "TimeoutError: the browser did not answer"),
+        (Exits, "SystemExit: 3"),
+        (Stops, "StopIteration"),
+    ],
+)
+def test_whatever_an_environment_does_is_its_episodes_failure(
+    chat: ChatTemplate, make_env: Callable[[], CalculatorEnv], reason: str
+) -> None:
+    made = iter([make_env, CalculatorEnv])
+    trajectories = run(Answering(chat), chat, 2, lambda: next(made)(), max_concurrent=1)
+    assert [trajectory.failed for trajectory in trajectories] == [True, False]
+    assert reason in (trajectories[0].verdict.failure or "")  # type: ignore[union-attr]
+
+
+def test_a_prompt_that_does_not_fit_is_a_failure_and_not_a_zero(chat: ChatTemplate) -> None:
+    config = Config()
+    config.inference.max_model_len = 20
+    scheduler = RolloutScheduler(config, Answering(chat), chat, CalculatorEnv, CalculatorEnv().rubric)
+    (trajectory,) = asyncio.run(scheduler.run(attempts(1)))
+    assert trajectory.failed
+    assert "max_model_len=20" in (trajectory.verdict.failure or "")  # type: ignore[union-attr]
+
+
+def test_our_own_cancellation_is_raised_and_environments_are_closed(chat: ChatTemplate) -> None:
+    closed = []
+
+    class Waiting(CalculatorEnv):
+        async def step(self, action: str) -> Any:  # type: ignore[override]
+            asyncio.current_task().get_loop().call_soon(whole.cancel)  # type: ignore[union-attr]
+            await asyncio.Event().wait()
+
+        def close(self) -> None:
+            closed.append(self)
+
+    async def scenario() -> None:
+        nonlocal whole
+        scheduler = RolloutScheduler(Config(), Answering(chat), chat, Waiting, CalculatorEnv().rubric)
+        whole = asyncio.ensure_future(scheduler.run(attempts(3)))
+        with pytest.raises(asyncio.CancelledError):
+            await whole
+
+    whole: asyncio.Future[Any]
+    asyncio.run(scenario())
+    assert len(closed) == 3
+
+
 class Hanging(CalculatorEnv):
     async def step(self, action: str) -> Any:  # type: ignore[override]
         await asyncio.Event().wait()
@@ -115,7 +193,6 @@ def test_a_judge_that_raises_is_a_failure(chat: ChatTemplate) -> None:
 
     scheduler = RolloutScheduler(Config(), Answering(chat), chat, CalculatorEnv, Broken())
     (trajectory,) = asyncio.run(scheduler.run(attempts(1)))
-    scheduler.close()
     assert trajectory.failed
     assert "KeyError" in (trajectory.verdict.failure or "")  # type: ignore[union-attr]
 

@@ -32,7 +32,6 @@ def test_from_trajectory_keeps_tokens_masks_and_log_probs() -> None:
         sampled_mask=(False, False, False, True, True, False, True),
         behaviour_logprobs=(-0.1, -0.2, -0.3),
         advantage=0.5,
-        prompt_length=3,
         id="episode-1",
     )
     assert sequence.label_mask == sequence.sampled_mask
@@ -51,9 +50,6 @@ def test_trajectories_that_cannot_be_trained_on_are_refused() -> None:
         ({"sampled_mask": (False, True)}, "mask of 2"),
         ({"sampled_mask": (True, True, True)}, "first token"),
         ({"behaviour_logprobs": (-1.0,)}, "2 sampled tokens but 1 log-probs"),
-        ({"prompt_length": 2}, "prompt token is marked"),
-        ({"prompt_length": 0}, "prompt of 0"),
-        ({"prompt_length": 4}, "prompt of 4"),
         ({"advantage": math.inf}, "not finite"),
         ({"behaviour_logprobs": (-1.0, math.nan)}, "not finite"),
     ],
@@ -64,7 +60,6 @@ def test_inconsistent_sequences_are_refused(change: dict[str, object], message: 
         "sampled_mask": (False, True, True),
         "behaviour_logprobs": (-1.0, -2.0),
         "advantage": 0.0,
-        "prompt_length": 1,
         "id": "x",
     }
     TrainSequence(**good)  # type: ignore[arg-type]

@@ -63,7 +63,6 @@ def random_group(rng: random.Random, size: int, name: str = "g") -> list[TrainSe
                 sampled_mask=tuple(mask),
                 behaviour_logprobs=tuple(rng.uniform(-5, -3) for _ in range(sum(mask))),
                 advantage=rng.uniform(-1, 1),
-                prompt_length=len(prompt),
                 id=f"{name}/{index}",
             )
         )

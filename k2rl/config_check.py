@@ -1,0 +1,172 @@
+"""What a configuration's values may be: one table of bounds, and the checks between several of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from k2rl.config import Config
+from k2rl.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The finite numbers from `low` to `high`; a bound that is itself excluded is `open`."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def holds(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self) -> str:
+        parts = [f"{'above' if self.open_low else 'at least'} {self.low:g}"]
+        if math.isfinite(self.high):
+            parts.append(f"{'below' if self.open_high else 'at most'} {self.high:.10g}")
+        return "a finite number, " + " and ".join(parts)
+
+
+ABOVE_0 = Bound(0, open_low=True)
+FROM_0 = Bound(0)
+FROM_1 = Bound(1)
+SHARE = Bound(0, 1)
+DECAY = Bound(0, 1, open_high=True)
+
+BOUNDS = {
+    "env.eval_tasks": FROM_1,
+    "env.max_turns": FROM_1,
+    "rubric.deadline_s": ABOVE_0,
+    "rollout.tasks_per_step": FROM_1,
+    "rollout.group_size": Bound(2),  # K2's baseline is the group mean
+    "rollout.max_concurrent": FROM_1,
+    "rollout.max_tokens_per_turn": FROM_1,
+    "rollout.max_failed_share": SHARE,
+    "rollout.episode_deadline_s": ABOVE_0,
+    # vLLM samples anything between 0 and 0.01 at 0.01, while the trainer would divide by the lower value.
+    "temperature.start": Bound(0.01),
+    "temperature.end": Bound(0.01),
+    "budget.default": FROM_1,
+    "budget.penalty": FROM_0,
+    "objective.tau": ABOVE_0,
+    "optimizer.lr": ABOVE_0,
+    "optimizer.momentum": DECAY,
+    "optimizer.ns_steps": FROM_1,
+    "optimizer.weight_decay": FROM_0,
+    "optimizer.eps": ABOVE_0,
+    "optimizer.max_grad_norm": FROM_0,
+    "ptx.weight": FROM_0,
+    "ptx.sequences_per_step": FROM_1,
+    "warm_start.steps": FROM_0,
+    "warm_start.demos_per_step": FROM_1,
+    "warm_start.lr": ABOVE_0,
+    "train.steps": FROM_1,
+    "train.updates_per_step": FROM_1,
+    "train.micro_batch_tokens": FROM_1,
+    "train.checkpoint_every": FROM_0,
+    "train.eval_every": FROM_0,
+    "train.num_threads": FROM_0,
+    "inference.max_model_len": Bound(32),
+    "inference.max_num_seqs": Bound(1, 8192),  # vLLM wants at least so many tokens in a batch; ours has 8192
+    "inference.kv_cache_gib": ABOVE_0,
+    "inference.max_logprob_gap": ABOVE_0,
+    "cluster.cpus_per_worker": FROM_0,
+    "cluster.gpus_per_worker": FROM_0,
+    "deadlines.start_s": ABOVE_0,
+    "deadlines.generate_s": ABOVE_0,
+    "deadlines.train_s": ABOVE_0,
+    "deadlines.publish_s": ABOVE_0,
+    "deadlines.checkpoint_s": ABOVE_0,
+    "tracking.samples_per_step": FROM_0,
+    "seed": Bound(0, 2**32 - 1),  # what NumPy takes
+}
+
+CHOICES = {
+    "model.dtype": ("auto", "bfloat16", "float32"),
+    "temperature.schedule": ("constant", "linear", "cosine"),
+    "objective.name": ("k2",),
+    "optimizer.name": ("muon", "adamw"),
+    "tracking.live": ("auto", "on", "off"),
+}
+
+NOT_EMPTY = (
+    *("model.path", "env.id", "rubric.id", "ptx.path", "inference.cpu_threads_bind"),
+    *("cluster.address", "tracking.wandb_project", "name"),
+)
+
+OWN_ENGINE_ARGS = {
+    "model": "model.path",
+    "dtype": "model.dtype",
+    "seed": "seed",
+    "max_model_len": "inference.max_model_len",
+    "max_num_seqs": "inference.max_num_seqs",
+    "kv_cache_memory_bytes": "inference.kv_cache_gib",
+    "enforce_eager": "inference.enforce_eager",
+    "load_format": None,
+    "logprobs_mode": None,
+    "skip_tokenizer_init": None,
+    "weight_transfer_config": None,
+    "worker_cls": None,
+}
+"""Arguments of vLLM that are not for `inference.engine_args`, and the setting to use instead. Those
+without one are what weight pushes and importance ratios rest on."""
+
+
+def check(config: Config) -> None:
+    """Check a configuration's values, each and against each other; the cheap half of the start-up checks.
+
+    Raises:
+        ConfigError: one line that says what is wrong and how to mend it.
+    """
+    for key, bound in BOUNDS.items():
+        if not bound.holds(value := _value(config, key)):
+            raise ConfigError(f"{key}={value} must be {bound}")
+    for key, choices in CHOICES.items():
+        if (value := _value(config, key)) not in choices:
+            raise ConfigError(f"{key}={value!r} is not one of: {', '.join(choices)}")
+    for key in NOT_EMPTY:
+        if not _value(config, key).strip():
+            raise ConfigError(f"{key} is empty; leave it out for its default")
+    betas = config.optimizer.betas
+    if len(betas) != 2 or not all(map(DECAY.holds, betas)):
+        raise ConfigError(f"optimizer.betas={betas} must be two numbers, each at least 0 and below 1")
+    _check_budgets(config)
+    _check_engine_args(config)
+    request, episode = config.deadlines.generate_s, config.rollout.episode_deadline_s
+    if request >= episode:
+        raise ConfigError(
+            f"deadlines.generate_s={request:g} must be below rollout.episode_deadline_s={episode:g}: else an "
+            "engine that hangs looks like episodes that fail"
+        )
+
+
+def _check_budgets(config: Config) -> None:
+    limit = config.inference.max_model_len
+    per_kind = {f"budget.per_kind.{kind}": tokens for kind, tokens in config.budget.per_kind.items()}
+    for key, tokens in {"budget.default": config.budget.default, **per_kind}.items():
+        if not FROM_1.holds(tokens):
+            raise ConfigError(f"{key}={tokens} must be {FROM_1}")
+        if tokens >= limit:
+            raise ConfigError(
+                f"{key}={tokens} does not fit the engine's context of inference.max_model_len={limit}; "
+                "lower the budget or raise inference.max_model_len"
+            )
+
+
+def _check_engine_args(config: Config) -> None:
+    for name in config.inference.engine_args:
+        if name in OWN_ENGINE_ARGS:
+            own = OWN_ENGINE_ARGS[name]
+            remedy = f"set {own} instead" if own else "it is fixed: weight pushes or log-probs rest on it"
+            raise ConfigError(f"inference.engine_args.{name} cannot be set here; {remedy}")
+
+
+def _value(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value

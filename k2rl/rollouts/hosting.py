@@ -1,0 +1,129 @@
+"""Environments, hosted: built, called and closed so that none can block the loop, the run or its end.
+
+Every call of plain (not `async`) plug-in code gets a daemon thread of its own. A pool would not do: as
+many calls that hang as it has threads would stop all others, and CPython joins a pool's threads at exit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from envs.base import TextEnv, maybe_await
+from rubrics.deadline import MissedDeadlineError, within
+
+T = TypeVar("T")
+
+CLOSE_DEADLINE_S = 30.0
+"""Seconds an environment gets to put away what it holds (a container, a session)."""
+
+logger = logging.getLogger(__name__)
+
+
+async def call(function: Callable[..., T | Awaitable[T]], *args: Any, **kwargs: Any) -> T:
+    """Call plug-in code, async or not, without blocking the event loop.
+
+    A cancelled call of plain code goes on in its thread, and nobody hears of its outcome.
+
+    Raises:
+        Exception: what it raised; a RuntimeError in place of what is no `Exception`.
+    """
+    if inspect.iscoroutinefunction(function):
+        value: T = await function(*args, **kwargs)
+        return value
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+    outcome: list[Any] = [None, None]
+
+    def end() -> None:
+        if not ended.done():
+            ended.set_result(None)
+
+    def work() -> None:
+        try:
+            outcome[0] = function(*args, **kwargs)
+        # Raised again below, where somebody waits for it.
+        except BaseException as error:  # noqa: BLE001
+            outcome[1] = error
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(end)
+
+    name = getattr(function, "__qualname__", type(function).__name__)
+    threading.Thread(target=work, name=name, daemon=True).start()
+    await ended
+    result, error = outcome
+    if isinstance(error, Exception):
+        raise error
+    if error is not None:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+    return await maybe_await(result)
+
+
+async def hosted(
+    make_env: Callable[[], TextEnv], use: Callable[[TextEnv], Coroutine[Any, Any, T]], deadline_s: float
+) -> T:
+    """Build an environment, use it, close it; building and use share `deadline_s`, closing has its own.
+
+    Raises:
+        MissedDeadlineError: building and use took longer.
+        Exception: what the constructor, `use` or `close()` raised.
+    """
+    seat = _Seat(make_env)
+
+    async def play() -> T:
+        return await use(await call(seat.build))
+
+    try:
+        result = await within(deadline_s, play())
+    except BaseException as first:
+        try:
+            await seat.close()
+        # The first error is the one to report.
+        except Exception as second:
+            logger.warning("close() of an environment failed after %r", first, exc_info=second)
+        raise
+    await seat.close()
+    return result
+
+
+class _Seat:
+    """One environment, closed once and for all: also one that is finished when nobody wants it any more."""
+
+    def __init__(self, make_env: Callable[[], TextEnv]) -> None:
+        self._make_env = make_env
+        self._lock = threading.Lock()
+        self._env: TextEnv | None = None
+        self._closed = False
+
+    def build(self) -> TextEnv:
+        env = self._make_env()
+        with self._lock:
+            self._env = env
+            too_late = self._closed
+        if too_late:
+            try:
+                env.close()
+            # Nobody waits for this thread any more: the log is all there is to tell.
+            except Exception as error:
+                logger.warning("close() of an environment built too late failed", exc_info=error)
+        return env
+
+    async def close(self) -> None:
+        """Raises:
+        RuntimeError: `close()` raised or did not end in time.
+        """
+        with self._lock:
+            env, self._closed = self._env, True
+        if env is None:
+            return
+        try:
+            await within(CLOSE_DEADLINE_S, call(env.close))
+        except MissedDeadlineError as error:
+            raise RuntimeError(f"close(): {error}") from error
+        except Exception as error:
+            raise RuntimeError(f"close(): {type(error).__name__}: {error}") from error

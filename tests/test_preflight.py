@@ -1,0 +1,69 @@
+"""What the start-up checks build, and that they put it away."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+from envs.calculator import CalculatorEnv
+from k2rl.composition import compose
+from k2rl.errors import ConfigError
+from k2rl.preflight import Preflight, preflight
+
+
+class Counting(CalculatorEnv):
+    """Counts its instances; `reset` hangs once `hangs` is set."""
+
+    made = closed = 0
+    hangs = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        type(self).made += 1
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        if self.hangs:
+            threading.Event().wait()
+        return super().reset(seed=seed, options=options)
+
+    def close(self) -> None:
+        type(self).closed += 1
+
+
+def prepare(*overrides: str) -> Preflight:
+    return preflight(compose(["experiment=tiny", f"env.id={__name__}:Counting", *overrides]))
+
+
+def test_every_environment_that_was_built_is_closed() -> None:
+    with closing(prepare("warm_start.steps=1", "warm_start.demos_per_step=2")) as prepared:
+        assert [len(batch) for batch in prepared.warm_start] == [2]
+        assert asyncio.run(prepared.opening(prepared.eval_tasks[0]))
+    assert Counting.made == Counting.closed >= 5
+
+
+def test_no_environment_stays_open_where_a_check_fails() -> None:
+    with pytest.raises(ConfigError, match="do not fit"):
+        prepare("budget.default=500")
+    assert Counting.made == Counting.closed
+
+
+def test_a_step_has_the_same_tasks_whenever_it_is_asked_for() -> None:
+    with closing(prepare()) as prepared:
+
+        def ids(step: int) -> list[str]:
+            return [task.id for task in asyncio.run(prepared.train_tasks(step))]
+
+        assert ids(1) == ids(1) != ids(2)
+        assert len(ids(1)) == 2
+
+
+def test_an_environment_that_hangs_in_the_self_check_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(prepare()) as prepared:
+        monkeypatch.setattr(Counting, "hangs", True)
+        prepared.config.rollout.episode_deadline_s = 0.1
+        with pytest.raises(ConfigError, match=r"Counting' fails on task .*: not done within"):
+            asyncio.run(prepared.opening(prepared.eval_tasks[0]))
