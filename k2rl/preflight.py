@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,6 +16,7 @@ from k2rl.models.hub import resolve_model
 from k2rl.objective.budget import budget_for
 from k2rl.rollouts.demonstration import play_script
 from k2rl.rollouts.episode import EpisodeLimits
+from k2rl.rollouts.threads import DaemonThreads
 from k2rl.training.batch import SupervisedSequence
 from k2rl.training.chats import load_chats
 from k2rl.training.supervised import chat_sequence, demonstration_sequence
@@ -130,8 +130,11 @@ async def _play(prepared: Preflight, env: TextEnv, task: Task, turns: list[str])
         token_budget=config.inference.max_model_len,
         max_model_len=config.inference.max_model_len,
     )
-    with ThreadPoolExecutor(1) as executor:
+    executor = DaemonThreads(1, "environment")
+    try:
         return await play_script(env, task, turns, prepared.chat, limits, executor)
+    finally:
+        executor.shutdown(wait=False)
 
 
 def _ptx(config: Config, chat: ChatTemplate) -> list[SupervisedSequence]:

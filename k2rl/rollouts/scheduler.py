@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from envs.base import TextEnv
 from k2rl.config import Config
@@ -14,6 +13,7 @@ from k2rl.inference.engine import EngineDeadError, InferenceEngine
 from k2rl.models.chat import ChatTemplate
 from k2rl.objective.budget import budget_for
 from k2rl.rollouts.episode import Attempt, EpisodeLimits, run_episode
+from k2rl.rollouts.threads import DaemonThreads
 from k2rl.types import Task, Trajectory, Verdict
 from rubrics.base import Rubric, judge_safely
 
@@ -38,8 +38,8 @@ class RolloutScheduler:
         self._chat = chat
         self._make_env = make_env
         self._rubric = rubric
-        self._executor = ThreadPoolExecutor(
-            min(config.rollout.max_concurrent, MAX_ENVIRONMENT_THREADS), thread_name_prefix="environment"
+        self._executor = DaemonThreads(
+            min(config.rollout.max_concurrent, MAX_ENVIRONMENT_THREADS), "environment"
         )
 
     async def run(
