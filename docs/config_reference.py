@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from k2rl import config
-from k2rl.composition import config_groups
+from k2rl.choices import config_groups
 
 TARGET = Path(__file__).parent / "config.md"
 HEADER = """\

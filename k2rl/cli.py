@@ -5,18 +5,76 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
+from k2rl import __version__
+from k2rl.choices import config_groups, experiments
 from k2rl.errors import ConfigError, RunError
 
 EPILOG = """\
+`k2rl COMMAND --help` says more. All that a run writes is in
+outputs/<name>/<time>/ under the working folder.
+
 examples:
-  k2rl train experiment=quickstart
-  k2rl train experiment=quickstart optimizer=adamw rollout.group_size=16 seed=1
-  k2rl train --multirun experiment=quickstart seed=1,2,3
-  k2rl train resume=outputs/quickstart/2026-01-31_12-00-00
-  k2rl eval model.path=outputs/quickstart/2026-01-31_12-00-00/model env=calculator
+  k2rl train experiment=tiny          a look around: every part of a run, in a minute
+  k2rl train experiment=quickstart    a small model learns to use a calculator
+  k2rl eval model.path=outputs/quickstart/2026-01-31_12-00-00/model
+  k2rl envs list
+
+exit codes:
+  0 done, 1 the run failed, 2 wrong input, nothing was started, 130 interrupted
 """
+
+TRAIN = """\
+Train a model by reinforcement learning. The run's folder,
+outputs/<name>/<time>/, gets report.html, summary.json, metrics, sample
+episodes, logs, checkpoints and the trained model as a Hugging Face folder.
+Ctrl-C saves a checkpoint and stops; a second Ctrl-C stops at once.
+"""
+
+TRAIN_EXAMPLES = """
+examples:
+  k2rl train experiment=quickstart optimizer=adamw rollout.group_size=16 seed=1
+  k2rl train --cfg experiment=quickstart
+  k2rl train --multirun experiment=quickstart seed=1,2,3
+  k2rl train experiment=quickstart warm_start=none env.id=my_package.my_env:MyEnv
+  k2rl train resume=outputs/quickstart/2026-01-31_12-00-00
+"""
+
+EVAL = """\
+Measure a model on an environment's held-out tasks, one greedy episode a task.
+Prints the mean reward with its 95 % interval; the episodes themselves are in
+outputs/eval/<time>/evaluations/eval.json.
+"""
+
+EVAL_EXAMPLES = """
+examples:
+  k2rl eval model.path=outputs/quickstart/2026-01-31_12-00-00/model
+  k2rl eval model.path=HuggingFaceTB/SmolLM2-360M-Instruct env.eval_tasks=32
+"""
+
+OVERRIDE = """\
+what differs from the defaults: group=choice (see below) or key=value (`k2rl train --cfg` prints every key,
+docs/config.md explains them)"""
+
+MULTIRUN = """\
+run every combination of group=a,b and key=1,2, one after the other; stops at the first that fails"""
+
+EVAL_GROUPS = (
+    "budget",
+    "cluster",
+    "env",
+    "experiment",
+    "inference",
+    "model",
+    "rollout",
+    "rubric",
+    "tracking",
+)
+
+PLATFORM = ("hydra", "ray", "torch", "transformers", "vllm")
+"""Modules of the training platform, which a plain `pip install k2rl` leaves out."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,10 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     arguments, rest = _parser().parse_known_args(argv)
-    if arguments.command in ("train", "eval"):
+    # Overrides after an option end up in the rest; none of them starts with a dash.
+    takes_overrides = arguments.command in ("train", "eval")
+    unknown = [word for word in rest if word.startswith("-") or not takes_overrides]
+    if unknown:
+        _parser().error(f"unrecognized arguments: {' '.join(unknown)}")
+    if takes_overrides:
         arguments.overrides = [*arguments.overrides, *rest]
-    elif rest:
-        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(arguments.run(arguments))
     except ConfigError as error:
@@ -45,52 +106,66 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="k2rl",
-        description="Agentic RL post-training after the Kimi K2 report.",
+        description="Agentic RL post-training of language models, after the Kimi K2 report.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    overrides = "group=choice or key=value; see docs/config.md"
+    parser.add_argument("--version", action="version", version=f"k2rl {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
 
     train = commands.add_parser(
         "train",
-        help="train a policy by reinforcement learning",
-        epilog=_groups(),
+        help="train a model by reinforcement learning",
+        description=TRAIN,
+        epilog=_choices(tuple(config_groups())) + TRAIN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    train.add_argument("-m", "--multirun", action="store_true", help=MULTIRUN)
     train.add_argument(
-        "-m", "--multirun", action="store_true", help="run every combination of key=a,b values"
+        "--cfg", action="store_true", help="print the configuration that the overrides make, and stop"
     )
-    train.add_argument("--cfg", action="store_true", help="print the composed configuration and stop")
-    train.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=overrides)
+    train.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=OVERRIDE)
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser(
         "eval",
-        help="evaluate a Hugging Face checkpoint on an environment's held-out tasks",
-        epilog=_groups(),
+        help="measure a model on an environment's held-out tasks",
+        description=EVAL,
+        epilog=_choices(EVAL_GROUPS) + EVAL_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    evaluate.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=overrides)
+    evaluate.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=OVERRIDE)
     evaluate.set_defaults(run=_evaluate)
 
-    envs = commands.add_parser("envs", help="environments").add_subparsers(required=True, metavar="ACTION")
-    envs.add_parser("list", help="list the registered environments").set_defaults(run=_list_environments)
+    envs = commands.add_parser("envs", help="what there is to learn: `k2rl envs list`")
+    actions = envs.add_subparsers(required=True, metavar="ACTION", title="actions")
+    actions.add_parser("list", help="list the registered environments").set_defaults(run=_list_environments)
 
-    report = commands.add_parser("report", help="write report.html of a run's folder anew")
-    report.add_argument("run_dir", type=Path)
+    report = commands.add_parser("report", help="write report.html of a run anew, finished or not")
+    report.add_argument("run_dir", type=Path, metavar="RUN_FOLDER", help="such as outputs/quickstart/<time>")
     report.set_defaults(run=_report)
     return parser
 
 
-def _groups() -> str:
-    from k2rl.composition import config_groups
-
-    lines = [f"  {group:<12} {', '.join(choices)}" for group, choices in config_groups().items()]
-    return "groups and their choices:\n" + "\n".join(lines)
+def _choices(groups: Sequence[str]) -> str:
+    """The complete runs and each group's choices, as a help text lists them."""
+    runs = [f"  {name:<12} {text}" for name, text in experiments().items()]
+    choices = config_groups()
+    rest = [f"  {group:<12} {', '.join(choices[group])}" for group in groups if group != "experiment"]
+    return "\n".join(
+        [
+            "complete runs to start from (experiment=NAME):",
+            *runs,
+            "",
+            "groups and their choices, the default first (group=choice):",
+            *rest,
+            "",
+        ]
+    )
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    _require("train", PLATFORM[:1] if arguments.cfg else PLATFORM)
     from k2rl import commands, composition
 
     if arguments.cfg:
@@ -100,6 +175,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    _require("eval", PLATFORM)
     from k2rl import commands
 
     return commands.evaluate(arguments.overrides)
@@ -114,6 +190,7 @@ def _list_environments(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    _require("report", ("jinja2", "omegaconf"))
     from k2rl.composition import CONFIG_FILE
     from k2rl.tracking.report import write_report
 
@@ -121,6 +198,20 @@ def _report(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{arguments.run_dir} is not the folder of a run (no {CONFIG_FILE} in it)")
     print(write_report(arguments.run_dir))
     return 0
+
+
+def _require(command: str, modules: Sequence[str]) -> None:
+    """Say what to install before an import fails deep in the code.
+
+    Raises:
+        ConfigError: one line that names what is missing.
+    """
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise ConfigError(
+            f"`k2rl {command}` needs {', '.join(missing)}, not installed here: "
+            "pip install 'k2rl[cpu]', or 'k2rl[cuda]' for NVIDIA GPUs"
+        )
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -15,6 +15,7 @@ from k2rl import composition
 from k2rl.config import Config
 from k2rl.errors import ConfigError, RunError
 from k2rl.launch import Interrupted, execute, execute_evaluation, resume_step
+from k2rl.models import hub
 from k2rl.ownership import owned
 from k2rl.preflight import preflight
 
@@ -29,9 +30,10 @@ def train(overrides: Sequence[str], multirun: bool) -> int:
     """
     _quiet()
     overrides = composition.resumed(overrides, multirun)
-    for job in composition.jobs(overrides, multirun):
-        with closing(preflight(composition.compose(job))) as prepared:
-            resume_step(prepared)
+    with _checking():
+        for job in composition.jobs(overrides, multirun):
+            with closing(preflight(composition.compose(job))) as prepared:
+                resume_step(prepared)
     return composition.run_jobs(overrides, multirun, _reporting_errors(_train))
 
 
@@ -43,7 +45,8 @@ def evaluate(overrides: Sequence[str]) -> int:
     """
     _quiet()
     overrides = [*overrides, "name=eval"]
-    preflight(composition.compose(overrides), training=False).close()
+    with _checking():
+        preflight(composition.compose(overrides), training=False).close()
     return composition.run_jobs(overrides, False, _reporting_errors(_evaluate))
 
 
@@ -95,7 +98,7 @@ def _estimate(reward: float, ci95: tuple[float, float]) -> str:
 
 
 def _say(text: str, file: TextIO | None = None) -> None:
-    print(text, file=file)
+    print(text, file=file, flush=True)
 
 
 def _quiet() -> None:
@@ -103,6 +106,20 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+@contextmanager
+def _checking() -> Iterator[None]:
+    """Say what happens before a live view can: checks of some seconds, and perhaps a download of minutes."""
+    _say("… checks of the configuration, the environment and the model")
+    logger, handler = logging.getLogger(hub.__name__), logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("… %(message)s"))
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _log_to(path: Path) -> None:

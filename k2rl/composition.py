@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from k2rl.choices import config_folder
 from k2rl.config import Config
 from k2rl.errors import ConfigError
 
@@ -29,18 +30,6 @@ OVERRIDES_FILE = "overrides.yaml"
 CONFIG_FILE = "config.yaml"
 
 ConfigStore.instance().store(name="k2rl_schema", node=Config)
-
-
-def config_folder() -> Path:
-    """`conf/`: beside the code where k2rl is installed, at the top of a checkout."""
-    installed = Path(__file__).parent / "conf"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "conf"
-
-
-def config_groups() -> dict[str, list[str]]:
-    """Each group's choices."""
-    folders = sorted(path for path in config_folder().iterdir() if path.is_dir())
-    return {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
 
 
 def compose(overrides: Sequence[str]) -> Config:

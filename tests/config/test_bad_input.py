@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from k2rl import composition
+from k2rl.choices import config_groups
 from k2rl.cli import main
 from k2rl.models.hub import resolve_model
 
@@ -201,7 +202,7 @@ def test_the_command_itself_exits_with_2(tmp_path: Path) -> None:
 
 
 def test_every_experiment_composes() -> None:
-    for name in composition.config_groups()["experiment"]:
+    for name in config_groups()["experiment"]:
         assert composition.compose([f"experiment={name}"]).name == name
 
 

