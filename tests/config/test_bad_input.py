@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -222,3 +223,10 @@ def test_the_config_reference_is_current() -> None:
     script = Path(__file__).parents[2] / "docs" / "config_reference.py"
     done = subprocess.run([sys.executable, str(script), "--check"], check=False, timeout=60)
     assert done.returncode == 0, "run `make docs`"
+
+
+def test_hydra_leaves_our_loggers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own way to be quiet would switch off every logger made before, and leave driver.log empty."""
+    monkeypatch.chdir(tmp_path)
+    logger = logging.getLogger("k2rl.made_before_hydra")
+    composition.run_jobs(["experiment=tiny"], False, lambda config, run_dir: int(logger.disabled))

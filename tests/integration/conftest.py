@@ -7,11 +7,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
+
+from tests.conftest import ROOT
+from tests.installation import environment, everything, install
 
 DEADLINE_S = 240.0
 CENSUS_INTERVAL_S = 0.2
@@ -20,10 +23,17 @@ CENSUS_INTERVAL_S = 0.2
 class Command:
     """A `k2rl` command and every process that was ever seen below it, found also after its parents died."""
 
-    def __init__(self, *arguments: str, cwd: Path) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        cwd: Path,
+        program: Sequence[str | Path] = (sys.executable, "-m", "k2rl.cli"),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "k2rl.cli", *arguments],
+            [*program, *arguments],
             cwd=cwd,
+            env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -90,12 +100,44 @@ def start() -> Iterator[Callable[..., Command]]:
         command.process.wait()
 
 
+MULTIRUN = "k2rl train --multirun experiment=tiny seed=1,2"
+"""As the README has it."""
+
+
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of `experiment=tiny`."""
-    cwd = tmp_path_factory.mktemp("tiny")
-    command = Command("train", "experiment=tiny", f"hydra.run.dir={cwd / 'run'}", cwd=cwd)
+def tiny_runs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The folders of the finished runs of `MULTIRUN`: of an installed wheel, started in an empty folder."""
+    scratch = tmp_path_factory.mktemp("tiny")
+    binaries, cwd = install(wheel, scratch / "venv", everything()), scratch / "elsewhere"
+    cwd.mkdir()
+    _require_the_wheel(binaries, cwd)
+    program, *arguments = MULTIRUN.split()
+    command = Command(*arguments, cwd=cwd, program=[binaries / program], env=environment())
     code, out, err = command.finish()
     assert code == 0, f"{out}\n{err}"
-    wait_for(lambda: not command.descendants(), "all processes of the run end", 20)
-    return cwd / "run"
+    wait_for(lambda: not command.descendants(), "all processes of the runs end", 20)
+    (sweep,) = (cwd / "outputs" / "tiny").iterdir()
+    return sorted(path for path in sweep.iterdir() if path.is_dir())
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_runs: list[Path]) -> Path:
+    """The folder of a finished run of `experiment=tiny`."""
+    return tiny_runs[0]
+
+
+def _require_the_wheel(binaries: Path, cwd: Path) -> None:
+    """What is imported there must be what was installed, not this checkout."""
+    code = "import sys, k2rl, envs, rubrics, sandboxes\nprint(*sys.path)"
+    code += "\nprint(*{m.__file__ for m in (k2rl, envs, rubrics, sandboxes)}, sep='\\n')"
+    path, *files = subprocess.run(
+        [binaries / "python", "-c", code],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert str(ROOT) not in path.split()
+    for file in files:
+        assert Path(file).is_relative_to(binaries.parent), file

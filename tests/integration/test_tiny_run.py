@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from k2rl.tracking import phases
 from k2rl.tracking.metrics import read_metrics
 from k2rl.tracking.timeline import read_timeline
 
-# One run serves all of these, so they belong to one test process.
+# One command serves all of these, so they belong to one test process.
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("tiny_run")]
 
 
@@ -29,6 +31,12 @@ def test_summary_has_what_is_promised(tiny_run: Path) -> None:
     assert summary["wall_seconds"] > 0
     assert summary["samples_per_second"] > 0
     assert summary["failed_episodes"] == 0
+
+
+def test_each_job_of_a_multirun_has_a_folder_of_its_own(tiny_runs: list[Path]) -> None:
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in tiny_runs]
+    assert [(summary["seed"], summary["steps"]) for summary in summaries] == [(1, 2), (2, 2)]
+    assert all((folder / "model" / "model.safetensors").stat().st_size > 0 for folder in tiny_runs)
 
 
 def test_run_leaves_its_files(tiny_run: Path) -> None:
@@ -87,6 +95,55 @@ def test_saved_model_loads_in_transformers_and_has_learned(tiny_run: Path) -> No
         if not torch.equal(new, old)
     ]
     assert len(changed) == len(list(trained.parameters()))
+
+
+PLAIN_VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    folder, prompts = sys.argv[1], json.loads(sys.argv[2])
+    llm = LLM(model=folder, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=2**27)
+    greedy = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logprobs=0)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy)
+    print("RESULT", json.dumps([
+        [(token, at[token].logprob) for token, at in zip(part.token_ids, part.logprobs, strict=True)]
+        for part in (output.outputs[0] for output in outputs)
+    ]))
+"""
+
+
+def test_saved_model_serves_in_plain_vllm_as_in_transformers(tiny_run: Path, tmp_path: Path) -> None:
+    """Nothing of ours is between the folder and either of them."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_run / "model")
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)[
+            "input_ids"
+        ]
+        for text in ("What is 17 plus 25?", "Hello", "Write a word.")
+    ]
+    (tmp_path / "serve.py").write_text(PLAIN_VLLM)
+    done = subprocess.run(
+        [sys.executable, "serve.py", tiny_run / "model", json.dumps(prompts)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    model = AutoModelForCausalLM.from_pretrained(tiny_run / "model", dtype=torch.float32)
+    for prompt, served in zip(prompts, json.loads(line.removeprefix("RESULT")), strict=True):
+        tokens = torch.tensor([token for token, _ in served])
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *tokens.tolist()]])).logits[0, len(prompt) - 1 : -1]
+        assert len(tokens) == 24
+        assert torch.equal(logits.argmax(-1), tokens)
+        ours = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        assert (ours - torch.tensor([logprob for _, logprob in served])).abs().max() < 1e-3
 
 
 def test_eval_of_the_saved_model_repeats_the_last_evaluation(

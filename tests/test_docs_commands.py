@@ -1,0 +1,143 @@
+"""Every command in README.md and docs/ works as written, or is on a list here that says why it is not run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from shutil import which
+
+import pytest
+
+from k2rl.composition import compose
+from k2rl.preflight import preflight
+from tests.conftest import ROOT
+from tests.integration.conftest import MULTIRUN
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+SHELLS = ("bash", "sh", "console")
+
+
+def _says(expected: str) -> Callable[[Path, str], None]:
+    def check(cwd: Path, out: str) -> None:
+        assert expected in out
+
+    return check
+
+
+#: Run as they stand, with what must come of them.
+QUICK: dict[str, Callable[[Path, str], None]] = {
+    "source .venv/bin/activate": _says(""),
+    "k2rl --help": _says("k2rl train experiment=quickstart"),
+    "k2rl train --cfg experiment=quickstart": _says("path: smollm2-135m"),
+    "k2rl envs list": _says("calculator"),
+    'python -W error -c "from gymnasium.utils.env_checker import check_env; from guess import GuessEnv; '
+    'check_env(GuessEnv(), skip_render_check=True)"': _says(""),
+}
+#: Run by a fixture, whose folders many tests look at.
+ELSEWHERE = [MULTIRUN]
+#: Whole runs, of which only the start-up checks are made here, with a tiny model: two train a real one for
+#: minutes, and the third is like the many tiny runs of tests/integration.
+WHOLE_RUNS = [
+    "k2rl train experiment=tiny env.id=guess:GuessEnv",
+    "k2rl train experiment=quickstart optimizer=adamw rollout.group_size=16 seed=1",
+    "k2rl train experiment=quickstart env.id=guess:GuessEnv 'warm_start.kinds=[]'",
+]
+#: Not run, since one installs and trains for minutes and the other is what runs this test: what make would do
+#: is looked at.
+MAKE = ["make quickstart", "make test"]
+
+
+def commands() -> list[str]:
+    """All lines of the pages' shell blocks, without prompts and comments."""
+    found = []
+    for page in PAGES:
+        for language, block in FENCE.findall(page.read_text(encoding="utf-8")):
+            if language in SHELLS:
+                lines = block.replace("\\\n", " ").splitlines()
+                if language == "console":
+                    lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+                found += [re.sub(r"(^|\s+)#.*", "", line).strip() for line in lines]
+    return [command for command in dict.fromkeys(found) if command]
+
+
+def test_every_command_is_accounted_for() -> None:
+    listed = [*QUICK, *ELSEWHERE, *WHOLE_RUNS, *MAKE]
+    unknown = [command for command in commands() if command not in listed]
+    assert not unknown, "in the docs; run it here, or list it with the reason why not"
+    assert not [command for command in listed if command not in commands()], "no longer in the docs"
+
+
+def test_no_command_hides_in_a_block_without_language() -> None:
+    for page in PAGES:
+        for language, block in FENCE.findall(page.read_text(encoding="utf-8")):
+            hidden = re.findall(r"^\$? ?(?:k2rl|make|pip|python|source) .*$", block, re.MULTILINE)
+            assert language in SHELLS or not hidden, (page.name, hidden)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A working folder with `.venv`, and the files that the pages tell the reader to save."""
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    for page in PAGES:
+        saved = re.findall(r"Save this as `(\S+)`:\n\n```\w+\n(.*?)^```$", page.read_text(), re.DOTALL | re.M)
+        for name, text in saved:
+            (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def _run(command: str, cwd: Path) -> str:
+    done = subprocess.run(
+        ["bash", "-ec", f"source .venv/bin/activate\n{command}"],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", QUICK)
+def test_quick_command(command: str, folder: Path) -> None:
+    QUICK[command](folder, _run(command, folder))
+
+
+@pytest.mark.parametrize("command", WHOLE_RUNS)
+def test_whole_run_passes_the_start_up_checks(
+    command: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, action, *overrides = shlex.split(command)
+    assert (program, action) == ("k2rl", "train")
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    # A byte-level tokenizer makes prompts longer than the real model's context was chosen for.
+    config = compose([*overrides, "model=tiny", "inference.max_model_len=4096"])
+    assert preflight(config).eval_tasks
+
+
+def test_make_targets_exist_and_call_what_is_there() -> None:
+    """Those in the text too."""
+    pages = " ".join(page.read_text(encoding="utf-8") for page in PAGES)
+    targets = set(re.findall(r"(?:`|^)make ([a-z-]+)", pages, re.MULTILINE))
+    assert targets >= {command.removeprefix("make ") for command in MAKE}
+    scripts = {script.name for script in entry_points(group="console_scripts")} | {"python", "pip"}
+    for target in targets:
+        done = subprocess.run(
+            ["make", "-n", "-o", ".venv/.installed", target],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        for line in done.stdout.splitlines():
+            word = line.split()[0]
+            assert Path(word).name in scripts or which(word) or (ROOT / word).exists(), line
