@@ -46,7 +46,7 @@ ELSEWHERE = [MULTIRUN]
 WHOLE_RUNS = [
     "k2rl train experiment=tiny env.id=guess:GuessEnv",
     "k2rl train experiment=quickstart optimizer=adamw rollout.group_size=16 seed=1",
-    "k2rl train experiment=quickstart env.id=guess:GuessEnv 'warm_start.kinds=[]'",
+    "k2rl train experiment=quickstart env.id=guess:GuessEnv env.max_turns=6 'warm_start.kinds=[]'",
 ]
 #: Not run, since one installs and trains for minutes and the other is what runs this test: what make would do
 #: is looked at.
