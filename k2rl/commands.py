@@ -6,13 +6,15 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
 from k2rl import composition
 from k2rl.config import Config
 from k2rl.errors import ConfigError, RunError
-from k2rl.launch import Interrupted, execute, execute_evaluation
+from k2rl.launch import Interrupted, execute, execute_evaluation, resume_step
+from k2rl.ownership import owned
 from k2rl.preflight import preflight
 
 INTERRUPTED_EXIT_CODE = 130
@@ -25,9 +27,9 @@ def train(overrides: Sequence[str], multirun: bool) -> int:
         ConfigError: one line; nothing was started.
     """
     _quiet()
-    overrides = composition.resumed(overrides)
+    overrides = composition.resumed(overrides, multirun)
     for job in composition.jobs(overrides, multirun):
-        preflight(composition.compose(job))
+        resume_step(preflight(composition.compose(job)))
     return composition.run_jobs(overrides, multirun, _reporting_errors(_train))
 
 
@@ -44,7 +46,8 @@ def evaluate(overrides: Sequence[str]) -> int:
 
 
 def _train(config: Config, run_dir: Path) -> None:
-    summary = execute(preflight(config), run_dir)
+    record = partial(composition.record, config, composition.own_overrides(), run_dir)
+    summary = execute(preflight(config), run_dir, record)
     _say(f"report:  {run_dir / 'report.html'}")
     _say(f"summary: {run_dir / 'summary.json'}")
     _say(f"model:   {run_dir / 'model'}")
@@ -54,6 +57,7 @@ def _train(config: Config, run_dir: Path) -> None:
 
 
 def _evaluate(config: Config, run_dir: Path) -> None:
+    composition.record(config, composition.own_overrides(), run_dir)
     result = execute_evaluation(preflight(config, training=False), run_dir)
     if result.reward is None or result.ci95 is None:
         raise RunError(f"none of {result.failed} episodes was scored")
@@ -64,13 +68,13 @@ def _evaluate(config: Config, run_dir: Path) -> None:
 
 
 def _reporting_errors(job: Callable[[Config, Path], None]) -> Callable[[Config, Path], int]:
-    """A job with its record and log set up, whose end is an exit code and a line instead of a traceback."""
+    """A job that owns its folder and has a log there, whose end is an exit code and a line, no traceback."""
 
     def run(config: Config, run_dir: Path) -> int:
-        composition.record(config, composition.own_overrides(), run_dir)
-        _log_to(run_dir / "logs" / "driver.log")
         try:
-            job(config, run_dir)
+            with owned(run_dir, fresh=config.resume is None):
+                _log_to(run_dir / "logs" / "driver.log")
+                job(config, run_dir)
         except (ConfigError, RunError) as error:
             _say(f"k2rl: {error}", sys.stderr)
             return error.exit_code

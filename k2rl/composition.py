@@ -80,15 +80,17 @@ def run_jobs(overrides: Sequence[str], multirun: bool, run: Callable[[Config, Pa
     return 0
 
 
-def resumed(overrides: Sequence[str]) -> list[str]:
+def resumed(overrides: Sequence[str], multirun: bool = False) -> list[str]:
     """Overrides with those of the run named by `resume=` put before them, and its folder as output.
 
     Raises:
-        ConfigError: the folder is no run's.
+        ConfigError: the folder is no run's, or several runs are asked for.
     """
     values = dict(override.split("=", 1) for override in overrides if "=" in override)
     if not values.get("resume") or values["resume"] == "null":
         return list(overrides)
+    if multirun:
+        raise ConfigError(f"resume={values['resume']} goes on with one run; leave out --multirun")
     folder = Path(values["resume"]).expanduser().absolute()
     if not (folder / OVERRIDES_FILE).is_file():
         raise ConfigError(f"resume={values['resume']}: not the folder of a run (no {OVERRIDES_FILE} in it)")

@@ -141,7 +141,8 @@ class TrainConfig:
     updates_per_step: int = 1
     #: Tokens per forward and backward pass (a group that shares a prompt counts it once).
     micro_batch_tokens: int = 4096
-    #: Save a resumable checkpoint every so many steps (and always at the end and on Ctrl-C); 0: only then.
+    #: Save a resumable checkpoint every so many steps (and always before the first and after the last, on
+    #: Ctrl-C and when a run fails); 0: only then.
     checkpoint_every: int = 5
     #: Evaluate on the held-out tasks every so many steps; 0: only before and after.
     eval_every: int = 0
@@ -228,7 +229,8 @@ class Config:
     name: str = "run"
     #: Seeds tasks, sampling and initialisation.
     seed: int = 0
-    #: Folder of an earlier run to go on with.
+    #: Folder of an earlier run to go on with, from its newest whole checkpoint. It keeps its overrides; new
+    #: ones apply from there on. Model and optimizer.name must stay.
     resume: str | None = None
 
 

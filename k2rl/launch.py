@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
 import ray
 
 from envs.base import maybe_await
@@ -17,6 +19,7 @@ from k2rl.config import Config
 from k2rl.errors import ConfigError, RunError
 from k2rl.evaluation.results import EvaluationResult
 from k2rl.loop import train
+from k2rl.models.hub import shapes_fingerprint
 from k2rl.preflight import Preflight
 from k2rl.rollouts.scheduler import RolloutScheduler
 from k2rl.run import Run
@@ -24,12 +27,14 @@ from k2rl.tracking import phases
 from k2rl.tracking.report import write_report
 from k2rl.tracking.summary import Summary, write_summary
 from k2rl.tracking.tracker import Tracker
-from k2rl.training.checkpoint import checkpoint_folder, checkpoints, remove_leftovers
+from k2rl.training.checkpoint import FORMAT, checkpoint_folder, checkpoints, read_about, remove_leftovers
 from k2rl.training.supervised import PTXCorpus
 from k2rl.workers.colocated import WorkerSpec
 from k2rl.workers.handle import Worker
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 SELF_CHECK_PROMPTS = 8
 SELF_CHECK_TOKENS = 16
@@ -39,14 +44,33 @@ class Interrupted(Exception):  # noqa: N818  (not an error: the user's wish)
     """The user stopped the run; what it had finished is saved."""
 
 
-def execute(prepared: Preflight, run_dir: Path) -> Summary:
+def execute(prepared: Preflight, run_dir: Path, record: Callable[[], None]) -> Summary:
     """Train to the end, or to the first thing that stops it; leaves no process behind.
+
+    Args:
+        prepared: the checked configuration.
+        run_dir: a folder that this process owns.
+        record: writes down what the run was started with; called once it is sure to begin, so that a
+            refused resume leaves the folder as it was.
 
     Raises:
         RunError, ConfigError: what stopped it.
-        Interrupted: Ctrl-C or SIGTERM; a checkpoint is saved where there was something to save.
+        Interrupted: Ctrl-C or SIGTERM.
+        In either case the finished steps are saved where the worker still can, and report and summary
+        tell of them.
     """
-    asyncio.run(_execute(prepared, run_dir))
+    try:
+        asyncio.run(_execute(prepared, run_dir, record))
+    except (RunError, Interrupted):
+        try:
+            _write_up(run_dir)
+        except (RunError, OSError) as error:  # the first error is the one to report
+            logger.error("no report could be written", exc_info=error)
+        raise
+    return _write_up(run_dir)
+
+
+def _write_up(run_dir: Path) -> Summary:
     summary = write_summary(run_dir)
     write_report(run_dir)
     return summary
@@ -57,16 +81,79 @@ def execute_evaluation(prepared: Preflight, run_dir: Path) -> EvaluationResult:
     return asyncio.run(_execute_evaluation(prepared, run_dir))
 
 
-async def _execute(prepared: Preflight, run_dir: Path) -> None:
-    resume_step = _resume_step(prepared.config, run_dir)
-    if resume_step is not None:
+def resume_step(prepared: Preflight) -> int | None:
+    """The step that the run named by `resume` goes on from; None for a fresh run. Changes nothing.
+
+    Raises:
+        ConfigError: it has no whole checkpoint, or one of another model or optimizer, or is over.
+    """
+    config = prepared.config
+    if config.resume is None:
+        return None
+    found = checkpoints(Path(config.resume).expanduser())
+    if not found:
+        raise ConfigError(f"resume={config.resume}: there is no whole checkpoint in its checkpoints/")
+    step, folder = found[-1]
+    about = read_about(folder)
+    assert about is not None
+    if about.format != FORMAT:
+        raise ConfigError(f"resume={config.resume}: {folder.name} has format {about.format}, not {FORMAT}")
+    if about.optimizer != config.optimizer.name:
+        raise ConfigError(
+            f"resume={config.resume}: optimizer.name={config.optimizer.name} cannot take up the state of "
+            f"{about.optimizer}; leave optimizer.name={about.optimizer}"
+        )
+    if about.shapes != shapes_fingerprint(prepared.model_path):
+        raise ConfigError(
+            f"resume={config.resume}: the weights of model.path={config.model.path} have other shapes than "
+            f"those of {about.model}, which was trained; leave model.path as it was"
+        )
+    if step >= config.train.steps and (Path(config.resume).expanduser() / "model").exists():
+        raise ConfigError(f"resume={config.resume}: the run is over; set train.steps above {step} to go on")
+    return step
+
+
+async def _execute(prepared: Preflight, run_dir: Path, record: Callable[[], None]) -> None:
+    step = resume_step(prepared)
+    if step is None:
+        record()
+    else:
         remove_leftovers(run_dir)
-    async with started(prepared, run_dir, resume_step, trains=True) as run:
-        work = asyncio.ensure_future(_work(run, resume_step))
+    async with started(prepared, run_dir, step, trains=True) as run:
+        await carry_out(run, step, record)
+
+
+async def carry_out(run: Run, resume_step: int | None, record: Callable[[], None]) -> None:
+    """All the work of a started run, under watch; whatever ends it early, its finished steps are saved."""
+    work = asyncio.ensure_future(_work(run, resume_step, record))
+    try:
         await _supervise(run, work)
-        if work.cancelled():
+    except Exception:
+        await _salvage(run)
+        raise
+    if work.cancelled():
+        if run.settled:
             await run.checkpoint()
-            raise Interrupted(f"after step {run.finished_steps}; go on with: k2rl train resume={run.run_dir}")
+        saved = _saved(run.run_dir)
+        raise Interrupted(saved or "before RL began; there is nothing to resume")
+
+
+async def _salvage(run: Run) -> None:
+    """Save what a failing run has finished, where trainer and record agree and the worker still answers."""
+    try:
+        if run.settled and not run.worker.lost:
+            await run.checkpoint()
+        if saved := _saved(run.run_dir):
+            run.tracker.note(f"the run stopped {saved}")
+    except (RunError, OSError) as error:  # the run's own error is the one to report
+        logger.error("the finished steps could not be saved", exc_info=error)
+        run.tracker.live.note("the finished steps could not be saved; logs/driver.log says why")
+
+
+def _saved(run_dir: Path) -> str:
+    """Where a stopped run can be taken up; empty if nowhere."""
+    found = checkpoints(run_dir)
+    return f"after step {found[-1][0]}; go on with: k2rl train resume={run_dir}" if found else ""
 
 
 async def _execute_evaluation(prepared: Preflight, run_dir: Path) -> EvaluationResult:
@@ -102,14 +189,15 @@ async def started(
         inference=config.inference,
         trains=trains,
     )
-    with Tracker(run_dir, config.tracking, config.train.steps, resume_step) as tracker:
+    whole = msgspec.to_builtins(config)
+    with Tracker(run_dir, config.tracking, config.train.steps, resume_step, whole) as tracker:
         with tracker.phase(phases.START), ExitStack() as undo:
             undo.enter_context(_ray(config))
             start = asyncio.ensure_future(Worker.start(config, spec))
             with _cancel_on_signal(start):
                 await asyncio.wait({start})
             if start.cancelled():
-                raise Interrupted("while starting; nothing was trained yet")
+                raise Interrupted(_saved(run_dir) or "while starting; nothing was trained yet")
             worker = start.result()
             cluster = undo.pop_all()
         tracker.note(f"computing in {worker.dtype} on {spec.device}")
@@ -143,22 +231,26 @@ async def _supervise(run: Run, work: asyncio.Future[T]) -> None:
         work.result()
 
 
-async def _work(run: Run, resume_step: int | None) -> None:
+async def _work(run: Run, resume_step: int | None, record: Callable[[], None]) -> None:
     if resume_step is not None:
         with run.tracker.phase(phases.LOAD):
             await run.worker.load(checkpoint_folder(run.run_dir, resume_step))
+        record()
+        run.settled = True
     await _publish(run)
     await _self_check(run)
     if resume_step is None:
         await _warm_start(run)
+        run.settled = True
         await run.checkpoint()
     if run.finished_steps == 0:
         await run.evaluate("before")
     await train(run)
+    await run.checkpoint()
     await run.evaluate("after")
+    # Last: a run is over when its model is there.
     with run.tracker.phase(phases.SAVE, run.finished_steps):
         await run.worker.save_pretrained(run.run_dir / "model")
-    await run.checkpoint()
 
 
 async def _publish(run: Run) -> None:
@@ -203,18 +295,6 @@ async def _warm_start(run: Run) -> None:
         run.tracker.note(f"warm start: {settings.steps} steps, last loss {learned['loss']:.3f}")
         await _publish(run)
     await worker.reset_optimizer(run.config.optimizer.lr)
-
-
-def _resume_step(config: Config, run_dir: Path) -> int | None:
-    if config.resume is None:
-        return None
-    found = checkpoints(run_dir)
-    if not found:
-        raise ConfigError(f"resume={config.resume}: there is no whole checkpoint in {run_dir}/checkpoints")
-    step = found[-1][0]
-    if step >= config.train.steps and (run_dir / "model").exists():
-        raise ConfigError(f"resume={config.resume}: the run is over; set train.steps above {step} to go on")
-    return step
 
 
 @contextmanager

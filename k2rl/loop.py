@@ -45,6 +45,7 @@ async def train(run: Run) -> None:
 async def learn(run: Run, step: int, trajectories: list[Trajectory], metrics: dict[str, float]) -> None:
     """Train on a step's trajectories, publish the new weights and record the step."""
     config, tracker = run.config, run.tracker
+    run.settled = False
     groups, num_sequences = policy_batch(run, trajectories)
     if groups:
         with tracker.phase(phases.TRAIN, step):
@@ -59,6 +60,7 @@ async def learn(run: Run, step: int, trajectories: list[Trajectory], metrics: di
     run.finished_steps = step
     tracker.step(step, metrics)
     tracker.samples(step, trajectories)
+    run.settled = True
 
 
 def attempts(run: Run, step: int, temperature: float) -> list[Attempt]:

@@ -39,6 +39,8 @@ class Run:
     scheduler: RolloutScheduler
     ptx: PTXCorpus
     finished_steps: int = 0
+    #: Whether the trainer is exactly where the record says; a checkpoint at another time would lie.
+    settled: bool = False
 
     def train_tasks(self, step: int) -> list[Task]:
         """The tasks of a step: a function of the seed and the step."""
@@ -87,10 +89,16 @@ class Run:
 
 
 async def uninterrupted(work: Awaitable[T]) -> T:
-    """Let `work` end even if the caller is cancelled meanwhile; the cancellation is raised after it."""
+    """Let `work` end even if the caller is cancelled meanwhile.
+
+    Raises:
+        CancelledError: after the work, if it ended well; its own error weighs more than a wish to stop.
+    """
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait({task})
+        if not task.cancelled():
+            task.result()
         raise

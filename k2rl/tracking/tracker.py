@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from k2rl.config import TrackingConfig
 from k2rl.evaluation.results import EvaluationResult, rewind_results, save_result
@@ -39,8 +39,8 @@ class Tracker:
     """Follows one run in `run_dir`; steps count from 1, and step 0 is everything before RL.
 
     `resume_step` is the last step that the resumed run keeps: whatever the folder holds of later
-    ones is dropped. Use it as a context manager, or call `close` in a `finally`: it gives the
-    terminal back.
+    ones is dropped. `whole_config` is shown by W&B. Use it as a context manager, or call `close` in
+    a `finally`: it gives the terminal back.
 
     Raises:
         ConfigError: if `wandb` is asked for and not installed, or the folder holds another run.
@@ -52,6 +52,7 @@ class Tracker:
         config: TrackingConfig,
         total_steps: int,
         resume_step: int | None = None,
+        whole_config: Mapping[str, Any] | None = None,
     ) -> None:
         self._run_dir = run_dir
         self._samples_per_step = config.samples_per_step
@@ -63,7 +64,7 @@ class Tracker:
             if config.tensorboard:
                 self._sinks.append(_opened(undo, TensorBoardSink(run_dir / "tensorboard", resume_step)))
             if config.wandb:
-                wandb = WandbSink(run_dir, config.wandb_project, summary.read_config(run_dir))
+                wandb = WandbSink(run_dir, config.wandb_project, whole_config or {})
                 self._sinks.append(_opened(undo, wandb))
             if resume_step is not None:
                 rewind_results(run_dir, resume_step)

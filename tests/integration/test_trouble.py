@@ -7,8 +7,16 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from k2rl.evaluation.results import load_result
+from k2rl.models.hub import resolve_model
+from k2rl.tracking.metrics import read_metrics
+from k2rl.training.checkpoint import checkpoint_folder, checkpoints, read_state
+from k2rl.types import NO_WEIGHT_VERSION
 from tests.integration.conftest import Command, wait_for
 
 pytestmark = pytest.mark.integration
@@ -46,21 +54,69 @@ def test_a_killed_part_is_named_and_nothing_hangs(victim: str, start: Start, tmp
     wait_for(lambda: not command.descendants(), "all processes end", 20)
 
 
-def test_ctrl_c_saves_and_resume_goes_on(start: Start, tmp_path: Path) -> None:
-    command, run_dir = _start_long_run(start, tmp_path, "train.checkpoint_every=0")
-    command.process.send_signal(signal.SIGINT)
-    code, _, err = command.finish(60)
-    assert code == 130
-    assert f"resume={run_dir}" in err
-    wait_for(lambda: not command.descendants(), "all processes end", 20)
-    done = _steps(run_dir)[-1]
-    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step_{done:06d}"]
+def test_a_run_killed_resumed_interrupted_and_resumed(start: Start, tmp_path: Path) -> None:
+    command, run_dir = _start_long_run(start, tmp_path, "train.checkpoint_every=1")
+    wait_for(lambda: _newest(run_dir) >= 1, "a checkpoint")
+    command.look()
+    command.process.kill()
+    command.finish(20)
+    wait_for(lambda: _only_agents_left(command), "all that computes for the killed run ends", 30)
+    killed_at = _newest(run_dir)
+    torn = checkpoint_folder(run_dir, 999)
+    torn.mkdir()
+    (torn / "trainer.pt").write_bytes(b"half of it")
 
-    resumed = start("train", f"resume={run_dir}", f"train.steps={done + 1}", cwd=tmp_path)
-    code, _, err = resumed.finish()
+    resumed = start("train", f"resume={run_dir}", cwd=tmp_path)
+    wait_for(lambda: _newest(run_dir) > killed_at or resumed.process.poll() is not None, "a new checkpoint")
+    assert not torn.exists()
+    code, _, err = start("train", f"resume={run_dir}", cwd=tmp_path).finish(60)
+    assert (code, len(err.strip().splitlines())) == (2, 1), err
+    assert "belongs to a k2rl that is still running" in err
+    resumed.process.send_signal(signal.SIGINT)
+    code, _, err = resumed.finish(60)
+    assert code == 130, err
+    assert f"resume={run_dir}" in err
+    wait_for(lambda: not resumed.descendants(), "all processes end", 20)
+
+    done = _steps(run_dir)[-1]
+    assert checkpoints(run_dir) == [(done, checkpoint_folder(run_dir, done))]
+    saved = read_state(checkpoint_folder(run_dir, done))["masters"]
+    # A step that moves no weight: what comes out is what was loaded.
+    code, _, err = start(
+        "train", f"resume={run_dir}", f"train.steps={done + 1}", "optimizer.lr=1e-12", cwd=tmp_path
+    ).finish()
     assert code == 0, err
-    assert _steps(run_dir) == list(range(1, done + 2))
-    assert json.loads((run_dir / "summary.json").read_text())["steps"] == done + 1
+    _assert_one_run_of(done + 1, run_dir)
+    final, initial = (
+        load_file(folder / "model.safetensors") for folder in (run_dir / "model", resolve_model("tiny-qwen3"))
+    )
+    assert final.keys() == saved.keys()
+    for name, tensor in final.items():
+        torch.testing.assert_close(tensor, saved[name], rtol=0, atol=1e-9)
+        assert not torch.equal(tensor, initial[name]), "nothing was trained"
+    wait_for(lambda: not command.descendants(), "all processes of the killed run end", 90)
+
+
+def _only_agents_left(command: Command) -> bool:
+    """Ray's two small agents look for their dead server for about a minute before they end."""
+    try:
+        return all(process.name().endswith("Agent") for process in command.descendants())
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _newest(run_dir: Path) -> int:
+    return max((step for step, _ in checkpoints(run_dir)), default=-1)
+
+
+def _assert_one_run_of(steps: int, run_dir: Path) -> None:
+    """The record of a run that was resumed is that of one run."""
+    assert _steps(run_dir) == list(range(1, steps + 1))
+    assert json.loads((run_dir / "summary.json").read_text())["steps"] == steps
+    assert read_metrics(run_dir)[-1]["train/lr"] == 1e-12
+    after = load_result(run_dir / "evaluations" / "after.json")
+    versions = {version for trajectory in after.examples for version in trajectory.weight_versions}
+    assert versions == {NO_WEIGHT_VERSION, steps}
 
 
 def test_vllm_that_cannot_start_is_reported_with_its_log(start: Start, tmp_path: Path) -> None:
@@ -82,20 +138,31 @@ def test_all_failed_rollouts_stop_the_run_with_the_reason(start: Start, tmp_path
     (tmp_path / "broken_env.py").write_text(
         "from envs.calculator import CalculatorEnv\n"
         "class BrokenEnv(CalculatorEnv):\n"
+        "    played = []\n"
         "    def step(self, action):\n"
-        "        if self.task.split == 'train':\n"
+        "        if self.task.split == 'train' and len(self.played) > 8:\n"
         "            raise OSError('the database is gone')\n"
         "        return super().step(action)\n"
         "    def reset(self, *, seed=None, options=None):\n"
         "        self.task = options['task']\n"
+        "        if self.task.split == 'train':\n"
+        "            self.played.append(self.task)\n"
         "        return super().reset(seed=seed, options=options)\n"
     )
     run_dir = tmp_path / "run"
     command = start(
-        "train", "experiment=tiny", "env.id=broken_env:BrokenEnv", f"hydra.run.dir={run_dir}", cwd=tmp_path
+        "train",
+        "experiment=tiny",
+        "env.id=broken_env:BrokenEnv",
+        "train.checkpoint_every=0",
+        f"hydra.run.dir={run_dir}",
+        cwd=tmp_path,
     )
     code, _, err = command.finish()
     assert code == 1
-    assert "step 1: 8 of 8 episodes failed" in err
+    assert "step 2: 8 of 8 episodes failed" in err
     assert "OSError: the database is gone" in err
-    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_000000"]
+    # The finished step is kept, and told of.
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_000001"]
+    assert json.loads((run_dir / "summary.json").read_text())["steps"] == 1
+    assert (run_dir / "report.html").stat().st_size > 0
