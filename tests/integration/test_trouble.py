@@ -63,6 +63,21 @@ def test_ctrl_c_saves_and_resume_goes_on(start: Start, tmp_path: Path) -> None:
     assert json.loads((run_dir / "summary.json").read_text())["steps"] == done + 1
 
 
+def test_a_second_ctrl_c_does_not_wait_for_the_checkpoint(start: Start, tmp_path: Path) -> None:
+    command, run_dir = _start_long_run(start, tmp_path, "train.checkpoint_every=0")
+    # Saving lasts for ever: the worker, which would do it, stands still.
+    command.named("ray::ColocatedWorker").suspend()
+    command.process.send_signal(signal.SIGINT)
+    assert command.process.stdout is not None
+    assert any("Ctrl-C again stops at once" in line for line in command.process.stdout)
+    command.process.send_signal(signal.SIGINT)
+    code, _, err = command.finish(10)
+    assert code == 130
+    assert err == ""
+    wait_for(lambda: not command.descendants(), "all processes end", 10)
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_000000"]
+
+
 def test_vllm_that_cannot_start_is_reported_with_its_log(start: Start, tmp_path: Path) -> None:
     command = start(
         "train",
