@@ -23,6 +23,7 @@ from k2rl.preflight import Preflight
 from k2rl.rollouts.scheduler import RolloutScheduler
 from k2rl.run import Run
 from k2rl.tracking import phases
+from k2rl.tracking.live import LiveView
 from k2rl.tracking.report import write_report
 from k2rl.tracking.summary import Summary, write_summary
 from k2rl.tracking.tracker import Tracker
@@ -30,6 +31,7 @@ from k2rl.training.checkpoint import FORMAT, checkpoint_folder, checkpoints, rea
 from k2rl.training.supervised import PTXCorpus
 from k2rl.workers.colocated import WorkerSpec
 from k2rl.workers.handle import Worker
+from k2rl.workers.process import end_at_once_on
 
 T = TypeVar("T")
 
@@ -193,7 +195,7 @@ async def started(
         with tracker.phase(phases.START), ExitStack() as undo:
             undo.enter_context(_ray(config))
             start = asyncio.ensure_future(Worker.start(config, spec))
-            with _cancel_on_signal(start):
+            with _cancel_on_signal(start, tracker.live):
                 await asyncio.wait({start})
             if start.cancelled():
                 raise Interrupted(_saved(run_dir) or "while starting; nothing was trained yet")
@@ -216,7 +218,7 @@ async def _supervise(run: Run, work: asyncio.Future[T]) -> None:
         RunError: what the work or the watch found; a dead worker is reported even if the work still waits.
     """
     watch: asyncio.Future[None] = asyncio.ensure_future(run.worker.watch())
-    with _cancel_on_signal(work):
+    with _cancel_on_signal(work, run.tracker.live):
         await asyncio.wait([work, watch], return_when=asyncio.FIRST_COMPLETED)  # type: ignore[type-var]
         if watch.done() and not work.done():
             work.cancel()
@@ -294,15 +296,16 @@ async def _warm_start(run: Run) -> None:
 
 
 @contextmanager
-def _cancel_on_signal(task: asyncio.Future[T]) -> Iterator[None]:
-    """First Ctrl-C or SIGTERM: cancel `task`, which then saves. Second: stop at once."""
+def _cancel_on_signal(task: asyncio.Future[T], live: LiveView) -> Iterator[None]:
+    """First Ctrl-C or SIGTERM: say so and cancel `task`, which then saves. Second: stop at once."""
     loop = asyncio.get_running_loop()
 
     def cancel() -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_DFL)
+        end_at_once_on(signal.SIGINT, signal.SIGTERM)
         task.cancel()
+        live.stopping()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, cancel)

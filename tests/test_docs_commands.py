@@ -130,7 +130,7 @@ def test_make_targets_exist_and_call_what_is_there() -> None:
     scripts = {script.name for script in entry_points(group="console_scripts")} | {"python", "pip"}
     for target in targets:
         done = subprocess.run(
-            ["make", "-n", "-o", ".venv/.installed", target],
+            ["make", "-n", "--no-print-directory", "-o", ".venv/.installed", target],
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -94,6 +94,11 @@ class LiveView:
             self._print(f"! {text}")
         self._redraw()
 
+    def stopping(self) -> None:
+        """The user has asked the run to stop: give the terminal back and answer, whatever the mode."""
+        self.stop()
+        self._print("… stopping: a step that has begun is finished and saved; Ctrl-C again stops at once")
+
     def stop(self) -> None:
         """Leave the last state on the screen and give the terminal back; safe to call twice."""
         if self._ticker is not None:

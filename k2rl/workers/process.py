@@ -8,7 +8,10 @@ import signal
 import sys
 import threading
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 OWNER_PID = "K2RL_OWNER_PID"
 """Environment variable: the process whose end must end its vLLM engine core and workers."""
@@ -32,6 +35,28 @@ def _wait_and_kill(owner_handle: int, parent: int) -> None:
     if os.getppid() == parent:
         os.kill(parent, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_at_once_on(*signals: signal.Signals) -> None:
+    """Let the next of these signals kill all processes below this one, and end it, whatever it is doing.
+
+    Left to themselves, Ray's agents would look for their dead cluster for a minute. A thread waits for the
+    signal: a handler of Python's would have to wait for the main thread.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    for number in signals:
+        signal.signal(number, lambda number, frame: None)
+    signal.set_wakeup_fd(write)
+    threading.Thread(target=_end_on_byte, args=(read,), daemon=True).start()
+
+
+def _end_on_byte(descriptor: int) -> None:
+    (number,) = os.read(descriptor, 1)
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    os._exit(128 + number)
 
 
 def redirect_output(path: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from k2rl.evaluation.results import load_result
 from k2rl.models.hub import resolve_model
 from k2rl.tracking.metrics import read_metrics
+from k2rl.tracking.timeline import read_timeline
 from k2rl.training.checkpoint import checkpoint_folder, checkpoints, read_state
 from k2rl.types import NO_WEIGHT_VERSION
 from tests.integration.conftest import Command, wait_for
@@ -119,6 +120,21 @@ def _assert_one_run_of(steps: int, run_dir: Path) -> None:
     assert versions == {NO_WEIGHT_VERSION, steps}
 
 
+def test_a_second_ctrl_c_does_not_wait_for_the_checkpoint(start: Start, tmp_path: Path) -> None:
+    command, run_dir = _start_long_run(start, tmp_path, "train.checkpoint_every=0")
+    # Saving lasts for ever: the worker, which would do it, stands still.
+    command.named("ray::ColocatedWorker").suspend()
+    command.process.send_signal(signal.SIGINT)
+    assert command.process.stdout is not None
+    assert any("Ctrl-C again stops at once" in line for line in command.process.stdout)
+    command.process.send_signal(signal.SIGINT)
+    code, _, err = command.finish(10)
+    assert code == 130
+    assert err == ""
+    wait_for(lambda: not command.descendants(), "all processes end", 10)
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_000000"]
+
+
 def test_vllm_that_cannot_start_is_reported_with_its_log(start: Start, tmp_path: Path) -> None:
     command = start(
         "train",
@@ -131,6 +147,23 @@ def test_vllm_that_cannot_start_is_reported_with_its_log(start: Start, tmp_path:
     assert code == 1
     assert "vLLM engine of worker 0 died while starting" in err
     assert "KV cache" in err or "memory" in err
+    wait_for(lambda: not command.descendants(), "all processes end", 20)
+
+
+def test_a_failing_job_of_a_multirun_ends_it_with_its_exit_code(start: Start, tmp_path: Path) -> None:
+    command = start(
+        "train",
+        "--multirun",
+        "experiment=tiny",
+        "cluster.gpus_per_worker=1000,0",
+        f"hydra.sweep.dir={tmp_path / 'runs'}",
+        cwd=tmp_path,
+    )
+    code, _, err = command.finish()
+    assert code == 2
+    assert "cluster.gpus_per_worker=1000" in err
+    assert len(err.splitlines()) == 1
+    assert [path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()] == ["0"]
     wait_for(lambda: not command.descendants(), "all processes end", 20)
 
 
@@ -166,3 +199,41 @@ def test_all_failed_rollouts_stop_the_run_with_the_reason(start: Start, tmp_path
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_000001"]
     assert json.loads((run_dir / "summary.json").read_text())["steps"] == 1
     assert (run_dir / "report.html").stat().st_size > 0
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_step(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "exploding_judge.py").write_text(
+        "import itertools\n"
+        "from k2rl.types import Verdict\n"
+        "from rubrics import Rubric\n"
+        "class Exploding(Rubric):\n"
+        "    reward_range = (0.0, 1e30)\n"
+        "    judged = itertools.count()\n"
+        "    async def judge(self, trajectory):\n"
+        "        if trajectory.task.split == 'eval':\n"
+        "            return Verdict.scored(0.0)\n"
+        "        number = next(self.judged)\n"
+        "        return Verdict.scored((1.0 if number < 8 else 1e30) * (number % 2))\n"
+    )
+    run_dir = tmp_path / "run"
+    command = start(
+        "train",
+        "experiment=tiny",
+        "train.steps=3",
+        "train.checkpoint_every=1",
+        "rubric.id=exploding_judge:Exploding",
+        f"hydra.run.dir={run_dir}",
+        cwd=tmp_path,
+    )
+    code, _, err = command.finish()
+    assert code == 1
+    assert err.startswith("k2rl: policy loss is inf at update 2; sequences step2-")
+    assert len(err.splitlines()) == 1
+    assert _steps(run_dir) == [1]
+    assert [phase.phase for phase in read_timeline(run_dir) if phase.step == 2] == ["rollout", "train"]
+    (checkpoint,) = (run_dir / "checkpoints").iterdir()
+    assert checkpoint.name == "step_000001"
+    state = read_state(checkpoint)
+    assert state["step_count"] == 1
+    assert all(weights.isfinite().all() for weights in state["masters"].values())
+    wait_for(lambda: not command.descendants(), "all processes end", 20)

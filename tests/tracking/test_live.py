@@ -94,6 +94,18 @@ def test_markup_of_others_is_text(clock: Any) -> None:
     assert "[bold]model[/bold] [/] said" in text
 
 
+@pytest.mark.parametrize("mode", ["on", "auto", "off"])
+def test_a_wish_to_stop_is_answered_and_gives_the_terminal_back(clock: Any, mode: str) -> None:
+    console = terminal()
+    view = LiveView("run", 3, mode, console=console, clock=clock)
+    view.start()
+    view.stopping()
+    view.phase("checkpoint", 2)
+    view.stop()
+    assert written(console).rstrip().endswith("Ctrl-C again stops at once")
+    assert written(console).count(HIDE_CURSOR) == written(console).count(SHOW_CURSOR)
+
+
 def test_off_writes_nothing(clock: Any) -> None:
     console = terminal()
     view = LiveView("run", 3, "off", console=console, clock=clock)
