@@ -1,97 +1,170 @@
-"""Shared memory that the trainer writes its weights into and inference workers on the host map.
+"""A host's shared memory: trainer ranks write weights into it, inference workers on the host map it.
 
-The arena is an anonymous memory file: it has no name to collide on or leak, and the kernel frees it
-when the last process that maps it is gone, however that process ended.
+An arena is an anonymous memory file: it has no name to collide on or leak, and the kernel frees it when the
+last process that maps it is gone, however that process ended. Every process that maps it can hand it on.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
-import xxhash
 
-from k2rl.checkpoint_engine.manifest import Manifest, TensorRecord, WeightTransferError
-
-ALIGNMENT = 256
+from k2rl.checkpoint_engine.messages import TransferError
+from k2rl.checkpoint_engine.plan import ALIGNMENT, Plan
 
 
-class WeightArena:
-    """The sender's side: allocated at the first push, reused by every later one."""
+class Arena:
+    """A mapping of a host's arena, as one uint8 tensor."""
 
-    def __init__(self) -> None:
-        self._fd: int | None = None
-        self._buffer: mmap.mmap | None = None
+    def __init__(self, fd: int, writable: bool) -> None:
+        self._fd = fd
+        status = os.fstat(fd)
+        self.identity = (status.st_dev, status.st_ino, status.st_size)
+        # Receivers map it privately: torch wants writable memory, and the senders' bytes stay the senders'.
+        flags = mmap.MAP_SHARED if writable else mmap.MAP_PRIVATE
+        self._buffer = mmap.mmap(fd, max(status.st_size, 1), flags=flags)
+        self.memory = torch.frombuffer(self._buffer, dtype=torch.uint8)
 
-    def write(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> Manifest:
-        """Copy tensors (any device) into the arena, hashing each.
+    @classmethod
+    def create(cls, nbytes: int) -> Arena:
+        """A new one; the kernel provides its pages as they are first written."""
+        fd = os.memfd_create("k2rl-weights")
+        os.ftruncate(fd, nbytes)
+        return cls(fd, writable=True)
 
-        The set of names, dtypes and shapes may change between pushes; the arena grows when it must.
+    @classmethod
+    def open(cls, paths: Sequence[str], nbytes: int, writable: bool) -> Arena:
+        """Map an existing one by the first path that leads to it.
+
+        Raises:
+            TransferError: none does, or it is too small.
         """
-        tensors = list(named_tensors)
-        offsets, size = [], 0
-        for _, tensor in tensors:
-            offsets.append(size)
-            size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        buffer = self._reserve(size)
-        whole = torch.frombuffer(buffer, dtype=torch.uint8)
-        records = []
-        for (name, tensor), offset in zip(tensors, offsets, strict=True):
-            nbytes = tensor.nbytes
-            target = whole[offset : offset + nbytes].view(tensor.dtype).view(tensor.shape)
-            target.copy_(tensor.detach())
-            digest = xxhash.xxh3_128_hexdigest(memoryview(buffer)[offset : offset + nbytes])
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            records.append(TensorRecord(name, dtype, tuple(tensor.shape), offset, nbytes, digest))
-        return Manifest(version, f"/proc/{os.getpid()}/fd/{self._fd}", size, tuple(records))
+        problems = []
+        for path in paths:
+            try:
+                fd = os.open(path, os.O_RDWR)
+            except OSError as error:
+                problems.append(str(error))
+                continue
+            arena = cls(fd, writable)
+            if arena.nbytes >= nbytes:
+                return arena
+            problems.append(f"{path} holds {arena.nbytes} bytes, not {nbytes}")
+            arena.close()
+        raise TransferError(f"cannot map the weights: {'; '.join(problems) or 'no path was given'}")
 
-    def _reserve(self, size: int) -> mmap.mmap:
-        if self._buffer is not None and len(self._buffer) >= size:
-            return self._buffer
-        self.close()
-        self._fd = os.memfd_create("k2rl-weights")
-        os.ftruncate(self._fd, size)
-        self._buffer = mmap.mmap(self._fd, size)
-        return self._buffer
+    @property
+    def nbytes(self) -> int:
+        return self.identity[2]
+
+    @property
+    def path(self) -> str:
+        """Under which other processes of this user and host can open it, while this process has it open."""
+        return f"/proc/{os.getpid()}/fd/{self._fd}"
+
+    def release(self, start: int, stop: int) -> None:
+        """Give the memory of these bytes back to the system, whoever has them mapped: they read as zeros."""
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = stop // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < last:
+            self._buffer.madvise(mmap.MADV_REMOVE, first, last - first)
 
     def close(self) -> None:
-        """Let go of the memory; receivers that still map it keep their view."""
-        if self._fd is not None:
+        """Let go of it; the mapping itself goes with its last tensor view."""
+        if self._fd >= 0:
             os.close(self._fd)
-        # The mapping itself goes with its last tensor view; closing it under a view would raise.
-        self._fd, self._buffer = None, None
+            self._fd = -1
+            del self.memory, self._buffer
 
 
-def read_arena(manifest: Manifest) -> list[tuple[str, torch.Tensor]]:
-    """The receiver's side: map the arena and check every tensor against its digest.
+class ArenaCache:
+    """A participant's mapping, kept from push to push: mapping a gigabyte anew costs its page faults anew."""
 
-    Returns views into shared memory; copy what must outlive the push.
+    def __init__(self, writable: bool) -> None:
+        self._writable = writable
+        self._arena: Arena | None = None
 
-    Raises:
-        WeightTransferError: the arena is gone or too small, or a tensor's bytes differ from what was sent.
-    """
-    try:
-        fd = os.open(manifest.path, os.O_RDWR)
-    except OSError as error:
-        raise WeightTransferError(f"cannot map the weights of version {manifest.version}: {error}") from error
-    try:
-        if os.fstat(fd).st_size < manifest.nbytes:
-            raise WeightTransferError(
-                f"the arena holds {os.fstat(fd).st_size} bytes, "
-                f"version {manifest.version} needs {manifest.nbytes}"
-            )
-        # Private and writable: torch wants writable memory, the sender's bytes must stay the sender's.
-        buffer = mmap.mmap(fd, manifest.nbytes, flags=mmap.MAP_PRIVATE)
-    finally:
-        os.close(fd)
-    whole = torch.frombuffer(buffer, dtype=torch.uint8)
-    tensors = []
-    for record in manifest.records:
-        end = record.offset + record.nbytes
-        if xxhash.xxh3_128_hexdigest(memoryview(buffer)[record.offset : end]) != record.digest:
-            raise WeightTransferError(f"version {manifest.version}: {record.name} arrived corrupted")
-        dtype = getattr(torch, record.dtype)
-        tensors.append((record.name, whole[record.offset : end].view(dtype).view(record.shape)))
-    return tensors
+    def open(self, paths: Sequence[str], nbytes: int) -> Arena:
+        """The mapping of the arena at `paths`; see `Arena.open`."""
+        fresh = Arena.open(paths, nbytes, self._writable)
+        if self._arena is not None and self._arena.identity == fresh.identity:
+            fresh.close()
+            return self._arena
+        self.close()
+        self._arena = fresh
+        return fresh
+
+    def close(self) -> None:
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
+
+
+class HostArena:
+    """The arena as its host's agent owns it: room for two whole versions, or for one ring of slots."""
+
+    def __init__(self) -> None:
+        self._arena: Arena | None = None
+        self._writing = 0
+        #: The arena and first byte of the committed version, while it is kept.
+        self.committed: tuple[Arena, int] | None = None
+
+    def reserve(self, plan: Plan) -> tuple[Arena, int]:
+        """Where a push may write: the arena and the first byte, away from the committed version."""
+        half = -(-plan.arena_bytes // ALIGNMENT) * ALIGNMENT
+        needed = half * 2 if plan.retains else plan.arena_bytes
+        arena = self._arena
+        if arena is None or arena.nbytes < needed:
+            # The committed version stays in the old arena until the next one is committed.
+            self._let_go()
+            arena = self._arena = Arena.create(needed)
+        if not plan.retains:
+            if self.committed is not None and self.committed[0] is not arena:
+                self.committed[0].close()
+            self.committed = None
+            self._writing = 0
+        elif self.committed is not None and self.committed[0] is arena and self.committed[1] < half:
+            self._writing = arena.nbytes - half
+        else:
+            self._writing = 0
+        return arena, self._writing
+
+    @property
+    def being_written(self) -> tuple[Arena, int]:
+        """What `reserve` gave last."""
+        assert self._arena is not None
+        return self._arena, self._writing
+
+    def abandon(self) -> None:
+        """Never use again what `reserve` gave last: somebody who cannot be reached may yet write there.
+
+        Its memory is freed, the committed version's is not.
+        """
+        arena, start = self.being_written
+        keeps = self.committed is not None and self.committed[0] is arena
+        if keeps and start == 0:
+            arena.release(0, self.committed[1] if self.committed else 0)
+        else:
+            arena.release(start, arena.nbytes)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """The arena is not written any more; it stays as long as the committed version lies in it."""
+        if self._arena is not None and (self.committed is None or self.committed[0] is not self._arena):
+            self._arena.close()
+        self._arena = None
+
+    def commit(self, plan: Plan) -> None:
+        """What was written last is the version to keep."""
+        before = self.committed
+        self.committed = self.being_written if plan.retains else None
+        if before is not None and before[0] is not self._arena:
+            before[0].close()
+
+    def close(self) -> None:
+        for arena in {id(a): a for a in (self._arena, self.committed and self.committed[0]) if a}.values():
+            arena.close()
+        self._arena = self.committed = None

@@ -1,94 +1,194 @@
-"""The receiving end inside a vLLM worker: a weight-transfer engine that reads the shared arena."""
+"""An inference worker's side of a push: it checks what lies in the arena, places it, and votes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Protocol
 
-import msgspec
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
+import torch
+import xxhash
+from torch import Tensor
+
+from k2rl.checkpoint_engine.arena import Arena, ArenaCache
+from k2rl.checkpoint_engine.copying import copies
+from k2rl.checkpoint_engine.messages import (
+    RECEIVER,
+    Address,
+    Applied,
+    Begin,
+    Channel,
+    Commit,
+    Committed,
+    Deliver,
+    Finish,
+    Finished,
+    Peer,
+    TransferError,
 )
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from k2rl.checkpoint_engine.pieces import Piece, Remembered, bytes_of, chunks, pieces_of
+from k2rl.checkpoint_engine.plan import NO_PLAN, Bucket, Plan
+from k2rl.checkpoint_engine.transaction import version_digest
 
-from k2rl.checkpoint_engine.arena import read_arena
-from k2rl.checkpoint_engine.manifest import Manifest, WeightTransferError
-
-BACKEND = "k2rl_shared_memory"
-
-
-@dataclass
-class SharedMemoryInitInfo(WeightTransferInitInfo):
-    """Nothing to agree on beforehand: each push carries its manifest."""
+#: Bytes to hash, with the trainer rank that wrote them, and what places them.
+Step = tuple[list[tuple[int, memoryview]], Callable[[], None]]
 
 
-@dataclass
-class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
-    """One push: a `Manifest` as builtin values (it crosses vLLM's own serialisation)."""
+class Target(Protocol):
+    """Where a receiver puts weights."""
 
-    manifest: dict[str, Any]
+    def begin(self, plan: Plan) -> None:
+        """An update starts; whatever an earlier one left undone is void.
 
-
-class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):
-    """Verifies and loads a push in place, through vLLM's layerwise reload.
-
-    Works for packed CPU linears too, whose plain `load_weights` fails after the first load.
-    """
-
-    init_info_cls = SharedMemoryInitInfo
-    update_info_cls = SharedMemoryUpdateInfo
-
-    def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
-        pass
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # Now, while tied parameters are one: a push that broke off leaves them apart.
-        self._expected = {name for name, _ in self.model.named_parameters()}
-
-    def start_weight_update(self) -> None:
-        self._loaded: set[str] = set()
-        initialize_layerwise_reload(self.model)
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        # Not the base class's: it synchronises a CUDA device after each chunk.
-        self.receive_weights(self.parse_update_info(update_info))
-        if self.device.type == "cuda":
-            import torch
-
-            torch.cuda.synchronize(self.device)
-
-    def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
-        manifest = msgspec.convert(update_info.manifest, Manifest)
-        self._loaded |= self.model.load_weights(iter(read_arena(manifest)))
-
-    def finish_weight_update(self) -> None:
-        """Raises:
-        WeightTransferError: a parameter of the model was in no push; it would keep its old value.
+        Raises:
+            TransferError: it cannot take these tensors; nothing was changed.
         """
-        finalize_layerwise_reload(self.model, self.model_config)
-        _refresh_packed_linears(self.model)
-        missing = sorted(self._expected - self._loaded)
+        ...
+
+    def steps(self, plan: Plan, bucket: Bucket, memory: Tensor) -> list[Step]:
+        """How to place a bucket; kept and followed at every push of this plan.
+
+        Args:
+            plan: of the push.
+            bucket: to place.
+            memory: uint8, the plan's places; it stays valid until the push ends if the plan retains, else
+                until the bucket is placed.
+        """
+        ...
+
+    def finish(self) -> None:
+        """Everything is in place: do what comes after loading.
+
+        Raises:
+            TransferError: something was not updated.
+        """
+        ...
+
+
+class TensorTarget:
+    """Plain tensors in memory, by name."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._updated: set[str] = set()
+
+    def begin(self, plan: Plan) -> None:
+        self._updated = set()
+        for spec in plan.tensors:
+            target = self._tensors.get(spec.name)
+            if target is not None and tuple(target.shape) != spec.shape:
+                raise TransferError(
+                    f"{spec.name} has {list(target.shape)} here, and {list(spec.shape)} there"
+                )
+
+    def steps(self, plan: Plan, bucket: Bucket, memory: Tensor) -> list[Step]:
+        return [self._step(plan, memory, chunk) for chunk in chunks(pieces_of(plan, bucket, memory))]
+
+    def _step(self, plan: Plan, memory: Tensor, pieces: Sequence[Piece]) -> Step:
+        sources, targets = [], []
+        for piece in pieces:
+            spec = plan.tensors[piece.tensor]
+            target = self._tensors[spec.name]
+            for dimension, (start, stop) in enumerate(piece.box):
+                target = target.narrow(dimension, start, stop - start)
+            targets.append(target)
+            sources.append(piece.memory.view(getattr(torch, spec.dtype)).view(target.shape))
+        names = {plan.tensors[piece.tensor].name for piece in pieces}
+        copy = copies(targets, sources)
+
+        def place() -> None:
+            copy()
+            self._updated.update(names)
+
+        return bytes_of(memory, pieces), place
+
+    def finish(self) -> None:
+        missing = sorted(self._tensors.keys() - self._updated)
         if missing:
-            raise WeightTransferError(f"{len(missing)} parameters were not updated, such as {missing[0]}")
-
-    def shutdown(self) -> None:
-        pass
+            raise TransferError(f"{len(missing)} tensors were not updated, such as {missing[0]}")
 
 
-def _refresh_packed_linears(model: Any) -> None:
-    """Rebuild CPU linears that still multiply with a packed copy of the old weights.
+class Receiver:
+    """An inference worker; keeps its mapping and its placing plan from push to push."""
 
-    The tied `lm_head` is such a one: the layerwise reload updates its parameter and misses the copy.
-    """
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    def __init__(self, rank: int, target: Target, host: int = 0) -> None:
+        self._peer = Peer(RECEIVER, rank)
+        self._target = target
+        self._host = host
+        self._arena = ArenaCache(writable=False)
+        self._plan = NO_PLAN
+        self._compiled: Remembered[dict[int, list[Step]]] = Remembered()
+        #: The version in place; None while none is, or only parts of one.
+        self.version: int | None = None
+        self._newest = -1
 
-    for module in model.modules():
-        if "cpu_linear" in module.__dict__ and module.weight.numel() > 0:
-            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+    def receive(self, address: Address, deadline_s: float) -> int:
+        """Take part in the push that the coordinator at `address` is making.
 
+        Returns:
+            The version that was committed.
 
-WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryWeightTransferEngine)
+        Raises:
+            TransferError: the push failed. `version` is None if anything was changed.
+        """
+        with Channel(address, self._peer, deadline_s, self._host, self._plan.digest) as channel:
+            begin = channel.expect(Begin)
+            plan = self._plan = begin.plan or self._plan
+            if begin.version < self._newest or begin.version == self.version:
+                raise TransferError(
+                    f"version {begin.version} is not newer than {self._newest}, which is in place"
+                )
+            arena = self._arena.open(begin.arenas, begin.base + plan.arena_bytes)
+            self._target.begin(plan)
+            self.version = None
+            self._apply(begin, arena, channel)
+            self._target.finish()
+            channel.send(Finished(self._digest(plan), arena.path))
+            channel.expect(Commit)
+            self.version = self._newest = begin.version
+            # The version stands; a coordinator that is gone need not know that we have it.
+            with suppress(TransferError):
+                channel.send(Committed())
+            return begin.version
+
+    def _apply(self, begin: Begin, arena: Arena, channel: Channel) -> None:
+        plan = self._plan
+        compiled = self._compiled.get((plan.digest, begin.base, arena.identity), dict)
+        memory = arena.memory[begin.base : begin.base + plan.arena_bytes]
+        self._applied: dict[int, Mapping[int, str]] = {}
+        while isinstance(message := channel.receive(), Deliver):
+            bucket = plan.buckets[message.bucket]
+            steps = compiled.get(bucket.index)
+            if steps is None:
+                steps = compiled[bucket.index] = self._target.steps(plan, bucket, memory)
+            digests = self._place(steps)
+            if digests != message.digests:
+                owner = next(o for o, digest in digests.items() if message.digests.get(o) != digest)
+                raise TransferError(
+                    f"bucket {bucket.index} arrived corrupted: not the bytes that trainer rank {owner} sent"
+                )
+            self._applied[bucket.index] = digests
+            channel.send(Applied(bucket.index, digests))
+        if not isinstance(message, Finish):
+            raise TransferError(f"expected Finish, got {message}")
+
+    @staticmethod
+    def _place(steps: Iterable[Step]) -> dict[int, str]:
+        """Hash, then place while the bytes are in the cache still; the digest of each owner's parts."""
+        digests: dict[int, xxhash.xxh3_128] = {}
+        for views, place in steps:
+            for owner, view in views:
+                if owner not in digests:
+                    digests[owner] = xxhash.xxh3_128()
+                digests[owner].update(view)
+            place()
+        return {owner: digest.hexdigest() for owner, digest in digests.items()}
+
+    def _digest(self, plan: Plan) -> str:
+        return version_digest(
+            self._applied[bucket.index] for bucket in plan.buckets if bucket.index in self._applied
+        )
+
+    def close(self) -> None:
+        self._compiled.clear()
+        self._arena.close()

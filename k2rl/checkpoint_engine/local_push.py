@@ -1,0 +1,165 @@
+"""Measured pushes on this machine: a coordinator, a trainer rank and a receiver, each in its own process."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import time
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from multiprocessing.connection import Connection
+from typing import Any, Self
+
+import numpy as np
+import torch
+import xxhash
+
+from k2rl.checkpoint_engine.coordinator import Coordinator, Invitations
+from k2rl.checkpoint_engine.messages import RECEIVER, SENDER, Address, Peer, TransferError
+from k2rl.checkpoint_engine.plan import Plan
+from k2rl.checkpoint_engine.receiver import Receiver, TensorTarget
+from k2rl.checkpoint_engine.sender import Sender, TensorSource
+from k2rl.config import DeviceConfig
+
+#: Seconds that a part of a push may take before the measurement is given up.
+DEADLINE_S = 60.0
+GIGA = 1e9
+MIB = 2**20
+
+
+class LocalPushes:
+    """The executor as it is, between two processes; a context manager. Every plan keeps its memory."""
+
+    def __enter__(self) -> Self:
+        context = multiprocessing.get_context("spawn")
+        self._parts: dict[str, tuple[Any, Connection]] = {}
+        for role in (SENDER, RECEIVER):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(role, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._parts[role] = (process, ours)
+        self._runner = asyncio.Runner()
+        self._coordinators: dict[str, Coordinator] = {}
+        self._open = AsyncExitStack()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._runner.run(self._open.aclose())
+        self._runner.close()
+        for process, pipe in self._parts.values():
+            pipe.close()
+            process.join(DEADLINE_S)
+            if process.is_alive():
+                process.kill()
+
+    def push(self, plan: Plan) -> float:
+        """Seconds from begin to commit.
+
+        Raises:
+            TransferError: a process died, hangs, or read something else than was sent.
+        """
+        return self._runner.run(self._push(plan))
+
+    async def _push(self, plan: Plan) -> float:
+        coordinator = self._coordinators.get(plan.digest)
+        if coordinator is None:
+            coordinator = await self._open.enter_async_context(Coordinator(DEADLINE_S))
+            self._coordinators[plan.digest] = coordinator
+        # Both are ready, their memory touched, before the clock starts.
+        for role in self._parts:
+            await self._ask(role, plan)
+        version = (coordinator.version or 0) + 1
+
+        def invite(role: str) -> dict[Peer, Coroutine[Any, Any, object]]:
+            return {Peer(role, 0): self._ask(role, coordinator.address)}
+
+        async def receive() -> Invitations:
+            return invite(RECEIVER)
+
+        report = await coordinator.push(version, plan, {0: 0}, lambda: invite(SENDER), receive)
+        return report.total_s
+
+    async def _ask(self, role: str, job: Plan | Address) -> object:
+        pipe = self._parts[role][1]
+        pipe.send(job)
+        answer = await asyncio.to_thread(_answer, pipe)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def _answer(pipe: Connection) -> object:
+    if not pipe.poll(2 * DEADLINE_S):
+        return TransferError(f"no answer for {2 * DEADLINE_S:g} s")
+    try:
+        return pipe.recv()
+    except EOFError:
+        return TransferError("the process died")
+
+
+def _serve(role: str, pipe: Connection) -> None:
+    """A trainer rank or a receiver: a plan makes it ready, an address lets it take part in a push."""
+    torch.set_num_threads(1)
+    known: dict[str, Callable[[Address], int]] = {}
+    current = ""
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        if isinstance(job, Plan):
+            current = job.digest
+            if current not in known:
+                known[current] = _part(role, job)
+            pipe.send(None)
+            continue
+        try:
+            pipe.send(known[current](job))
+        except TransferError as error:
+            pipe.send(error)
+
+
+def _part(role: str, plan: Plan) -> Callable[[Address], int]:
+    tensors = {s.name: torch.ones(s.shape, dtype=getattr(torch, s.dtype)) for s in plan.tensors}
+    if role == SENDER:
+        source, sender = TensorSource(tensors.items(), rank=0), Sender(0)
+        return lambda address: sender.send(source, address, DEADLINE_S)
+    receiver = Receiver(0, TensorTarget(tensors))
+    return lambda address: receiver.receive(address, DEADLINE_S)
+
+
+def micro_measurements(nbytes: int = 64 * MIB) -> DeviceConfig:
+    """A first guess at this machine's sheet, from copies and hashes in one process, in about a second."""
+    source, target = np.ones(nbytes, np.uint8), np.zeros(nbytes, np.uint8)
+    small = 4096
+
+    def whole() -> None:
+        target[:] = source
+        xxhash.xxh3_128_digest(target.data)
+
+    def pieces() -> None:
+        for start in range(0, 512 * small, small):
+            target[start : start + small] = source[start : start + small]
+            xxhash.xxh3_128_digest(target[start : start + small].data)
+
+    rate = nbytes / _fastest(whole) / GIGA
+    block_us = _fastest(pieces) / 512 * 1e6
+    # Two processes on one memory: at most twice one's rate.
+    return DeviceConfig(
+        copy_in_gbps=rate,
+        apply_gbps=rate,
+        memory_gbps=2 * rate,
+        block_us=block_us,
+        message_us=50.0,
+        push_ms=1.0,
+    )
+
+
+def _fastest(work: Callable[[], None], times: int = 5) -> float:
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

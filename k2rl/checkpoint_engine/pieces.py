@@ -1,0 +1,112 @@
+"""A bucket in pieces that are still in the processor's cache when they are hashed after copying."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from k2rl.checkpoint_engine.plan import Box, Bucket, Plan
+
+#: Bytes copied before they are hashed: few enough to be in the cache still, enough to hide Python.
+CHUNK_BYTES = 1 << 19
+
+
+class Piece(NamedTuple):
+    """A box of tensor number `tensor`, its bytes in shared memory, and which of them each owner writes."""
+
+    tensor: int
+    box: Box
+    memory: Tensor
+    #: Owner, first byte, and one past the last, in the plan's places.
+    runs: tuple[tuple[int, int, int], ...]
+
+
+def pieces_of(plan: Plan, bucket: Bucket, memory: Tensor, owner: int | None = None) -> Iterator[Piece]:
+    """The pieces of a bucket, in the order of their bytes: rows of blocks.
+
+    Args:
+        plan: that the bucket belongs to.
+        bucket: to take apart.
+        memory: uint8, the plan's places.
+        owner: only what this trainer rank writes; default: everything.
+    """
+    for block in bucket.blocks:
+        first, last = block.box[0] if block.box else (0, 1)
+        row = block.nbytes // (last - first)
+        step = max(CHUNK_BYTES // max(row, 1), 1)
+        origin = bucket.offset + block.offset - first * row
+        spans = (
+            [(first, last)] if owner is None else [(p.start, p.stop) for p in block.parts if p.owner == owner]
+        )
+        for begin, end in spans:
+            for start in range(begin, end, step):
+                stop = min(start + step, end)
+                runs = tuple(
+                    (part.owner, origin + max(part.start, start) * row, origin + min(part.stop, stop) * row)
+                    for part in block.parts
+                    if part.start < stop and part.stop > start
+                )
+                box = ((start, stop), *block.box[1:]) if block.box else ()
+                yield Piece(block.tensor, box, memory[origin + start * row : origin + stop * row], runs)
+
+
+def blocks_of(plan: Plan, bucket: Bucket, memory: Tensor) -> Iterator[Piece]:
+    """The blocks of a bucket as one piece each, for those who must see them whole."""
+    for block in bucket.blocks:
+        start = bucket.offset + block.offset
+        runs = []
+        for part in block.parts:
+            offset, nbytes = block.place(part)
+            runs.append((part.owner, bucket.offset + offset, bucket.offset + offset + nbytes))
+        yield Piece(block.tensor, block.box, memory[start : start + block.nbytes], tuple(runs))
+
+
+def chunks(pieces: Iterable[Piece], nbytes: int = CHUNK_BYTES) -> Iterator[list[Piece]]:
+    """Pieces that are together at most `nbytes`, or one."""
+    chunk: list[Piece] = []
+    used = 0
+    for piece in pieces:
+        if chunk and used + piece.memory.numel() > nbytes:
+            yield chunk
+            chunk, used = [], 0
+        chunk.append(piece)
+        used += piece.memory.numel()
+    if chunk:
+        yield chunk
+
+
+def bytes_of(memory: Tensor, chunk: Sequence[Piece]) -> list[tuple[int, memoryview]]:
+    """The bytes of these pieces with their owners, adjacent ones as one."""
+    view = memory.numpy().data
+    merged: list[tuple[int, int, int]] = []
+    for piece in chunk:
+        for owner, start, stop in piece.runs:
+            if merged and merged[-1][0] == owner and merged[-1][2] == start:
+                merged[-1] = (owner, merged[-1][1], stop)
+            else:
+                merged.append((owner, start, stop))
+    return [(owner, view[start:stop]) for owner, start, stop in merged]
+
+
+T = TypeVar("T")
+
+
+class Remembered(Generic[T]):
+    """What was worked out for the last two keys: an arena has two generations, which take turns."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, T] = {}
+
+    def get(self, key: Hashable, work_out: Callable[[], T]) -> T:
+        value = self._known.pop(key, None)
+        if value is None:
+            value = work_out()
+        self._known[key] = value
+        if len(self._known) > 2:
+            del self._known[next(iter(self._known))]
+        return value
+
+    def clear(self) -> None:
+        self._known.clear()

@@ -1,0 +1,299 @@
+"""From a manifest to an immutable plan of a push: pure, hashable; executor and simulator both follow it.
+
+A plan cuts the weights into buckets. A bucket is a run of bytes in every host's arena; it holds blocks,
+each a box of one tensor laid out contiguously, whose rows are written by one or more owners. Blocks of
+different owners share buckets: there are as many buckets as the bytes need, not as many as there are ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import msgspec
+import xxhash
+
+from k2rl.checkpoint_engine.manifest import ITEM_BYTES, Manifest, TensorSpec
+
+Strategy = Literal["broadcast", "shard_aware", "delta"]
+
+#: Blocks start at multiples of this many bytes: whole cache lines, and enough for any vector or DMA access.
+ALIGNMENT = 256
+
+#: Places of a ring: one is filled, one is on the wire, one is applied.
+RING_SLOTS = 3
+
+#: Ranges along each dimension: `((0, 4), (8, 16))` is rows 0 to 3, columns 8 to 15.
+Box = tuple[tuple[int, int], ...]
+
+
+class PlanError(ValueError):
+    """The weights cannot be pushed with this much memory."""
+
+
+class Part(msgspec.Struct, frozen=True):
+    """Rows `start` to `stop` (of the tensor) of a block, written by trainer rank `owner`."""
+
+    owner: int
+    start: int
+    stop: int
+
+
+class Block(msgspec.Struct, frozen=True):
+    """A box of tensor number `tensor`, row-major and contiguous at `offset` of its bucket."""
+
+    tensor: int
+    box: Box
+    offset: int
+    nbytes: int
+    parts: tuple[Part, ...]
+
+    def place(self, part: Part) -> tuple[int, int]:
+        """First byte, in the bucket, and number of bytes of a part."""
+        start, stop = self.box[0] if self.box else (0, 1)
+        row = self.nbytes // (stop - start)
+        return self.offset + (part.start - start) * row, (part.stop - part.start) * row
+
+
+class Bucket(msgspec.Struct, frozen=True, dict=True):
+    """What is transferred, applied and acknowledged at once; it lies at `offset` of the arena."""
+
+    index: int
+    offset: int
+    nbytes: int
+    #: Ids of the receivers that apply it.
+    receivers: tuple[int, ...]
+    blocks: tuple[Block, ...]
+    #: The earlier bucket in the same place, to be applied before this one is written; -1: none.
+    after: int = -1
+
+    @cached_property
+    def owners(self) -> tuple[int, ...]:
+        """Ranks that write into it, ascending."""
+        return tuple(sorted({part.owner for block in self.blocks for part in block.parts}))
+
+
+class Plan(msgspec.Struct, frozen=True, dict=True):
+    """A push, decided in full before a byte moves."""
+
+    strategy: Strategy
+    tensors: tuple[TensorSpec, ...]
+    #: Bytes of every host's arena.
+    arena_bytes: int
+    #: Bucket places that are used in turn; 0: each bucket has its own, and the arena holds the whole version.
+    slots: int
+    buckets: tuple[Bucket, ...]
+    receivers: tuple[int, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal for equal plans, on every machine."""
+        return xxhash.xxh3_128_hexdigest(msgspec.msgpack.encode(self))
+
+    @property
+    def retains(self) -> bool:
+        """Whether the arena holds the whole version after the push, for others to pull."""
+        return self.slots == 0
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes that owners write."""
+        return sum(block.nbytes for bucket in self.buckets for block in bucket.blocks)
+
+
+#: Of a participant that has not seen one.
+NO_PLAN = Plan("broadcast", (), 0, 0, (), ())
+
+
+def plan_push(
+    manifest: Manifest,
+    receivers: Sequence[int],
+    *,
+    bucket_bytes: int,
+    slots: int = 0,
+    needs: Mapping[int, Mapping[str, Sequence[Box]]] | None = None,
+) -> Plan:
+    """Plan a push of everything to `receivers`.
+
+    Args:
+        manifest: the weights and their owners.
+        receivers: ids of those that apply them.
+        bucket_bytes: most bytes in a bucket.
+        slots: bucket places used in turn, at least 2; 0 gives every bucket its own, so that the arena keeps
+            the version (`Plan.retains`).
+        needs: for the strategy `shard_aware`: by receiver and tensor name, the boxes it needs (a tensor that
+            is not named is not needed). Default: `broadcast`, everything to everyone.
+
+    Raises:
+        PlanError: a unit is larger than a bucket; says the size that is needed. Or a receiver needs what
+            is not there.
+        ManifestError: the manifest is not complete.
+    """
+    manifest.check()
+    if slots == 1:
+        raise PlanError(
+            "one slot cannot overlap filling and applying: use at least 2, or 0 to keep everything"
+        )
+    builder = _Builder(manifest, bucket_bytes, slots)
+    if needs is None:
+        builder.add(tuple(receivers), {index: (whole(spec),) for index, spec in enumerate(manifest.tensors)})
+        return builder.plan("broadcast", tuple(receivers))
+    _check_needs(manifest, needs)
+    for audience, boxes in _audiences(manifest, receivers, needs):
+        builder.add(audience, boxes)
+    return builder.plan("shard_aware", tuple(receivers))
+
+
+def fit_bucket(manifest: Manifest, memory_budget: int, slots: int = RING_SLOTS) -> int:
+    """The bucket size with which a ring of `slots` stays within `memory_budget` bytes of each host.
+
+    Raises:
+        PlanError: not even the largest unit fits; says the budget that is needed.
+    """
+    largest = largest_unit(manifest)
+    needed = largest.nbytes * slots
+    if memory_budget < needed:
+        raise PlanError(
+            f"a memory budget of {memory_budget:,} bytes is too small: {largest.name} alone has "
+            f"{largest.nbytes:,}, and {slots} slots of that size need {needed:,}"
+        )
+    return memory_budget // slots // ALIGNMENT * ALIGNMENT
+
+
+class Unit(NamedTuple):
+    """Tensors that travel together: the name of the first, and their bytes in a bucket."""
+
+    name: str
+    nbytes: int
+
+
+def largest_unit(manifest: Manifest) -> Unit:
+    """The smallest bucket is as large as this."""
+    tensors = manifest.tensors
+    units = _units(manifest, dict.fromkeys(range(len(tensors)), ()))
+    sizes = (Unit(tensors[u[0]].name, sum(_aligned(tensors[i].nbytes) for i in u)) for u in units)
+    return max(sizes, key=lambda unit: unit.nbytes)
+
+
+class _Builder:
+    """Packs units into buckets in the order in which they come."""
+
+    def __init__(self, manifest: Manifest, bucket_bytes: int, slots: int) -> None:
+        self._manifest = manifest
+        self._bucket_bytes = bucket_bytes // ALIGNMENT * ALIGNMENT
+        self._slots = slots
+        self._buckets: list[Bucket] = []
+        self._end = 0
+        self._load: dict[int, int] = {}
+
+    def add(self, audience: tuple[int, ...], boxes: Mapping[int, Sequence[Box]]) -> None:
+        """Everything that one set of receivers gets."""
+        blocks: list[Block] = []
+        used = 0
+        for unit in _units(self._manifest, boxes):
+            # A tensor without elements has nothing to send.
+            pieces = [(index, box) for index in unit for box in boxes[index] if self._nbytes(index, box)]
+            size = sum(_aligned(self._nbytes(index, box)) for index, box in pieces)
+            if size > self._bucket_bytes:
+                raise PlanError(
+                    f"{self._manifest.tensors[unit[0]].name} needs a bucket of {size:,} bytes; "
+                    f"buckets have {self._bucket_bytes:,}"
+                )
+            if used + size > self._bucket_bytes:
+                self._close(audience, blocks, used)
+                blocks, used = [], 0
+            for index, box in pieces:
+                nbytes = self._nbytes(index, box)
+                blocks.append(Block(index, box, used, nbytes, self._parts(index, box, nbytes)))
+                used += _aligned(nbytes)
+        self._close(audience, blocks, used)
+
+    def _close(self, audience: tuple[int, ...], blocks: list[Block], used: int) -> None:
+        if not blocks:
+            return
+        index = len(self._buckets)
+        if self._slots:
+            offset, after = (index % self._slots) * self._bucket_bytes, max(index - self._slots, -1)
+        else:
+            offset, after = self._end, -1
+        self._buckets.append(Bucket(index, offset, used, audience, tuple(blocks), after))
+        self._end = max(self._end, offset + used)
+
+    def _nbytes(self, index: int, box: Box) -> int:
+        return (
+            math.prod(stop - start for start, stop in box) * ITEM_BYTES[self._manifest.tensors[index].dtype]
+        )
+
+    def _parts(self, index: int, box: Box, nbytes: int) -> tuple[Part, ...]:
+        """Who writes which rows: of several owners of the same rows, the one with the least to do so far."""
+        row, last = box[0] if box else (0, 1)
+        row_bytes = nbytes // max(last - row, 1)
+        shards = self._manifest.shards_of[index]
+        parts = []
+        while row < last:
+            holders = [shard for shard in shards if shard.start <= row < shard.stop]
+            holder = min(holders, key=lambda shard: (self._load.get(shard.owner, 0), shard.owner))
+            stop = min(holder.stop, last)
+            parts.append(Part(holder.owner, row, stop))
+            self._load[holder.owner] = self._load.get(holder.owner, 0) + (stop - row) * row_bytes
+            row = stop
+        return tuple(parts)
+
+    def plan(self, strategy: Strategy, receivers: tuple[int, ...]) -> Plan:
+        return Plan(strategy, self._manifest.tensors, self._end, self._slots, tuple(self._buckets), receivers)
+
+
+def whole(spec: TensorSpec) -> Box:
+    """All of a tensor."""
+    return tuple((0, length) for length in spec.shape)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _units(manifest: Manifest, tensors: Mapping[int, Sequence[Box]]) -> Iterator[list[int]]:
+    """Indices of tensors that must travel together, in the order of the first of each."""
+    units: dict[str, list[int]] = {}
+    for index in sorted(tensors):
+        spec = manifest.tensors[index]
+        units.setdefault(spec.unit or f"\0{spec.name}", []).append(index)
+    yield from units.values()
+
+
+def _audiences(
+    manifest: Manifest, receivers: Sequence[int], needs: Mapping[int, Mapping[str, Sequence[Box]]]
+) -> Iterator[tuple[tuple[int, ...], dict[int, list[Box]]]]:
+    """Sets of receivers and the boxes that go to exactly those."""
+    audiences: dict[tuple[int, ...], dict[int, list[Box]]] = {}
+    for unit in _units(manifest, dict.fromkeys(range(len(manifest.tensors)), ())):
+        wanted: dict[tuple[tuple[int, Box], ...], list[int]] = {}
+        for receiver in receivers:
+            boxes = [
+                (index, tuple((start, stop) for start, stop in box))
+                for index in unit
+                for box in needs[receiver].get(manifest.tensors[index].name, ())
+            ]
+            # What must travel together goes to one audience, even if others need some of it, too.
+            for together in [tuple(boxes)] if len(unit) > 1 else [(box,) for box in boxes]:
+                wanted.setdefault(together, []).append(receiver)
+        for together, audience in wanted.items():
+            for index, box in together:
+                audiences.setdefault(tuple(audience), {}).setdefault(index, []).append(box)
+    yield from audiences.items()
+
+
+def _check_needs(manifest: Manifest, needs: Mapping[int, Mapping[str, Sequence[Box]]]) -> None:
+    specs = {spec.name: spec for spec in manifest.tensors}
+    for receiver, boxes_of in needs.items():
+        for name, boxes in boxes_of.items():
+            if name not in specs:
+                raise PlanError(f"receiver {receiver} needs {name}, which nobody sends")
+            shape = specs[name].shape
+            for box in boxes:
+                if len(box) != len(shape) or any(
+                    not 0 <= start <= stop <= length for (start, stop), length in zip(box, shape, strict=True)
+                ):
+                    raise PlanError(f"receiver {receiver} needs {name}{list(box)}, which has {list(shape)}")

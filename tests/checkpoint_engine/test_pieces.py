@@ -1,0 +1,85 @@
+"""A bucket's bytes, however it is cut: each once, with the same digest for who wrote and who reads."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+import torch
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from k2rl.checkpoint_engine import pieces as pieces_module
+from k2rl.checkpoint_engine.manifest import Manifest, Shard, TensorSpec
+from k2rl.checkpoint_engine.pieces import Piece, Remembered, blocks_of, bytes_of, chunks, pieces_of
+from k2rl.checkpoint_engine.plan import Plan, plan_push
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    """Rows of several owners, in turns; sometimes only columns of them."""
+    shapes = draw(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 40)), min_size=1, max_size=5))
+    specs = (
+        *(TensorSpec(f"t{i}", "int8", shape) for i, shape in enumerate(shapes)),
+        TensorSpec("s", "int8", ()),
+    )
+    cut = draw(st.integers(1, 7))
+    shards = tuple(
+        Shard(i, draw(st.integers(0, 2)), row, min(row + cut, spec.rows))
+        for i, spec in enumerate(specs)
+        for row in range(0, spec.rows, cut)
+    )
+    needs = {0: {f"t{i}": [((0, rows), (columns // 2, columns))] for i, (rows, columns) in enumerate(shapes)}}
+    return plan_push(
+        Manifest(specs, shards), [0], bucket_bytes=2048, needs=needs if draw(st.booleans()) else None
+    )
+
+
+def digests(memory: torch.Tensor, cut: Iterable[list[Piece]]) -> dict[int, str]:
+    """By owner, as senders and receivers compute them."""
+    found: dict[int, xxhash.xxh3_128] = {}
+    for chunk in cut:
+        for owner, view in bytes_of(memory, chunk):
+            found.setdefault(owner, xxhash.xxh3_128()).update(view)
+    return {owner: digest.hexdigest() for owner, digest in found.items()}
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans(), st.integers(1, 500), st.integers(1, 900), st.integers(1, 900))
+def test_pieces_hold_every_byte_once_and_all_agree_on_the_digests(
+    plan: Plan, piece_bytes: int, one: int, other: int
+) -> None:
+    memory = torch.randint(0, 256, (plan.arena_bytes,), dtype=torch.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces_module, "CHUNK_BYTES", piece_bytes)
+        for bucket in plan.buckets:
+            expected = Counter(
+                (part.owner, bucket.offset + byte)
+                for block in bucket.blocks
+                for part in block.parts
+                for byte in range(block.place(part)[0], sum(block.place(part)))
+            )
+            read = list(pieces_of(plan, bucket, memory))
+            assert Counter((o, i) for p in read for o, a, b in p.runs for i in range(a, b)) == expected
+            for piece in (*read, *blocks_of(plan, bucket, memory)):
+                assert sum(stop - start for _, start, stop in piece.runs) == piece.memory.numel()
+                assert piece.memory.data_ptr() == memory.data_ptr() + piece.runs[0][1]
+            views = digests(memory, chunks(read, one))
+            assert views == digests(memory, chunks(read, other))
+            assert views == digests(memory, chunks(blocks_of(plan, bucket, memory), other))
+            assert views.keys() == set(bucket.owners)
+            for owner in bucket.owners:
+                written = list(pieces_of(plan, bucket, memory, owner))
+                assert digests(memory, chunks(written, other)) == {owner: views[owner]}
+
+
+def test_the_last_two_are_remembered() -> None:
+    known, made = Remembered[int](), []
+
+    def make(key: int) -> int:
+        return known.get(key, lambda: made.append(key) or key)  # type: ignore[func-returns-value]
+
+    assert [make(key) for key in (1, 2, 1, 2, 3, 2, 1)] == [1, 2, 1, 2, 3, 2, 1]
+    assert made == [1, 2, 3, 1]

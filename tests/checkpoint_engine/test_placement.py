@@ -1,0 +1,166 @@
+"""`ModelLoader` on a model small enough to look into; vLLM's own: `tests/integration/test_model_kinds.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+from vllm.model_executor.model_loader.weight_utils import composed_weight_loader, default_weight_loader
+
+from k2rl.checkpoint_engine.messages import TransferError
+from k2rl.checkpoint_engine.placement import ModelLoader
+
+RANK, RANKS = 1, 2
+Weights = dict[str, torch.Tensor]
+
+
+def _merged(param: torch.Tensor, weight: torch.Tensor, index: int) -> None:
+    """Two projections in one parameter, of each the rows of this rank."""
+    half = param.shape[0] // 2
+    param.data.narrow(0, index * half, half).copy_(weight.chunk(RANKS)[RANK])
+
+
+class Toy(torch.nn.Module):
+    """A layer that takes copies, and one whose loader computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.merged, self.decay, self.head = (torch.nn.Module() for _ in range(3))
+        self.merged.weight = torch.nn.Parameter(torch.zeros(8, 3), requires_grad=False)
+        self.merged.weight.weight_loader = _merged
+        self.decay.weight = torch.nn.Parameter(torch.zeros(4), requires_grad=False)
+        self.decay.weight.weight_loader = composed_weight_loader(default_weight_loader, lambda x: -x.exp())
+        self.head.weight = torch.nn.Parameter(torch.zeros(5, 3), requires_grad=False)
+        record_metadata_for_reloading(self)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        parameters = dict(self.named_parameters())
+        for name, weight in weights:
+            if name in ("gate", "up"):
+                parameter = parameters["merged.weight"]
+                parameter.weight_loader(parameter, weight, ("gate", "up").index(name))
+            elif name in parameters:
+                parameter = parameters[name]
+                getattr(parameter, "weight_loader", default_weight_loader)(parameter, weight)
+        return set(parameters)
+
+
+def _weights(seed: int) -> Weights:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"gate": (8, 3), "up": (8, 3), "decay.weight": (4,), "head.weight": (5, 3), "unused": (7,)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def _expected(weights: Weights) -> Weights:
+    return {
+        "merged.weight": torch.cat([weights["gate"][4:], weights["up"][4:]]),
+        "decay.weight": -weights["decay.weight"].exp(),
+        "head.weight": weights["head.weight"],
+    }
+
+
+def _loader(model: Toy) -> ModelLoader:
+    return ModelLoader(model, SimpleNamespace(dtype=torch.float32), torch.device("cpu"))
+
+
+def _update(loader: ModelLoader, weights: Weights) -> None:
+    loader.begin()
+    loader.load(weights.items())
+    loader.finish()
+
+
+def _holds(model: Toy, weights: Weights) -> bool:
+    live, expected = dict(model.named_parameters()), _expected(weights)
+    return live.keys() == expected.keys() and all(torch.equal(live[n], expected[n]) for n in live)
+
+
+@pytest.fixture
+def model() -> Toy:
+    return Toy()
+
+
+@pytest.fixture
+def learned(model: Toy) -> ModelLoader:
+    loader = _loader(model)
+    assert loader.needs is None
+    _update(loader, _weights(0))
+    assert _holds(model, _weights(0))
+    return loader
+
+
+def test_updates_are_replayed_and_what_computes_keeps_its_loader(model: Toy, learned: ModelLoader) -> None:
+    assert learned.needs == {
+        "gate": [((4, 8), (0, 3))],
+        "up": [((4, 8), (0, 3))],
+        "head.weight": [((0, 5), (0, 3))],
+        "decay.weight": [((0, 4),)],
+        "unused": [((0, 7),)],  # with a loader left, nobody knows whether it is
+    }
+    parameters = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    for seed in (1, 2):
+        _update(learned, _weights(seed))
+        assert _holds(model, _weights(seed))
+    assert parameters == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+
+
+def test_boxes_do_as_well_as_whole_tensors_in_any_order(model: Toy, learned: ModelLoader) -> None:
+    weights, needs = _weights(3), learned.needs
+    assert needs is not None
+    learned.begin()
+    for name in sorted(weights, reverse=True):
+        for box in needs[name]:
+            learned.load_boxes([(name, box, weights[name][tuple(slice(*ends) for ends in box)].clone())])
+    learned.finish()
+    assert _holds(model, weights)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_update_that_broke_off_leaves_nothing_behind(model: Toy, first: bool) -> None:
+    loader = _loader(model)
+    if not first:
+        _update(loader, _weights(0))
+    loader.begin()
+    loader.load([(name, _weights(1)[name]) for name in ("gate", "decay.weight")])
+    _update(loader, _weights(2))
+    assert _holds(model, _weights(2))
+
+
+@pytest.mark.parametrize("name", ["up", "decay.weight", "head.weight"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_parameter_that_is_not_reached_is_named(model: Toy, name: str, first: bool) -> None:
+    loader = _loader(model)
+    if not first:
+        _update(loader, _weights(0))
+    weights = _weights(1)
+    del weights[name]
+    with pytest.raises(TransferError, match="1 parameters were not updated") as error:
+        _update(loader, weights)
+    assert ("merged.weight" if name == "up" else name) in str(error.value)
+    _update(loader, _weights(2))
+    assert _holds(model, _weights(2))
+
+
+def test_tensors_that_do_not_fit_are_refused(learned: ModelLoader) -> None:
+    learned.begin()
+    with pytest.raises(TransferError, match="gate: got shape \\[4, 3\\]"):
+        learned.load([("gate", torch.zeros(4, 3))])
+    with pytest.raises(TransferError, match="new was not in the update"):
+        learned.load([("new", torch.zeros(4, 3))])
+    with pytest.raises(TransferError, match="decay.weight is needed whole"):
+        learned.load_boxes([("decay.weight", ((0, 2),), torch.zeros(2))])
+
+
+def test_the_first_update_takes_whole_tensors(model: Toy) -> None:
+    loader = _loader(model)
+    loader.begin()
+    with pytest.raises(TransferError, match="whole tensors"):
+        loader.load_boxes([("gate", ((4, 8), (0, 3)), torch.zeros(4, 3))])
+
+
+def test_a_parameter_that_got_other_memory_is_found(model: Toy, learned: ModelLoader) -> None:
+    model.merged.weight.data = torch.zeros(8, 3)
+    _update(learned, _weights(4))
+    assert _holds(model, _weights(4))
