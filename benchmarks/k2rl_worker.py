@@ -19,7 +19,7 @@ from k2rl.run import Run
 
 
 def settings(model_path: str, dtype: str) -> Config:
-    """A run that does what TRL's side does: AdamW, no PTX, no warm start, every group trained on."""
+    """A run that does what TRL's side does: AdamW, no PTX, no warm start."""
     return compose(
         [
             f"model.path={model_path}",
@@ -30,7 +30,6 @@ def settings(model_path: str, dtype: str) -> Config:
             f"rollout.tasks_per_step={trl_task.PROMPTS_PER_STEP}",
             f"rollout.group_size={trl_task.GROUP_SIZE}",
             f"rollout.max_tokens_per_turn={trl_task.MAX_TOKENS}",
-            "rollout.drop_uniform_groups=false",
             f"budget.default={trl_task.MAX_TOKENS}",
             "budget.penalty=0",
             "temperature=constant",
@@ -47,15 +46,21 @@ def settings(model_path: str, dtype: str) -> Config:
     )
 
 
-async def step(run: Run) -> dict[str, float]:
+async def step(run: Run, drop_uniform_groups: bool) -> dict[str, float]:
     """One step of the training loop, as `k2rl train` does it."""
+    run.config.rollout.drop_uniform_groups = drop_uniform_groups
     started = time.monotonic()
     run.config.train.steps = run.finished_steps + 1
     await train(run)
     seconds = time.monotonic() - started
     metrics = json.loads((run.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     samples = metrics["rollout/episodes"]
-    return {"seconds": seconds, "samples": samples, "tokens": samples * metrics["rollout/tokens_mean"]}
+    return {
+        "seconds": seconds,
+        "samples": samples,
+        "tokens": samples * metrics["rollout/tokens_mean"],
+        "groups_trained": metrics["rollout/informative_groups"],
+    }
 
 
 async def serve(prepared: Preflight, run_dir: Path, stream: TextIO) -> None:
@@ -63,8 +68,8 @@ async def serve(prepared: Preflight, run_dir: Path, stream: TextIO) -> None:
         await run.worker.publish()
         trl_task.say(stream, {"ready": True})
         # In a thread, so that the worker's heartbeats are still answered while it is TRL's turn.
-        while await asyncio.to_thread(sys.stdin.readline):
-            trl_task.say(stream, await step(run))
+        while command := await asyncio.to_thread(sys.stdin.readline):
+            trl_task.say(stream, await step(run, command.strip() == trl_task.DROP_UNIFORM))
 
 
 def main() -> None:

@@ -11,6 +11,10 @@ on a CPU: weights and compute in the dtype that this processor is fast at (as ou
 batch and trained on 16 at a time, the default key-value cache (the static one is no faster), no gradient
 checkpointing, no KL, no logging.
 
+In each round k2rl takes two steps: one that trains on every group, as TRL does, and one in its default
+setting, which leaves out groups whose rewards are all equal: their advantages are zero. How many those are
+depends on the task; the share of groups trained on is printed.
+
 One side computes at a time: each is a process that waits for a line before every step. What the waiting
 side's processes burn meanwhile is measured and printed too.
 
@@ -40,6 +44,7 @@ from types import TracebackType
 from typing import Any
 
 import psutil
+import trl_task
 from filelock import FileLock
 
 from k2rl.hardware import fast_dtype
@@ -51,6 +56,8 @@ INSTALL_DEADLINE_S = 1800.0
 START_DEADLINE_S = 600.0
 STEP_DEADLINE_S = 900.0
 STOP_DEADLINE_S = 60.0
+# The three kinds of steps.
+EVERY_GROUP, DEFAULT, TRL = "k2rl, every group", "k2rl, default", "TRL"
 
 
 @dataclass
@@ -62,6 +69,8 @@ class Step:
     tokens: int
     #: CPU seconds that the other side's processes used meanwhile.
     other_cpu_s: float
+    #: Share of the groups that were trained on, where the side counts them.
+    groups_trained: float | None = None
 
     @property
     def samples_per_s(self) -> float:
@@ -82,14 +91,15 @@ class Side:
             )
         self._read("starting", START_DEADLINE_S)
 
-    def step(self, other: Side | None = None) -> Step:
+    def step(self, other: Side | None = None, command: str = trl_task.EVERY_GROUP) -> Step:
         assert self._process.stdin is not None
         before = other.cpu_seconds() if other else 0.0
-        self._process.stdin.write("step\n")
+        self._process.stdin.write(f"{command}\n")
         self._process.stdin.flush()
         record = self._read("a step", STEP_DEADLINE_S)
         after = other.cpu_seconds() if other else 0.0
-        return Step(record["seconds"], int(record["samples"]), round(record["tokens"]), after - before)
+        samples, tokens = int(record["samples"]), round(record["tokens"])
+        return Step(record["seconds"], samples, tokens, after - before, record.get("groups_trained"))
 
     def cpu_seconds(self) -> float:
         """CPU seconds used so far by the living processes of this side."""
@@ -177,7 +187,7 @@ def compare(rounds: int, dtype: str, trl_micro_batch: int, folder: Path) -> dict
     model = str(resolve_model("smollm2-135m"))
     theirs_command = [str(trl_python()), str(HERE / "trl_worker.py"), model, dtype, str(trl_micro_batch)]
     ours_command = [sys.executable, str(HERE / "k2rl_worker.py"), model, dtype]
-    steps: dict[str, list[Step]] = {"k2rl": [], "trl": []}
+    steps: dict[str, list[Step]] = {EVERY_GROUP: [], DEFAULT: [], TRL: []}
     with (
         Side("trl", theirs_command, folder / "trl.log") as theirs,
         Side("k2rl", ours_command, folder / "k2rl.log") as ours,
@@ -185,16 +195,29 @@ def compare(rounds: int, dtype: str, trl_micro_batch: int, folder: Path) -> dict
         for side in (theirs, ours):
             print(f"{side.name}: warm-up step {side.step().seconds:.1f} s", flush=True)
         for number in range(1, rounds + 1):
-            steps["k2rl"].append(ours.step(theirs))
-            steps["trl"].append(theirs.step(ours))
-            a, b = steps["k2rl"][-1], steps["trl"][-1]
+            steps[EVERY_GROUP].append(ours.step(theirs))
+            steps[DEFAULT].append(ours.step(theirs, trl_task.DROP_UNIFORM))
+            steps[TRL].append(theirs.step(ours))
+            print(f"round {number}: " + " | ".join(described(name, side[-1]) for name, side in steps.items()))
             print(
-                f"round {number}: k2rl {a.seconds:6.1f} s, {a.samples_per_s:5.2f} samples/s "
-                f"({a.tokens} tokens) | TRL {b.seconds:6.1f} s, {b.samples_per_s:5.2f} samples/s "
-                f"({b.tokens} tokens) | ratio {a.samples_per_s / b.samples_per_s:.2f}",
+                f"  ratio to TRL: {ratio(steps, EVERY_GROUP)[-1]:.2f}, {ratio(steps, DEFAULT)[-1]:.2f}",
                 flush=True,
             )
     return steps
+
+
+def described(name: str, step: Step) -> str:
+    """One step for a person."""
+    text = f"{name} {step.seconds:.1f} s, {step.samples_per_s:.2f} samples/s, {step.tokens} tokens"
+    if step.groups_trained is not None:
+        text += f", {step.groups_trained:.0%} of groups trained on"
+    return text
+
+
+def ratio(steps: dict[str, list[Step]], name: str) -> list[float]:
+    """Samples per second relative to TRL's, a round each."""
+    pairs = zip(steps[name], steps[TRL], strict=True)
+    return [ours.samples_per_s / theirs.samples_per_s for ours, theirs in pairs]
 
 
 def main() -> None:
@@ -207,14 +230,17 @@ def main() -> None:
     folder.mkdir(parents=True)
     started = time.monotonic()
     steps = compare(args.rounds, args.dtype, args.trl_micro_batch, folder)
-    ratios = [a.samples_per_s / b.samples_per_s for a, b in zip(steps["k2rl"], steps["trl"], strict=True)]
+    ratios = {name: ratio(steps, name) for name in (EVERY_GROUP, DEFAULT)}
     result = {
         "machine": machine(),
         "dtype": args.dtype,
         "trl_micro_batch": args.trl_micro_batch,
         "requirements": REQUIREMENTS.read_text().splitlines()[1:],
         "samples_per_s": {name: median(s.samples_per_s for s in side) for name, side in steps.items()},
-        "ratio": {"median": median(ratios), "min": min(ratios), "max": max(ratios)},
+        "ratio": {
+            name: {"median": median(each), "min": min(each), "max": max(each)}
+            for name, each in ratios.items()
+        },
         "steps": {name: [asdict(step) for step in side] for name, side in steps.items()},
         "seconds": time.monotonic() - started,
     }
@@ -230,11 +256,11 @@ def report(result: dict[str, Any], steps: dict[str, list[Step]], folder: Path) -
         lengths = sum(step.tokens for step in side) / sum(step.samples for step in side)
         idle = sum(step.other_cpu_s for step in side) / seconds
         print(
-            f"{name:5} median {result['samples_per_s'][name]:.2f} samples/s, {lengths:.1f} tokens a sample; "
+            f"{name:17} median {result['samples_per_s'][name]:.2f} samples/s, {lengths:.1f} tokens a sample; "
             f"the other side used {idle:.2f} cores meanwhile"
         )
-    ratio = result["ratio"]
-    print(f"k2rl / TRL: median {ratio['median']:.2f}, min {ratio['min']:.2f}, max {ratio['max']:.2f}")
+    for name, each in result["ratio"].items():
+        print(f"{name} / TRL: median {each['median']:.2f}, min {each['min']:.2f}, max {each['max']:.2f}")
     print(f"written to {folder / 'result.json'}")
 
 

@@ -17,6 +17,9 @@ TEMPERATURE = 1.0
 SYSTEM = "Work out the answer, step by step, and end with the number."
 # So small that neither policy moves away from what both start from: their answers stay alike in length.
 LEARNING_RATE = 1e-7
+# What a worker is told: a step over every group, or (k2rl's default) without those whose rewards are equal.
+EVERY_GROUP = "step"
+DROP_UNIFORM = "step without uniform groups"
 
 
 def problems(seed: int = 0) -> Iterator[tuple[str, int]]:
