@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Written last, so that a broken-off installation is taken up again.
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart test lint format docs lock bench-trl clean
+.PHONY: help setup quickstart test lint format docs lock bench-trl bench-push bench-stall bench-hosts bench-placement clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,7 +30,7 @@ quickstart: setup ## Train SmolLM2-135M to use a calculator, on this machine's C
 	$(BIN)/k2rl train experiment=quickstart $(ARGS)
 
 test: setup ## Unit and integration tests (some of them: make test ARGS="-m 'not integration'")
-	$(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/pytest -n 3 --dist loadgroup $(ARGS)
 
 lint: setup ## Lint, format check, types, the direction of imports, and that docs/config.md is current
 	$(BIN)/ruff check .
@@ -51,6 +51,18 @@ lock: ## Resolve the dependencies anew and rewrite requirements/cpu.lock
 
 bench-trl: setup ## Samples per second beside TRL's GRPO, taking turns on this machine
 	$(BIN)/python benchmarks/trl_compare.py $(ARGS)
+
+bench-push: setup ## Bytes per second of a push on one host, beside plain memory copies
+	$(BIN)/python benchmarks/weight_push.py $(ARGS)
+
+bench-stall: setup ## How long a live vLLM stands still for new weights, beside restarting it
+	$(BIN)/python benchmarks/weight_stall.py $(ARGS)
+
+bench-hosts: setup ## Bytes per second between hosts (network namespaces; as root), beside gloo's broadcast
+	$(BIN)/python benchmarks/weight_hosts.py $(ARGS)
+
+bench-placement: setup ## Placing weights in vLLM: its loaders beside recorded copies
+	$(BIN)/python benchmarks/placement.py $(ARGS)
 
 clean: ## Remove caches and build products; runs under outputs/ and .venv stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

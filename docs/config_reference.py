@@ -57,6 +57,10 @@ def _section(title: str, schema: type, prefix: str, choices: list[str]) -> str:
         default = _default(field)
         if not is_dataclass(default):
             lines.append(f"| `{prefix}{field.name}` | `{_yaml(default)}` | {comments[field.name]} |")
+    nested = [field for field in fields(schema) if prefix and is_dataclass(_default(field))]
+    for field in nested:
+        rows = _section("", type(_default(field)), f"{prefix}{field.name}.", []).splitlines()
+        lines += rows[4:]
     return "\n".join(lines) + "\n"
 
 

@@ -54,6 +54,21 @@ examples:
   k2rl eval model.path=HuggingFaceTB/SmolLM2-360M-Instruct env.eval_tasks=32
 """
 
+PLAN = """\
+Plan a push of a model's weights and simulate it on a cluster, which need not
+be there: how long it takes, what binds, the physical floor, and a picture of
+the timeline. Every number is simulated. `k2rl plan calibrate` measures this
+machine and writes a sheet that cluster= takes.
+"""
+
+PLAN_EXAMPLES = """
+examples:
+  k2rl plan model=kimi_k2 dtype=fp8 cluster=h20 gpus=256
+  k2rl plan model=kimi_k2 cluster=h800 gpus=2048 strategy=shard_aware output=json
+  k2rl plan model=glm_4_5_air dtype=bf16 cluster=h800 gpus=8 strategy=moonshot bucket_gib=3.02
+  k2rl plan calibrate
+"""
+
 OVERRIDE = """\
 what differs from the defaults: group=choice (see below) or key=value (`k2rl train --cfg` prints every key,
 docs/config.md explains them)"""
@@ -63,6 +78,7 @@ run every combination of group=a,b and key=1,2, one after the other; stops at th
 
 EVAL_GROUPS = (
     "budget",
+    "checkpoint_engine",
     "cluster",
     "env",
     "experiment",
@@ -137,6 +153,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=OVERRIDE)
     evaluate.set_defaults(run=_evaluate)
 
+    plan = commands.add_parser(
+        "plan",
+        help="simulate a push of weights on a cluster that need not be there",
+        description=PLAN,
+        epilog=_plan_keys() + PLAN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plan.add_argument("words", nargs="*", metavar="KEY=VALUE", help="see below; or `calibrate`")
+    plan.set_defaults(run=_plan)
+
     envs = commands.add_parser("envs", help="what there is to learn: `k2rl envs list`")
     actions = envs.add_subparsers(required=True, metavar="ACTION", title="actions")
     actions.add_parser("list", help="list the registered environments").set_defaults(run=_list_environments)
@@ -179,6 +205,31 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from k2rl import commands
 
     return commands.evaluate(arguments.overrides)
+
+
+def _plan_keys() -> str:
+    """The keys of `k2rl plan` as its help lists them."""
+    rows = {
+        "model": "kimi_k2, deepseek_v31, qwen3_235b_a22b, glm_4_5_air",
+        "dtype": "fp8, bf16",
+        "cluster": "h20, h100, h200, h800, cpu, or the path of a sheet",
+        "gpus": "number of GPUs; 0: one host",
+        "strategy": "broadcast, shard_aware, moonshot (their engine, as published)",
+        "tp, ep": "ranks of an inference replica; ranks its experts are spread over",
+        "bucket_gib": "most GiB of a bucket; slots: buckets in turn (0: all are kept)",
+        "output": "text, json",
+        "picture": "where the timeline goes (.svg)",
+        "device.*": "a value of the cluster's sheet: device.network_gbps=100",
+    }
+    return "\n".join(["keys, the default first:", *(f"  {key:<12} {text}" for key, text in rows.items()), ""])
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    _require("plan", ("omegaconf", "numpy", "xxhash"))
+    from k2rl import planning_command
+
+    print(planning_command.run(arguments.words))
+    return 0
 
 
 def _list_environments(arguments: argparse.Namespace) -> int:

@@ -160,13 +160,57 @@ class InferenceConfig:
     kv_cache_gib: float = 1.0
     #: Run without graph compilation (the only choice on CPU).
     enforce_eager: bool = True
-    #: Cores of the engine on CPU: `all`, or a list as vLLM spells it (`0-7`, `0-3|4-7`).
+    #: Cores of the engine on CPU: `all`, shared out among tensor-parallel ranks, or a list for each rank as
+    #: vLLM spells it (`0-7`, `0-3|4-7`).
     cpu_threads_bind: str = "all"
     #: The start-up self-check refuses to train above this mean trainer-vs-vLLM log-prob gap (nats).
     max_logprob_gap: float = 0.1
     #: Further keyword arguments for vLLM's `AsyncEngineArgs`, added with a plus sign:
     #: `+inference.engine_args.block_size=16`.
     engine_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class CheckpointEngineConfig:
+    #: Most MiB in a bucket, the unit that is sent, checked and applied at once (a larger tensor has its own).
+    bucket_mib: int = 64
+    #: MiB of shared memory on each host for a push in flight. 0 keeps two whole versions instead, so that a
+    #: restarted engine can be brought up to date without the trainer.
+    memory_mib: float = 0.0
+    #: Seconds after which a part of a push that owes an answer has failed.
+    deadline_s: float = 30.0
+
+
+@dataclass
+class DeviceConfig:
+    """Rates are 10^9 bytes a second in one direction, as one sees them with large transfers."""
+
+    #: Ranks (GPUs) of a host.
+    per_host: int = 1
+    #: Ranks that share one uplink (PCIe switch) to the host's memory.
+    per_switch: int = 1
+    #: Rate of one rank from the host's memory to its transfer buffers: PCIe; on a CPU, copying and hashing.
+    copy_in_gbps: float = 2.8
+    #: Rate of an uplink, which its ranks share; 0: ranks share none.
+    switch_gbps: float = 0.0
+    #: Rate of the host's memory, which all of its copies share.
+    memory_gbps: float = 6.0
+    #: Rate into one rank from the others of its host: NVLink; 0: they share the host's memory.
+    nvlink_gbps: float = 0.0
+    #: Rate of the network into a host, all of its adapters together.
+    network_gbps: float = 1.0
+    #: Rate at which one rank copies what it received into the model.
+    apply_gbps: float = 2.8
+    #: Microseconds for each block of a tensor that is copied in or applied.
+    block_us: float = 10.0
+    #: Microseconds for each bucket, in each stage.
+    bucket_us: float = 500.0
+    #: Microseconds a message takes from host to host.
+    message_us: float = 100.0
+    #: Pieces in which a bucket passes from host to host, in MiB; 0: whole buckets.
+    relay_mib: float = 0.0
+    #: Milliseconds to begin, vote and commit a push.
+    push_ms: float = 5.0
 
 
 @dataclass
@@ -177,6 +221,8 @@ class ClusterConfig:
     cpus_per_worker: int = 0
     #: GPUs the worker reserves in Ray; 0 runs on the CPU.
     gpus_per_worker: float = 0.0
+    #: Rates of the hardware, for `k2rl plan` only.
+    device: DeviceConfig = field(default_factory=DeviceConfig)
 
 
 @dataclass
@@ -223,6 +269,7 @@ class Config:
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
+    checkpoint_engine: CheckpointEngineConfig = field(default_factory=CheckpointEngineConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

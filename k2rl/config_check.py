@@ -37,6 +37,22 @@ FROM_1 = Bound(1)
 SHARE = Bound(0, 1)
 DECAY = Bound(0, 1, open_high=True)
 
+DEVICE_BOUNDS = {
+    "per_host": FROM_1,
+    "per_switch": FROM_1,
+    "copy_in_gbps": ABOVE_0,
+    "switch_gbps": FROM_0,
+    "memory_gbps": ABOVE_0,
+    "nvlink_gbps": FROM_0,
+    "network_gbps": ABOVE_0,
+    "apply_gbps": ABOVE_0,
+    "block_us": FROM_0,
+    "bucket_us": FROM_0,
+    "message_us": FROM_0,
+    "relay_mib": FROM_0,
+    "push_ms": FROM_0,
+}
+
 BOUNDS = {
     "env.eval_tasks": FROM_1,
     "env.max_turns": FROM_1,
@@ -74,8 +90,12 @@ BOUNDS = {
     "inference.max_num_seqs": Bound(1, 8192),  # vLLM wants at least so many tokens in a batch; ours has 8192
     "inference.kv_cache_gib": ABOVE_0,
     "inference.max_logprob_gap": ABOVE_0,
+    "checkpoint_engine.bucket_mib": FROM_1,
+    "checkpoint_engine.memory_mib": FROM_0,
+    "checkpoint_engine.deadline_s": ABOVE_0,
     "cluster.cpus_per_worker": FROM_0,
     "cluster.gpus_per_worker": FROM_0,
+    **{f"cluster.device.{name}": bound for name, bound in DEVICE_BOUNDS.items()},
     "deadlines.start_s": ABOVE_0,
     "deadlines.generate_s": ABOVE_0,
     "deadlines.train_s": ABOVE_0,

@@ -188,6 +188,7 @@ async def started(
         micro_batch_tokens=config.train.micro_batch_tokens,
         num_threads=config.train.num_threads,
         inference=config.inference,
+        checkpoint_engine=config.checkpoint_engine,
         trains=trains,
     )
     whole = msgspec.to_builtins(config)

@@ -12,9 +12,12 @@ from typing import Any, TypeVar
 
 import envs.registry
 from envs.base import TextEnv
+from k2rl.checkpoint_engine.disk import checkpoint_manifest
+from k2rl.checkpoint_engine.plan import RING_SLOTS, PlanError, fit_bucket
 from k2rl.config import Config
 from k2rl.config_check import check
 from k2rl.errors import ConfigError
+from k2rl.hardware import fast_dtype
 from k2rl.inference.arguments import check_engine_args
 from k2rl.models.attention import check_attention_config
 from k2rl.models.chat import ChatTemplate
@@ -124,6 +127,7 @@ def preflight(config: Config, training: bool = True) -> Preflight:
     _check_kinds(config, env)
     rubric = envs.registry.rubric_of(env, config.rubric.id, **config.rubric.kwargs)
     model_path = resolve_model(config.model.path)
+    _check_push_memory(config, model_path)
     if training:
         check_attention_config(model_path)
     chat = ChatTemplate.from_pretrained(model_path)
@@ -134,6 +138,20 @@ def preflight(config: Config, training: bool = True) -> Preflight:
         prepared.close()
         raise
     return prepared
+
+
+def _check_push_memory(config: Config, model_path: Path) -> None:
+    """Whether the largest tensor can be pushed within the shared memory that it may use."""
+    memory_mib = config.checkpoint_engine.memory_mib
+    if not memory_mib:
+        return
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = fast_dtype(gpu=config.cluster.gpus_per_worker > 0)
+    try:
+        fit_bucket(checkpoint_manifest(model_path, 1, dtype), int(memory_mib * 2**20), RING_SLOTS)
+    except PlanError as error:
+        raise ConfigError(f"checkpoint_engine.memory_mib={memory_mib}: {error}") from error
 
 
 async def _look(prepared: Preflight, training: bool) -> None:

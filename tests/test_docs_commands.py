@@ -36,6 +36,9 @@ QUICK: dict[str, Callable[[Path, str], None]] = {
     "k2rl --help": _says("k2rl train experiment=quickstart"),
     "k2rl train --cfg experiment=quickstart": _says("path: smollm2-135m"),
     "k2rl envs list": _says("calculator"),
+    "k2rl plan model=kimi_k2 dtype=fp8 cluster=h20 gpus=256 strategy=broadcast output=json": _says(
+        '"simulated": true'
+    ),
     'python -W error -c "from gymnasium.utils.env_checker import check_env; from guess import GuessEnv; '
     'check_env(GuessEnv(), skip_render_check=True)"': _says(""),
 }
@@ -48,6 +51,8 @@ WHOLE_RUNS = [
     "k2rl train experiment=quickstart optimizer=adamw rollout.group_size=16 seed=1",
     "k2rl train experiment=quickstart env.id=guess:GuessEnv env.max_turns=6 'warm_start.kinds=[]'",
 ]
+#: Measures for half a minute; tests/checkpoint_engine/test_plan_command.py runs it with small pushes.
+MEASURES = ["k2rl plan calibrate"]
 #: Not run, since one installs and trains for minutes and the other is what runs this test: what make would do
 #: is looked at.
 MAKE = ["make quickstart", "make test"]
@@ -67,7 +72,7 @@ def commands() -> list[str]:
 
 
 def test_every_command_is_accounted_for() -> None:
-    listed = [*QUICK, *ELSEWHERE, *WHOLE_RUNS, *MAKE]
+    listed = [*QUICK, *ELSEWHERE, *WHOLE_RUNS, *MEASURES, *MAKE]
     unknown = [command for command in commands() if command not in listed]
     assert not unknown, "in the docs; run it here, or list it with the reason why not"
     assert not [command for command in listed if command not in commands()], "no longer in the docs"

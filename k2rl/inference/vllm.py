@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
+from collections.abc import Awaitable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from k2rl.checkpoint_engine.manifest import Manifest
+from k2rl.checkpoint_engine.coordinator import Invitations
+from k2rl.checkpoint_engine.messages import FAREWELL_S, RECEIVER, Address, Peer
 from k2rl.config import InferenceConfig
 from k2rl.inference.engine import EngineDeadError, Generation, GenerationError, Sampling
 from k2rl.types import NO_WEIGHT_VERSION
 from k2rl.workers.process import OWNER_PID
+
+T = TypeVar("T")
+
+#: How often a call of the engine core looks whether that still lives.
+HEALTH_INTERVAL_S = 0.5
 
 # vLLM's CPU runner cannot take back a token it sampled with a request's own seed, which it must after
 # a partial prefill; so prompts are prefilled whole. Its default KV block of 128 tokens is longer than many
@@ -21,11 +29,18 @@ from k2rl.workers.process import OWNER_PID
 _CPU_ARGUMENTS: dict[str, Any] = {"enable_chunked_prefill": False, "block_size": 32}
 
 
-def _cpu_binding(setting: str) -> str:
-    """vLLM's spelling of the cores to use; its `auto` would leave one idle for a scheduler that sleeps."""
+def _cpu_binding(setting: str, ranks: int) -> str:
+    """vLLM's spelling of the cores to use, a set for each tensor-parallel rank.
+
+    Its `auto` would leave one idle for a scheduler that sleeps.
+    """
     if setting != "all":
         return setting
-    return ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(len(cores) // ranks, 1)
+    # With fewer cores than ranks, some have to share one.
+    sets = [[cores[(rank * share + i) % len(cores)] for i in range(share)] for rank in range(ranks)]
+    return "|".join(",".join(str(core) for core in own) for own in sets)
 
 
 class VLLMEngine:
@@ -49,14 +64,16 @@ class VLLMEngine:
             EngineDeadError: vLLM could not start; its reason is in the log.
         """
         os.environ[OWNER_PID] = str(os.getpid())
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = _cpu_binding(config.cpu_threads_bind)
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = _cpu_binding(
+            config.cpu_threads_bind, int(config.engine_args.get("tensor_parallel_size", 1))
+        )
         os.environ.setdefault("VLLM_LOGGING_COLOR", "0")
         from vllm.config.weight_transfer import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from k2rl.checkpoint_engine.receiver import BACKEND
+        from k2rl.checkpoint_engine.vllm_receiver import BACKEND
 
         arguments: dict[str, Any] = {
             "model": str(model_path),
@@ -86,6 +103,9 @@ class VLLMEngine:
         self._request_ids = itertools.count()
         self._version = NO_WEIGHT_VERSION
         self._fenced = True
+        self._paused = False
+        self._push: asyncio.Future[None] | None = None
+        self._settle_s = 0.0
 
     async def generate(self, prompt_ids: list[int], sampling: Sampling) -> Generation:
         """Sample one turn; see `InferenceEngine.generate`.
@@ -127,33 +147,79 @@ class VLLMEngine:
         spans = tuple((span.start, int(span.version)) for span in output.weight_versions or ())
         return Generation(token_ids, logprobs, spans, output.finish_reason)
 
-    async def update_weights(self, manifest: Manifest) -> None:
-        """Put a push in place: pause, receive, verify, commit the version, resume.
+    @property
+    def receivers(self) -> tuple[int, ...]:
+        """Numbers of its workers as receivers of a push: its tensor-parallel ranks."""
+        return tuple(range(self._llm.vllm_config.parallel_config.world_size))
 
-        The engine is fenced from the first byte to the commit; if anything fails it stays so, and
-        only another complete push lifts the fence.
+    async def join_push(self, address: Address, version: int, deadline_s: float) -> Invitations:
+        """Pause, keeping the requests, and let the workers take part in a push.
+
+        The engine is fenced from here to the commit; if anything fails it stays so, and only another
+        complete push lifts the fence.
+
+        Returns:
+            The call that ends with the push, once generation has stopped.
 
         Raises:
-            ValueError: the version is not newer than the one in place.
+            ValueError: the version is not newer than the one in place, or the engine sleeps.
             EngineDeadError: vLLM died.
         """
+        from vllm.v1.engine.exceptions import EngineDeadError as VLLMEngineDeadError
+
+        # One that holds parts of a push that failed may go back to the version before.
+        if version < self._version or (version == self._version and not self._fenced):
+            raise ValueError(f"version {version} is not newer than {self._version}")
+        try:
+            # A paused engine counts as sleeping, too; after a push that failed it is paused.
+            if not self._paused and await self._llm.is_sleeping():
+                raise ValueError("the engine sleeps: wake it up before pushing weights into it")
+            self._fenced = self._paused = True
+            await self._while_alive(self._llm.pause_generation(mode="keep", clear_cache=True))
+        except VLLMEngineDeadError as error:
+            raise EngineDeadError(str(error)) from error
+        self._settle_s = deadline_s + FAREWELL_S
+        self._push = asyncio.ensure_future(self._take_part(address, version, deadline_s))
+        return {Peer(RECEIVER, self.receivers[0]): asyncio.shield(self._push)}
+
+    async def _take_part(self, address: Address, version: int, deadline_s: float) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
         from vllm.v1.engine.exceptions import EngineDeadError as VLLMEngineDeadError
 
-        if manifest.version <= self._version:
-            raise ValueError(f"version {manifest.version} is not newer than {self._version}")
-        self._fenced = True
+        push = {"address": msgspec.to_builtins(address), "deadline_s": deadline_s}
         try:
-            await self._llm.pause_generation(mode="keep", clear_cache=True)
-            await self._llm.start_weight_update()
-            await self._llm.update_weights(
-                WeightTransferUpdateRequest(update_info={"manifest": msgspec.to_builtins(manifest)})
-            )
-            await self._llm.finish_weight_update(str(manifest.version))
-            await self._llm.resume_generation()
+            await self._while_alive(self._llm.start_weight_update())
+            await self._while_alive(self._llm.update_weights(WeightTransferUpdateRequest(update_info=push)))
+            await self._while_alive(self._llm.finish_weight_update(str(version)))
+            await self._while_alive(self._llm.resume_generation())
         except VLLMEngineDeadError as error:
             raise EngineDeadError(str(error)) from error
-        self._version, self._fenced = manifest.version, False
+        self._version, self._fenced, self._paused = version, False, False
+
+    async def _while_alive(self, call: Awaitable[T]) -> T:
+        """The result of a call of the engine core; vLLM itself would wait for one that has died."""
+        answer = asyncio.ensure_future(call)
+        try:
+            while not (await asyncio.wait([answer], timeout=HEALTH_INTERVAL_S))[0]:
+                if self._llm.errored:
+                    raise EngineDeadError("vLLM's engine core died")
+            return answer.result()
+        finally:
+            answer.cancel()
+
+    async def push_settled(self) -> BaseException | None:
+        """Wait until the engine has left the push; returns why it does not serve what was pushed.
+
+        Its workers leave within the push's deadline; one that hangs is as good as dead.
+        """
+        push, self._push = self._push, None
+        if push is None:
+            return None
+        done, _ = await asyncio.wait([push], timeout=self._settle_s)
+        if not done:
+            push.cancel()
+            return EngineDeadError(f"vLLM did not leave the push within {self._settle_s:g} s")
+        return push.exception()
 
     @property
     def version(self) -> int:

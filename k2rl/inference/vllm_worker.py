@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.platforms import current_platform
 
-import k2rl.checkpoint_engine.receiver  # noqa: F401  (registers the weight-transfer engine)
+import k2rl.checkpoint_engine.vllm_receiver  # noqa: F401  (registers the weight-transfer engine)
 from k2rl.workers.process import follow_owner_in_death
 
 if TYPE_CHECKING or not current_platform.is_cpu():

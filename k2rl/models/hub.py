@@ -43,8 +43,8 @@ def resolve_model(path: str) -> Path:
     """The folder of the checkpoint that `model.path` names, ready for `from_pretrained` and for vLLM.
 
     Args:
-        path: a built-in name (`smollm2-135m`, `tiny-qwen3`, `tiny-llama-untied`), a folder, or a hub id
-            `org/name`.
+        path: a built-in name (`smollm2-135m`, `tiny-qwen3`, `tiny-llama-untied`, `tiny-deepseek`), a folder,
+            or a hub id `org/name`.
 
     Raises:
         ConfigError: one line that says why there is no model to be had.
@@ -106,19 +106,26 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ConfigError: the index or a file is missing or damaged.
     """
-    index = folder / "model.safetensors.index.json"
-    try:
-        shards = (
-            sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            if index.is_file()
-            else ["model.safetensors"]
-        )
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"model {folder}: {index.name} is damaged ({error!r})") from error
+    shards = sorted(set(index_of(folder).values())) or ["model.safetensors"]
     for shard in shards:
         if not (folder / shard).is_file():
             raise ConfigError(f"model {folder} has no weights: {shard} is missing")
     return [folder / shard for shard in shards]
+
+
+def index_of(folder: Path) -> dict[str, str]:
+    """The file of each tensor; empty if the checkpoint is one file and has no index.
+
+    Raises:
+        ConfigError: the index is damaged.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return {}
+    try:
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"model {folder}: {index.name} is damaged ({error!r})") from error
 
 
 def shapes_fingerprint(folder: Path) -> str:
@@ -283,4 +290,5 @@ BUILT_IN: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
     "smollm2-135m": ("smollm2-135m-0.1.2-r1", _make_smollm2),
     "tiny-qwen3": ("tiny-qwen3-r1", _make_tiny("tiny-qwen3")),
     "tiny-llama-untied": ("tiny-llama-untied-r1", _make_tiny("tiny-llama-untied")),
+    "tiny-deepseek": ("tiny-deepseek-r1", _make_tiny("tiny-deepseek")),
 }

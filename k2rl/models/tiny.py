@@ -1,6 +1,6 @@
 """Small random models for tests and for trying out the plumbing; `hub.py` runs this as a process.
 
-Both have a byte-level tokenizer of 512 tokens and a chat template of their own, so that making them needs
+They have a byte-level tokenizer of 512 tokens and a chat template of their own, so that making them needs
 no download.
 """
 
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -45,7 +47,7 @@ def solve(values): return sum(value for value in values if value is not None)
 Every language model reads tokens and writes tokens; the trainer must see the very tokens that were sampled.
 """
 
-# Shared by both. Initialised at about 1/sqrt(hidden_size): at this width the usual 0.02 would make every next
+# Shared by all. Initialised at about 1/sqrt(hidden_size): at this width the usual 0.02 would make every next
 # token equally likely, and any comparison of log-probabilities blind.
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -57,6 +59,27 @@ SHAPE: dict[str, Any] = {
     "head_dim": 32,
     "max_position_embeddings": 4096,
     "initializer_range": 0.09,
+}
+
+# The architecture of Kimi K2 and DeepSeek V3: latent attention, and experts after one dense layer. The sizes
+# of the latent key and of its rotated part are the ones that vLLM's kernels for the CPU take.
+DEEPSEEK: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "head_dim": 64,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
 }
 
 
@@ -84,7 +107,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(name: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """The random model of that name, the same at every call: `tiny-qwen3` or `tiny-llama-untied`.
+    """The random model of that name, the same at every call: `tiny-qwen3`, `tiny-llama-untied`
+    or `tiny-deepseek`.
 
     Raises:
         ValueError: for another name.
@@ -102,6 +126,12 @@ def build_model(name: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMode
                 return Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=True))
             case "tiny-llama-untied":
                 return LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False))
+            case "tiny-deepseek":
+                model = DeepseekV3ForCausalLM(DeepseekV3Config(**shape | DEEPSEEK, tie_word_embeddings=False))
+                for name, buffer in model.named_buffers():
+                    if name.endswith("e_score_correction_bias"):
+                        torch.nn.init.normal_(buffer, std=0.1)  # a checkpoint's is not zero either
+                return model
     raise ValueError(f"no tiny model is called {name!r}")
 
 

@@ -5,22 +5,24 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import msgspec
 import ray
 
-from k2rl.checkpoint_engine.manifest import Manifest
-from k2rl.config import InferenceConfig, ObjectiveConfig, OptimizerConfig
+from k2rl.config import CheckpointEngineConfig, InferenceConfig, ObjectiveConfig, OptimizerConfig
 from k2rl.hardware import fast_dtype
 from k2rl.inference.engine import Generation, Sampling
 from k2rl.training.batch import SupervisedSequence, TrainSequence
 from k2rl.workers.process import redirect_output
+
+if TYPE_CHECKING:
+    from k2rl.checkpoint_engine.publisher import Publisher
+    from k2rl.checkpoint_engine.sender import Source
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,6 +43,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     micro_batch_tokens: int
     num_threads: int
     inference: InferenceConfig
+    checkpoint_engine: CheckpointEngineConfig
     #: Without a trainer the worker serves the checkpoint as it is (evaluation alone).
     trains: bool = True
 
@@ -61,6 +64,8 @@ class ColocatedWorker:
         """Start trainer and vLLM, at the same time; returns the dtype they compute in."""
         await asyncio.to_thread(_import_engines)
         await asyncio.gather(self._train(self._start_trainer), asyncio.to_thread(self._start_vllm))
+        self._publisher = self._make_publisher()
+        await self._publisher.start()
         return self._spec.dtype
 
     async def _train(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
@@ -69,10 +74,7 @@ class ColocatedWorker:
         return await loop.run_in_executor(self._trainer_thread, partial(work, *arguments, **options))
 
     def _start_trainer(self) -> None:
-        from k2rl.checkpoint_engine.arena import WeightArena
-
         spec = self._spec
-        self._arena = WeightArena()
         if not spec.trains:
             return
         from k2rl.training.engine import TrainEngine
@@ -131,32 +133,35 @@ class ColocatedWorker:
         """Push the trainer's weights (the checkpoint's where nothing trains) into vLLM.
 
         Their version is the number of optimizer steps that made them, so that a resumed run goes on
-        counting. Publish again only when this call has returned: vLLM reads the arena until then.
+        counting.
 
         Returns:
-            `version`, `bytes`, and the seconds spent copying out (`write_s`) and in place (`update_s`).
+            `version`, `bytes`, and the seconds spent copying out (`write_s`) and in place (`update_s`, in
+            which nothing is generated).
         """
-        started = time.monotonic()
-        manifest = await self._train(self._write_weights)
-        written = time.monotonic()
-        await self._vllm.update_weights(manifest)
+        version = self._trainer.step_count if self._spec.trains else 0
+        report = await self._publisher.publish(self._source(), version, self._train)
         return {
-            "version": float(manifest.version),
-            "bytes": float(sum(record.nbytes for record in manifest.records)),
-            "write_s": written - started,
-            "update_s": time.monotonic() - written,
+            "version": float(report.version),
+            "bytes": float(report.nbytes),
+            "write_s": report.stage_s,
+            "update_s": report.apply_s,
         }
 
-    def _write_weights(self) -> Manifest:
-        version = self._trainer.step_count if self._spec.trains else 0
-        return self._arena.write(self._weights(), version)
+    def _make_publisher(self) -> Publisher:
+        from k2rl.checkpoint_engine.publisher import Publisher, expected_tensors
 
-    def _weights(self) -> Iterator[tuple[str, Any]]:
-        from k2rl.checkpoint_engine.source import checkpoint_weights
+        spec = self._spec
+        expected = expected_tensors(Path(spec.model_path), spec.dtype)
+        return Publisher(self._vllm, spec.checkpoint_engine, expected)
+
+    def _source(self) -> Source:
+        from k2rl.checkpoint_engine.sender import TensorSource
+        from k2rl.checkpoint_engine.source import StoredWeights
 
         if self._spec.trains:
-            return self._trainer.named_weights()
-        return checkpoint_weights(Path(self._spec.model_path), self._spec.dtype)
+            return TensorSource(self._trainer.named_weights(), rank=0)
+        return StoredWeights(Path(self._spec.model_path), self._spec.dtype)
 
     async def logprob_gap(self, prompts: Sequence[list[int]], max_tokens: int, seed: int) -> dict[str, float]:
         """Sample from vLLM at temperature 1 and score the same tokens with the trainer.
@@ -194,6 +199,8 @@ class ColocatedWorker:
         return {"pid": os.getpid(), "version": self._vllm.version}
 
     async def shutdown(self) -> None:
+        if hasattr(self, "_publisher"):
+            await self._publisher.close()
         if hasattr(self, "_vllm"):
             await asyncio.to_thread(self._vllm.shutdown)
 

@@ -43,7 +43,7 @@ def _start_long_run(start: Start, tmp_path: Path, *overrides: str) -> tuple[Comm
     return command, run_dir
 
 
-@pytest.mark.parametrize("victim", ["VLLM::EngineCore", "VLLM::Worker", "ray::ColocatedWorker"])
+@pytest.mark.parametrize("victim", ["VLLM::EngineCore", "ray::ColocatedWorker"])
 def test_a_killed_part_is_named_and_nothing_hangs(victim: str, start: Start, tmp_path: Path) -> None:
     command, _ = _start_long_run(start, tmp_path)
     command.named(victim).kill()

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import mmap
-import os
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from k2rl.checkpoint_engine.arena import WeightArena
-from k2rl.checkpoint_engine.manifest import Manifest
-from k2rl.config import InferenceConfig
-from k2rl.inference.engine import Generation, GenerationError, Sampling
+from k2rl.checkpoint_engine.coordinator import Invitations, PushReport
+from k2rl.checkpoint_engine.manifest import ManifestError
+from k2rl.checkpoint_engine.messages import Address
+from k2rl.checkpoint_engine.publisher import Publisher, expected_tensors
+from k2rl.checkpoint_engine.sender import TensorSource
+from k2rl.checkpoint_engine.transaction import PushError
+from k2rl.config import CheckpointEngineConfig, InferenceConfig
+from k2rl.inference.engine import EngineDeadError, Generation, GenerationError, Sampling
 from k2rl.inference.vllm import VLLMEngine
 from k2rl.models.hub import resolve_model
 
@@ -50,61 +53,119 @@ async def _mean_gap(engine: VLLMEngine, model: torch.nn.Module, temperature: flo
     return float(torch.cat(gaps).mean())
 
 
-def _corrupt(manifest: Manifest) -> None:
-    fd = os.open(manifest.path, os.O_RDWR)
-    with mmap.mmap(fd, manifest.nbytes) as memory:
-        memory[manifest.records[-1].offset] ^= 1
-    os.close(fd)
-
-
-@pytest.mark.parametrize(("name", "dtype"), [("tiny-qwen3", "float32"), ("tiny-llama-untied", "bfloat16")])
+@pytest.mark.parametrize(("name", "dtype"), [("tiny-qwen3", "float32")])
 def test_pushed_weights_serve_as_a_fresh_load_would(name: str, dtype: str) -> None:
     path = resolve_model(name)
     asyncio.run(_push_and_compare(path, dtype))
+
+
+class Pushing:
+    """A model's weights, pushed into an engine."""
+
+    def __init__(self, model: torch.nn.Module, publisher: Publisher) -> None:
+        self.model, self.publisher = model, publisher
+
+    async def push(self, version: int) -> PushReport:
+        source = TensorSource(self.model.named_parameters(), rank=0)
+        return await self.publisher.publish(source, version, asyncio.to_thread)
 
 
 async def _push_and_compare(path: Path, dtype: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
     config = InferenceConfig(max_model_len=2048, max_num_seqs=16, kv_cache_gib=0.25)
     engine = VLLMEngine(path, dtype, (), config, seed=0)
-    arena = WeightArena()
+    publisher = Publisher(engine, CheckpointEngineConfig(bucket_mib=1), expected_tensors(path, dtype))
+    pushing = Pushing(model, publisher)
     try:
+        await publisher.start()
         with pytest.raises(RuntimeError, match="fenced"):
             await engine.generate(PROMPTS[0], Sampling(1.0, 4))
 
         for version in range(3):
-            await engine.update_weights(arena.write(model.named_parameters(), version))
+            report = await pushing.push(version)
+            assert report.nbytes == sum(parameter.nbytes for parameter in model.parameters())
             assert await _mean_gap(engine, model, 1.0) < LIMITS[dtype]
             assert await _mean_gap(engine, model, 1.4) < LIMITS[dtype]
             _perturb(model, version)
 
-        manifest = arena.write(model.named_parameters(), 2)
         with pytest.raises(ValueError, match="not newer"):
-            await engine.update_weights(manifest)
-
-        await _requests_live_through_an_update(engine, arena, model)
+            await pushing.push(2)
+        await _other_weights_are_refused_before_a_byte_moves(engine, publisher, model)
+        await _a_sleeping_engine_is_not_pushed_into(engine, pushing)
+        await _requests_live_through_an_update(engine, pushing)
         await _an_aborted_request_is_no_turn(engine)
-
-        manifest = arena.write(model.named_parameters(), 4)
-        _corrupt(manifest)
-        with pytest.raises(Exception, match="corrupted"):
-            await engine.update_weights(manifest)
-        with pytest.raises(RuntimeError, match="fenced"):
-            await engine.generate(PROMPTS[0], Sampling(1.0, 4))
-        await engine.update_weights(arena.write(model.named_parameters(), 4))
-        assert await _mean_gap(engine, model, 1.0) < LIMITS[dtype]
+        await _a_corrupted_push_fences_until_the_next(engine, pushing, dtype)
+        await _a_killed_engine_core_ends_the_push(engine, pushing)
     finally:
+        await publisher.close()
         engine.shutdown()
 
 
-async def _requests_live_through_an_update(
-    engine: VLLMEngine, arena: WeightArena, model: torch.nn.Module
+async def _other_weights_are_refused_before_a_byte_moves(
+    engine: VLLMEngine, publisher: Publisher, model: torch.nn.Module
 ) -> None:
+    weights = dict(model.named_parameters())
+    name, parameter = weights.popitem()
+    embedding = "model.embed_tokens.weight"
+    other = [(n, w.double() if n == embedding else w) for n, w in weights.items()] + [("spare", parameter)]
+    listed = f"3 places: missing: {name}; extra: spare; {embedding}: sent float64"
+    with pytest.raises(ManifestError, match=listed):
+        await publisher.publish(TensorSource(other, rank=0), 3, asyncio.to_thread)
+    assert (await engine.generate(PROMPTS[0], Sampling(1.0, 4))).weight_spans == ((0, 2),)
+
+
+async def _a_sleeping_engine_is_not_pushed_into(engine: VLLMEngine, pushing: Pushing) -> None:
+    await engine._llm.sleep(1)
+    with pytest.raises(ValueError, match="the engine sleeps: wake it up"):
+        await pushing.push(3)
+    await engine._llm.wake_up()
+    assert (await engine.generate(PROMPTS[0], Sampling(1.0, 4))).weight_spans == ((0, 2),)
+
+
+async def _a_corrupted_push_fences_until_the_next(engine: VLLMEngine, pushing: Pushing, dtype: str) -> None:
+    join = engine.join_push
+
+    async def join_corrupted(address: Address, version: int, deadline_s: float) -> Invitations:
+        arena, base = pushing.publisher.coordinator.arena.being_written
+        arena.memory[base + 5] ^= 1
+        return await join(address, version, deadline_s)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "join_push", join_corrupted)
+        with pytest.raises(PushError, match="bucket 0 arrived corrupted"):
+            await pushing.push(4)
+    with pytest.raises(RuntimeError, match="fenced"):
+        await engine.generate(PROMPTS[0], Sampling(1.0, 4))
+    await pushing.push(4)
+    assert await _mean_gap(engine, pushing.model, 1.0) < LIMITS[dtype]
+
+
+async def _a_killed_engine_core_ends_the_push(engine: VLLMEngine, pushing: Pushing) -> None:
+    """At once, and as what it is; version 4 is still the committed one."""
+    join = engine.join_push
+
+    async def join_and_die(address: Address, version: int, deadline_s: float) -> Invitations:
+        invitations = await join(address, version, deadline_s)
+        for process in psutil.Process().children(recursive=True):
+            if "EngineCore" in process.name():
+                process.kill()
+        return invitations
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "join_push", join_and_die)
+        with pytest.raises(EngineDeadError):
+            await asyncio.wait_for(pushing.push(5), 60)
+    assert pushing.publisher.coordinator.version == 4
+    with pytest.raises(RuntimeError, match="fenced"):
+        await engine.generate(PROMPTS[0], Sampling(1.0, 4))
+
+
+async def _requests_live_through_an_update(engine: VLLMEngine, pushing: Pushing) -> None:
     """Running requests are kept; their tokens know which version sampled them."""
     running = [asyncio.create_task(engine.generate(prompt, Sampling(1.0, 1500, 1))) for prompt in PROMPTS]
     # Let the requests reach the engine and sample a good number of tokens of the old version.
     await engine.generate(PROMPTS[0], Sampling(1.0, 64))
-    await engine.update_weights(arena.write(model.named_parameters(), 3))
+    await pushing.push(3)
     generations = [await task for task in running]
     versions = [[version for _, version in generation.weight_spans] for generation in generations]
     assert all(spans in ([2], [2, 3]) for spans in versions)

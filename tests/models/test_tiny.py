@@ -74,22 +74,3 @@ def test_resolved_checkpoint(name: str, tied: bool, tmp_path: Path, monkeypatch:
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == TOKENIZER.eos_token_id
     for name_, weight in build_model(name, TOKENIZER).state_dict().items():
         assert torch.equal(model.state_dict()[name_], weight)
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize("name", NAMES)
-def test_vllm_agrees_with_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm import LLM, SamplingParams
-
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    folder = str(resolve_model(name))
-    prompt = TOKENIZER.apply_chat_template(CHAT[:2], add_generation_prompt=True)["input_ids"]
-    engine = LLM(folder, dtype="float32", max_model_len=128, enforce_eager=True, disable_log_stats=True)
-    try:
-        sampling = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
-        (output,) = engine.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
-    finally:
-        engine.llm_engine.engine_core.shutdown()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=16, min_new_tokens=16)
-    assert list(output.outputs[0].token_ids) == expected[0, len(prompt) :].tolist()

@@ -11,28 +11,40 @@ from typing import Any
 import pytest
 import torch
 
-from k2rl.checkpoint_engine.manifest import Manifest
-from k2rl.config import InferenceConfig, OptimizerConfig
+from k2rl.checkpoint_engine.coordinator import PushReport
+from k2rl.checkpoint_engine.sender import TensorSource
+from k2rl.config import CheckpointEngineConfig, InferenceConfig, OptimizerConfig
 from k2rl.training.engine import compute_with
 from k2rl.workers import colocated
 from k2rl.workers.colocated import ColocatedWorker, WorkerSpec
 
 
-class ReceivingEngine:
-    """Takes what vLLM would be sent."""
+class Published:
+    """Takes what would be pushed."""
 
     def __init__(self) -> None:
         self.versions: list[int] = []
 
-    async def update_weights(self, manifest: Manifest) -> None:
-        self.versions.append(manifest.version)
+    async def publish(self, source: TensorSource, version: int, run: object) -> PushReport:
+        self.versions.append(version)
+        return PushReport(version, source.manifest.nbytes, 1, 0.0, 0.0, 0.0)
 
 
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ColocatedWorker:
     monkeypatch.setattr(colocated, "redirect_output", lambda path: None)
     spec = WorkerSpec(
-        str(tmp_path), "float32", "cpu", (), 0, "log", OptimizerConfig(), 64, 2, InferenceConfig()
+        str(tmp_path),
+        "float32",
+        "cpu",
+        (),
+        0,
+        "log",
+        OptimizerConfig(),
+        64,
+        2,
+        InferenceConfig(),
+        CheckpointEngineConfig(),
     )
     return ColocatedWorker(spec)
 
@@ -60,17 +72,14 @@ def test_the_trainer_keeps_its_thread_and_its_thread_count(worker: ColocatedWork
 
 def test_versions_count_the_optimizer_steps(worker: ColocatedWorker) -> None:
     """So they go on where a resumed trainer does."""
-    engine, trainer = ReceivingEngine(), SimpleNamespace(step_count=0)
+    publisher, trainer = Published(), SimpleNamespace(step_count=0)
     trainer.named_weights = lambda: iter([("weight", torch.ones(3))])
     worker_with_parts: Any = worker
-    worker_with_parts._vllm, worker_with_parts._trainer = engine, trainer
+    worker_with_parts._publisher, worker_with_parts._trainer = publisher, trainer
 
     async def publish(step_count: int) -> float:
         trainer.step_count = step_count
         return (await worker.publish())["version"]
 
-    from k2rl.checkpoint_engine.arena import WeightArena
-
-    worker_with_parts._arena = WeightArena()
     assert [asyncio.run(publish(count)) for count in (7, 8)] == [7.0, 8.0]
-    assert engine.versions == [7, 8]
+    assert publisher.versions == [7, 8]
