@@ -15,6 +15,7 @@ from k2rl.checkpoint_engine.coordinator import Invitations
 from k2rl.checkpoint_engine.messages import FAREWELL_S, RECEIVER, Address, Peer
 from k2rl.config import InferenceConfig
 from k2rl.inference.engine import EngineDeadError, Generation, GenerationError, Sampling
+from k2rl.inference.prefork import adopt, start_server
 from k2rl.types import NO_WEIGHT_VERSION
 from k2rl.workers.process import OWNER_PID
 
@@ -68,6 +69,7 @@ class VLLMEngine:
             config.cpu_threads_bind, int(config.engine_args.get("tensor_parallel_size", 1))
         )
         os.environ.setdefault("VLLM_LOGGING_COLOR", "0")
+        start_server()
         from vllm.config.weight_transfer import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
@@ -95,6 +97,7 @@ class VLLMEngine:
             "max_num_batched_tokens": max(8192, config.max_model_len),
             **config.engine_args,
         }
+        adopt()
         try:
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except (RuntimeError, TypeError, ValueError) as error:

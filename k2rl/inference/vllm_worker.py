@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm.platforms import current_platform
 
 import k2rl.checkpoint_engine.vllm_receiver  # noqa: F401  (registers the weight-transfer engine)
-from k2rl.workers.process import follow_owner_in_death
 
 if TYPE_CHECKING or not current_platform.is_cpu():
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
@@ -17,7 +16,3 @@ else:
 
 class ColocatedVLLMWorker(PlatformWorker):
     """A vLLM worker that shares its host (and devices) with the trainer."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        follow_owner_in_death()
-        super().__init__(*args, **kwargs)

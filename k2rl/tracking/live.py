@@ -16,7 +16,7 @@ from k2rl.tracking.metrics import Metrics
 
 TICK_S = 1.0
 MIN_REDRAW_S = 0.1
-LONG_PHASES = {"start": "start of Ray, trainer and vLLM, half a minute or more"}
+LONG_PHASES = {"start": "start of Ray, trainer and vLLM, a quarter of a minute or more"}
 """What a plain line says of a phase that is long and has no progress to show."""
 
 

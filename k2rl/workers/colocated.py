@@ -17,6 +17,7 @@ import ray
 from k2rl.config import CheckpointEngineConfig, InferenceConfig, ObjectiveConfig, OptimizerConfig
 from k2rl.hardware import fast_dtype
 from k2rl.inference.engine import Generation, Sampling
+from k2rl.inference.prefork import start_server
 from k2rl.training.batch import SupervisedSequence, TrainSequence
 from k2rl.workers.process import redirect_output
 
@@ -62,6 +63,7 @@ class ColocatedWorker:
 
     async def start(self) -> str:
         """Start trainer and vLLM, at the same time; returns the dtype they compute in."""
+        start_server()
         await asyncio.to_thread(_import_engines)
         await asyncio.gather(self._train(self._start_trainer), asyncio.to_thread(self._start_vllm))
         self._publisher = self._make_publisher()

@@ -18,22 +18,18 @@ OWNER_PID = "K2RL_OWNER_PID"
 
 
 def follow_owner_in_death() -> None:
-    """Kill this process's parent and itself when the process named by `OWNER_PID` ends.
+    """Kill this process when the process named by `OWNER_PID` ends.
 
-    Called in a vLLM worker. vLLM's worker follows its engine core, but the engine core would outlive
-    a killed front end and keep its memory; so the worker, which we own, takes the core with it.
+    vLLM's workers follow their engine core, but that would outlive a killed front end and keep its memory.
     """
     owner = os.environ.get(OWNER_PID)
-    if owner is None:
-        return
-    handle = os.pidfd_open(int(owner))
-    threading.Thread(target=_wait_and_kill, args=(handle, os.getppid()), daemon=True).start()
+    if owner is not None:
+        handle = os.pidfd_open(int(owner))
+        threading.Thread(target=_wait_and_end, args=(handle,), daemon=True).start()
 
 
-def _wait_and_kill(owner_handle: int, parent: int) -> None:
+def _wait_and_end(owner_handle: int) -> None:
     select.select([owner_handle], [], [])
-    if os.getppid() == parent:
-        os.kill(parent, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -196,9 +196,11 @@ def test_the_clock_moves_while_the_loop_awaits(clock: Any, monkeypatch: pytest.M
 def test_ctrl_c_gives_the_terminal_back(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(
-        "import asyncio\n"
+        "import asyncio, signal\n"
         "from pathlib import Path\n"
         "from k2rl.config import TrackingConfig\n"
+        # A shell lets what it starts in the background ignore Ctrl-C, and that is inherited.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from k2rl.tracking.tracker import Tracker\n"
         "async def main():\n"
         "    with Tracker(Path('run'), TrackingConfig(tensorboard=False), 3) as tracker:\n"
