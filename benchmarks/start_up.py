@@ -39,7 +39,8 @@ async def first_token_and_rate(began: float) -> tuple[float, float]:
     try:
         await publisher.start()
         # Random weights do not end their answers early.
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=getattr(torch, dtype))
+        config = AutoConfig.from_pretrained(path)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         await publisher.publish(TensorSource(model.named_parameters(), 0), 0, asyncio.to_thread)
         prompts = [[5 + number, 9, 17, 33] * 8 for number in range(PROMPTS)]
         await engine.generate(prompts[0], Sampling(1.0, 1, seed=0))
