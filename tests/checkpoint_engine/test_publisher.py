@@ -23,7 +23,8 @@ from k2rl.inference.vllm import VLLMEngine
 class Engine:
     """Takes a push, and then says what `outcome` is."""
 
-    receivers = (0,)
+    num_receivers = 1
+    needs = None
 
     def __init__(self, outcome: BaseException | None, joins: bool = True) -> None:
         self.tensors = {"a": torch.zeros(3)}
