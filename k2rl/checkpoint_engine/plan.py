@@ -183,7 +183,7 @@ def largest_unit(manifest: Manifest, needs: Mapping[int, Needs] | None = None) -
         for boxes in audiences
         for unit in _units(manifest, boxes)
     )
-    return max(sizes, key=lambda unit: unit.nbytes)
+    return max(sizes, key=lambda unit: unit.nbytes, default=Unit("", 0))
 
 
 class _Builder:

@@ -12,6 +12,7 @@ from k2rl.checkpoint_engine.disk import checkpoint_manifest
 from k2rl.checkpoint_engine.manifest import Manifest, check_same_model, merge
 from k2rl.checkpoint_engine.messages import RECEIVER, SENDER, Address, Peer
 from k2rl.checkpoint_engine.plan import RING_SLOTS, Needs, Plan, fit_bucket, largest_unit, plan_push, whole
+from k2rl.checkpoint_engine.sender import Sender, Source
 from k2rl.checkpoint_engine.transaction import PushError
 from k2rl.config import CheckpointEngineConfig
 from k2rl.inference.engine import EngineDeadError
@@ -54,6 +55,13 @@ class TrainerRank(NamedTuple):
     #: Makes it take part in the push of the coordinator at an address, with a deadline in seconds:
     #: `Sender.send` there.
     send: Callable[[Address, float], Awaitable[object]]
+
+
+def local_rank(sender: Sender, source: Source, run: Callable[..., Awaitable[object]]) -> TrainerRank:
+    """A rank in this process; `run` calls a function in the thread that may touch its weights."""
+    return TrainerRank(
+        source.manifest, lambda address, deadline_s: run(sender.send, source, address, deadline_s)
+    )
 
 
 class Publisher:
@@ -194,18 +202,21 @@ class _Engines:
         self._joining = {
             name: asyncio.ensure_future(self._join(name, address, deadline_s)) for name in self._engines
         }
-        # All answer before an error ends the push: none may still be on its way into it.
-        answers = await asyncio.gather(*self._joining.values(), return_exceptions=True)
-        invitations: dict[Peer, Awaitable[object]] = {}
-        for answer in answers:
-            if not isinstance(answer, BaseException):
+        try:
+            # All answer before an error ends the push: none may still be on its way into it.
+            answers = await asyncio.gather(*self._joining.values(), return_exceptions=True)
+            invitations: dict[Peer, Awaitable[object]] = {}
+            for answer in answers:
+                if isinstance(answer, BaseException):
+                    raise answer
                 invitations.update(answer)
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                for call in invitations.values():
-                    asyncio.ensure_future(call).cancel()
-                raise answer
-        return invitations
+            return invitations
+        except BaseException:
+            for joining in self._joining.values():
+                if joining.done() and not joining.cancelled() and joining.exception() is None:
+                    for call in joining.result().values():
+                        asyncio.ensure_future(call).cancel()  # nobody will await it
+            raise
 
     async def _join(self, name: str, address: Address, deadline_s: float) -> Invitations:
         engine = self._engines[name]
@@ -223,7 +234,7 @@ class _Engines:
                 if isinstance(failure, PushError) and failure.culprit is None:
                     found[name] = EngineDeadError("it does not pause")
             elif error := joining.exception():
-                found[name] = error
+                found.setdefault(name, error)
         return found
 
     def name_of(self, culprit: Peer | None) -> str:

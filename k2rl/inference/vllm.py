@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import psutil
 
 from k2rl.checkpoint_engine.coordinator import Invitations
 from k2rl.checkpoint_engine.messages import (
@@ -24,7 +25,7 @@ from k2rl.checkpoint_engine.plan import Box, Needs
 from k2rl.config import InferenceConfig
 from k2rl.inference.engine import EngineDeadError, Generation, GenerationError, Sampling
 from k2rl.types import NO_WEIGHT_VERSION
-from k2rl.workers.process import OWNER_PID
+from k2rl.workers.process import OWNER_PID, remove, shared_memory_of
 
 T = TypeVar("T")
 _NEEDS = dict[str, tuple[Box, ...]]
@@ -104,6 +105,9 @@ class VLLMEngine:
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except (RuntimeError, TypeError, ValueError) as error:
             raise EngineDeadError(f"vLLM did not start: {error}") from error
+        cores = [process.pid for process in self._llm.engine_core.resources.engine_manager.processes]
+        workers = [child.pid for core in cores for child in psutil.Process(core).children(recursive=True)]
+        self._segments = shared_memory_of(*cores, *workers) - shared_memory_of(os.getpid())
         self._stop_token_ids = list(stop_token_ids)
         self._request_ids = itertools.count()
         self._version = NO_WEIGHT_VERSION
@@ -270,5 +274,7 @@ class VLLMEngine:
     def shutdown(self) -> None:
         """Stop vLLM's processes; the engine is of no use afterwards."""
         self._llm.shutdown()
+        # What its processes would have removed themselves, had they not been killed.
+        remove(self._segments)
         # Its finaliser would try again while the interpreter is being taken down.
         del self._llm

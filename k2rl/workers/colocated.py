@@ -139,11 +139,10 @@ class ColocatedWorker:
             `version`, `bytes`, and the seconds spent copying out (`write_s`) and in place (`update_s`, in
             which nothing is generated).
         """
-        from k2rl.checkpoint_engine.publisher import TrainerRank
+        from k2rl.checkpoint_engine.publisher import local_rank
 
         version = self._trainer.step_count if self._spec.trains else 0
-        source = self._source()
-        rank = TrainerRank(source.manifest, lambda *push: self._train(self._sender.send, source, *push))
+        rank = local_rank(self._sender, self._source(), self._train)
         report = await self._publisher.publish({0: rank}, version)
         return {
             "version": float(report.version),
