@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from k2rl.checkpoint_engine.manifest import TensorSpec
 from k2rl.checkpoint_engine.messages import RECEIVER, Peer, PushInvitation
 from k2rl.checkpoint_engine.pieces import Piece, blocks_of, bytes_of, chunks
 from k2rl.checkpoint_engine.placement import ModelLoader
-from k2rl.checkpoint_engine.plan import Bucket, Needs, Plan, whole
+from k2rl.checkpoint_engine.plan import Box, Bucket, Needs, Plan, whole
 from k2rl.checkpoint_engine.receiver import Receiver, Step
 
 #: Bytes handed to the model's loader at once.
@@ -23,8 +24,12 @@ class ModelTarget:
 
     def __init__(self, loader: ModelLoader) -> None:
         self._loader = loader
+        #: What a first update has brought in boxes so far, with what is missing yet.
+        self._assembled: dict[str, tuple[Tensor, Tensor]] = {}
+        self._learned: set[str] = set()
 
     def begin(self, plan: Plan) -> None:
+        self._assembled, self._learned = {}, set()
         self._loader.begin()
 
     def steps(self, plan: Plan, bucket: Bucket, memory: Tensor) -> list[Step]:
@@ -40,21 +45,44 @@ class ModelTarget:
             if piece.box == whole(spec):
                 wholes.append((spec.name, tensor))
             else:
-                boxes.append((spec.name, piece.box, tensor))
+                boxes.append((spec, piece.box, tensor))
 
         def place() -> None:
-            if self._loader.needs is None and not plan.retains:
-                # The first update's tensors are needed until its end; their place is not theirs so long.
-                self._loader.load([(name, tensor.clone()) for name, tensor in wholes])
-            elif wholes:
+            if self._loader.needs is None:
+                # The first update's tensors are needed until its end; their place may not be theirs so long.
+                for name, tensor in wholes:
+                    self._learn(name, tensor if plan.retains else tensor.clone())
+                for spec, box, tensor in boxes:
+                    self._assemble(spec, box, tensor)
+                return
+            if wholes:
                 self._loader.load(wholes)
             if boxes:
-                self._loader.load_boxes(boxes)
+                self._loader.load_boxes((spec.name, box, tensor) for spec, box, tensor in boxes)
 
         return place
 
+    def _assemble(self, spec: TensorSpec, box: Box, tensor: Tensor) -> None:
+        """A first update takes whole tensors; a version that was pushed to others came in their boxes."""
+        if spec.name not in self._assembled:
+            fresh = torch.empty(spec.shape, dtype=tensor.dtype)
+            self._assembled[spec.name] = fresh, torch.ones(spec.shape, dtype=torch.bool)
+        all_of_it, missing = self._assembled[spec.name]
+        cut = tuple(slice(*ends) for ends in box)
+        all_of_it[cut] = tensor
+        missing[cut] = False
+        if not missing.any():
+            self._learn(spec.name, all_of_it)
+
+    def _learn(self, name: str, tensor: Tensor) -> None:
+        """Once, although some may need it whole and others a part of it."""
+        if name not in self._learned:
+            self._learned.add(name)
+            self._loader.load([(name, tensor)])
+
     def finish(self) -> None:
         self._loader.finish()
+        self._assembled = {}
 
 
 class WeightReceiver:

@@ -75,9 +75,12 @@ def end_at_once_on(*signals: signal.Signals) -> None:
 
 def _end_on_byte(descriptor: int) -> None:
     (number,) = os.read(descriptor, 1)
-    for process in psutil.Process().children(recursive=True):
+    processes = psutil.Process().children(recursive=True)
+    segments = shared_memory_of(*(process.pid for process in processes))
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
+    remove(segments)
     os._exit(128 + number)
 
 

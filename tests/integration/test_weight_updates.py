@@ -310,6 +310,29 @@ def test_each_worker_gets_only_what_it_needs(live: Live) -> None:
     live.run(test())
 
 
+def test_an_engine_that_knows_nothing_joins_at_a_version_in_shares_without_the_trainer(live: Live) -> None:
+    async def test() -> None:
+        async with live.publisher(strategy="shard_aware") as publisher:
+            await live.push(publisher)
+            committed = live.version
+            assert plan_of(publisher).strategy == "shard_aware"
+            await live.watch("raise")
+            with pytest.raises(PushError, match="vLLM: receiver 0 failed: RuntimeError: out of luck"):
+                await live.push(publisher)
+            await live.engine._llm.collective_rpc("forget")
+            await live.watch()
+
+            async def pause() -> Invitations:
+                return await live.engine.join_push(publisher.coordinator.address, committed, 30.0)
+
+            assert (await publisher.coordinator.join({0: 0, 1: 0}, pause)).version == committed
+            assert await live.engine.push_settled() is None
+            live.version = committed
+            await live.serves()
+
+    live.run(test())
+
+
 @pytest.mark.parametrize("knows", [True, False], ids=["replayed", "learned"])
 def test_a_ring_of_buckets_brings_whole_versions(live: Live, knows: bool) -> None:
     """Also the version after one that failed half-way, and also the first that an engine sees."""
