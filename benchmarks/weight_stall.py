@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
+from collections.abc import Sequence
 from statistics import median
 
 import torch
@@ -19,8 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from k2rl.checkpoint_engine.coordinator import Invitations
 from k2rl.checkpoint_engine.messages import Address
-from k2rl.checkpoint_engine.publisher import Publisher, expected_tensors
-from k2rl.checkpoint_engine.sender import TensorSource
+from k2rl.checkpoint_engine.plan import Needs
+from k2rl.checkpoint_engine.publisher import Publisher, expected_tensors, local_rank
+from k2rl.checkpoint_engine.sender import Sender, TensorSource
 from k2rl.config import CheckpointEngineConfig, InferenceConfig
 from k2rl.hardware import fast_dtype
 from k2rl.inference.engine import Sampling
@@ -36,12 +38,18 @@ class Timed:
 
     def __init__(self, engine: VLLMEngine) -> None:
         self.engine = engine
-        self.receivers = engine.receivers
+        self.num_receivers = engine.num_receivers
         self.stalls: list[float] = []
 
-    async def join_push(self, address: Address, version: int, deadline_s: float) -> Invitations:
+    @property
+    def needs(self) -> Sequence[Needs] | None:
+        return self.engine.needs
+
+    async def join_push(
+        self, address: Address, version: int, deadline_s: float, first_receiver: int
+    ) -> Invitations:
         self._paused = time.monotonic()
-        return await self.engine.join_push(address, version, deadline_s)
+        return await self.engine.join_push(address, version, deadline_s, first_receiver)
 
     async def push_settled(self) -> BaseException | None:
         outcome = await self.engine.push_settled()
@@ -60,17 +68,18 @@ async def serve(pushes: int, dtype: str) -> None:
 
     engine = start()
     timed = Timed(engine)
-    publisher = Publisher(timed, CheckpointEngineConfig(), expected_tensors(path, dtype))
+    publisher = Publisher({"vLLM": timed}, CheckpointEngineConfig(), expected_tensors(path, dtype))
     await publisher.start()
     print(f"{source.manifest.nbytes / 1e6:.0f} MB in {len(source.manifest.tensors)} tensors, {dtype}")
-    await publisher.publish(source, 0, asyncio.to_thread)
+    rank = local_rank(Sender(0), source, asyncio.to_thread)
+    await publisher.publish({0: rank}, 0)
     for version in range(1, pushes + 1):
         requests = [
             asyncio.create_task(engine.generate([5, 9, 17, 33 + index], Sampling(1.0, LONG)))
             for index in range(REQUESTS)
         ]
         await engine.generate([5, 9], Sampling(1.0, 8))
-        report = await publisher.publish(source, version, asyncio.to_thread)
+        report = await publisher.publish({0: rank}, version)
         spans = [len((await request).weight_spans) for request in requests]
         print(
             f"push {version}: stall {timed.stalls[-1]:.3f} s, copying out before it {report.stage_s:.3f} s; "
@@ -81,9 +90,9 @@ async def serve(pushes: int, dtype: str) -> None:
     engine.shutdown()
     await publisher.close()
     again = start()
-    second = Publisher(again, CheckpointEngineConfig(), expected_tensors(path, dtype))
+    second = Publisher({"vLLM": again}, CheckpointEngineConfig(), expected_tensors(path, dtype))
     await second.start()
-    await second.publish(source, 0, asyncio.to_thread)
+    await second.publish({0: rank}, 0)
     restart = time.monotonic() - started
     await second.close()
     again.shutdown()

@@ -172,6 +172,8 @@ class InferenceConfig:
 
 @dataclass
 class CheckpointEngineConfig:
+    #: `broadcast` sends all weights to every inference rank, `shard_aware` each rank only what it reads.
+    strategy: str = "broadcast"
     #: Most MiB in a bucket, the unit that is sent, checked and applied at once (a larger tensor has its own).
     bucket_mib: int = 64
     #: MiB of shared memory on each host for a push in flight. 0 keeps two whole versions instead, so that a

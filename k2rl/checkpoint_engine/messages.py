@@ -239,6 +239,16 @@ class Address(msgspec.Struct, frozen=True):
     endpoint: tuple[str, int] | None = None
 
 
+class PushInvitation(msgspec.Struct, frozen=True):
+    """To an engine's workers: where a push's coordinator listens, and who they are in it."""
+
+    address: Address
+    deadline_s: float
+    #: Receiver number of the engine's tensor-parallel rank 0.
+    first_receiver: int = 0
+    host: int = 0
+
+
 class Channel:
     """A participant's connection to the coordinator of one push; blocking, every wait with a deadline."""
 

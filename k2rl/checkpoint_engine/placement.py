@@ -24,7 +24,7 @@ from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffe
 
 from k2rl.checkpoint_engine.copies import Copy, CopyRecorder, Key, Writes
 from k2rl.checkpoint_engine.messages import TransferError
-from k2rl.checkpoint_engine.plan import Box
+from k2rl.checkpoint_engine.plan import Box, Needs
 from k2rl.checkpoint_engine.proof import modules_with_loaders, modules_written
 from k2rl.checkpoint_engine.regions import View, strides_of, whole_box
 from k2rl.checkpoint_engine.vllm_modules import (
@@ -61,7 +61,7 @@ class ModelLoader:
         self._replay: _Replay | None = None
 
     @property
-    def needs(self) -> dict[str, list[Box]] | None:
+    def needs(self) -> Needs | None:
         """Boxes of the tensors that this worker reads, by name; None before the first complete update."""
         return None if self._replay is None else self._replay.needs
 
@@ -154,7 +154,7 @@ class _Replay:
         self._seen: set[str] = set()
         self._assign(modules_written(recorder), recorder)
         self._all = [placed for several in self._copies.values() for placed in several]
-        self.needs = {
+        self.needs: Needs = {
             name: [whole]
             if name in self._loaded_names
             else list(dict.fromkeys(placed.copy.source.box for placed in self._copies[name]))

@@ -28,6 +28,9 @@ RING_SLOTS = 3
 #: Ranges along each dimension: `((0, 4), (8, 16))` is rows 0 to 3, columns 8 to 15.
 Box = tuple[tuple[int, int], ...]
 
+#: By tensor name, the boxes that a receiver needs; a tensor that is not named is not needed.
+Needs = Mapping[str, Sequence[Box]]
+
 
 class PlanError(ValueError):
     """The weights cannot be pushed with this much memory."""
@@ -113,7 +116,7 @@ def plan_push(
     *,
     bucket_bytes: int,
     slots: int = 0,
-    needs: Mapping[int, Mapping[str, Sequence[Box]]] | None = None,
+    needs: Mapping[int, Needs] | None = None,
 ) -> Plan:
     """Plan a push of everything to `receivers`.
 
@@ -123,8 +126,7 @@ def plan_push(
         bucket_bytes: most bytes in a bucket.
         slots: bucket places used in turn, at least 2; 0 gives every bucket its own, so that the arena keeps
             the version (`Plan.retains`).
-        needs: for the strategy `shard_aware`: by receiver and tensor name, the boxes it needs (a tensor that
-            is not named is not needed). Default: `broadcast`, everything to everyone.
+        needs: of each receiver, for the strategy `shard_aware`. Default: `broadcast`, everything to everyone.
 
     Raises:
         PlanError: a unit is larger than a bucket; says the size that is needed. Or a receiver needs what
@@ -137,22 +139,25 @@ def plan_push(
             "one slot cannot overlap filling and applying: use at least 2, or 0 to keep everything"
         )
     builder = _Builder(manifest, bucket_bytes, slots)
-    if needs is None:
-        builder.add(tuple(receivers), {index: (whole(spec),) for index, spec in enumerate(manifest.tensors)})
-        return builder.plan("broadcast", tuple(receivers))
-    _check_needs(manifest, needs)
+    if needs is not None:
+        _check_needs(manifest, needs)
     for audience, boxes in _audiences(manifest, receivers, needs):
         builder.add(audience, boxes)
-    return builder.plan("shard_aware", tuple(receivers))
+    return builder.plan("broadcast" if needs is None else "shard_aware", tuple(receivers))
 
 
-def fit_bucket(manifest: Manifest, memory_budget: int, slots: int = RING_SLOTS) -> int:
+def fit_bucket(
+    manifest: Manifest,
+    memory_budget: int,
+    slots: int = RING_SLOTS,
+    needs: Mapping[int, Needs] | None = None,
+) -> int:
     """The bucket size with which a ring of `slots` stays within `memory_budget` bytes of each host.
 
     Raises:
         PlanError: not even the largest unit fits; says the budget that is needed.
     """
-    largest = largest_unit(manifest)
+    largest = largest_unit(manifest, needs)
     needed = largest.nbytes * slots
     if memory_budget < needed:
         raise PlanError(
@@ -169,12 +174,16 @@ class Unit(NamedTuple):
     nbytes: int
 
 
-def largest_unit(manifest: Manifest) -> Unit:
-    """The smallest bucket is as large as this."""
+def largest_unit(manifest: Manifest, needs: Mapping[int, Needs] | None = None) -> Unit:
+    """The smallest bucket is as large as this; `needs` as for `plan_push`."""
     tensors = manifest.tensors
-    units = _units(manifest, dict.fromkeys(range(len(tensors)), ()))
-    sizes = (Unit(tensors[u[0]].name, sum(_aligned(tensors[i].nbytes) for i in u)) for u in units)
-    return max(sizes, key=lambda unit: unit.nbytes)
+    audiences = [boxes for _, boxes in _audiences(manifest, tuple(needs or ()), needs)]
+    sizes = (
+        Unit(tensors[unit[0]].name, sum(_aligned(_nbytes(tensors[i], box)) for i in unit for box in boxes[i]))
+        for boxes in audiences
+        for unit in _units(manifest, boxes)
+    )
+    return max(sizes, key=lambda unit: unit.nbytes, default=Unit("", 0))
 
 
 class _Builder:
@@ -222,9 +231,7 @@ class _Builder:
         self._end = max(self._end, offset + used)
 
     def _nbytes(self, index: int, box: Box) -> int:
-        return (
-            math.prod(stop - start for start, stop in box) * ITEM_BYTES[self._manifest.tensors[index].dtype]
-        )
+        return _nbytes(self._manifest.tensors[index], box)
 
     def _parts(self, index: int, box: Box, nbytes: int) -> tuple[Part, ...]:
         """Who writes which rows: of several owners of the same rows, the one with the least to do so far."""
@@ -250,6 +257,10 @@ def whole(spec: TensorSpec) -> Box:
     return tuple((0, length) for length in spec.shape)
 
 
+def _nbytes(spec: TensorSpec, box: Box) -> int:
+    return math.prod(stop - start for start, stop in box) * ITEM_BYTES[spec.dtype]
+
+
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
@@ -264,9 +275,12 @@ def _units(manifest: Manifest, tensors: Mapping[int, Sequence[Box]]) -> Iterator
 
 
 def _audiences(
-    manifest: Manifest, receivers: Sequence[int], needs: Mapping[int, Mapping[str, Sequence[Box]]]
-) -> Iterator[tuple[tuple[int, ...], dict[int, list[Box]]]]:
-    """Sets of receivers and the boxes that go to exactly those."""
+    manifest: Manifest, receivers: Sequence[int], needs: Mapping[int, Needs] | None
+) -> Iterator[tuple[tuple[int, ...], Mapping[int, Sequence[Box]]]]:
+    """Sets of receivers and the boxes that go to exactly those; without `needs`, everything to all."""
+    if needs is None:
+        yield tuple(receivers), {index: (whole(spec),) for index, spec in enumerate(manifest.tensors)}
+        return
     audiences: dict[tuple[int, ...], dict[int, list[Box]]] = {}
     for unit in _units(manifest, dict.fromkeys(range(len(manifest.tensors)), ())):
         wanted: dict[tuple[tuple[int, Box], ...], list[int]] = {}
@@ -285,7 +299,7 @@ def _audiences(
     yield from audiences.items()
 
 
-def _check_needs(manifest: Manifest, needs: Mapping[int, Mapping[str, Sequence[Box]]]) -> None:
+def _check_needs(manifest: Manifest, needs: Mapping[int, Needs]) -> None:
     specs = {spec.name: spec for spec in manifest.tensors}
     for receiver, boxes_of in needs.items():
         for name, boxes in boxes_of.items():

@@ -112,7 +112,8 @@ class Receiver:
     """An inference worker; keeps its mapping and its placing plan from push to push."""
 
     def __init__(self, rank: int, target: Target, host: int = 0) -> None:
-        self._peer = Peer(RECEIVER, rank)
+        #: Who it is in a push.
+        self.peer = Peer(RECEIVER, rank)
         self._target = target
         self._host = host
         self._arena = ArenaCache(writable=False)
@@ -131,7 +132,7 @@ class Receiver:
         Raises:
             TransferError: the push failed. `version` is None if anything was changed.
         """
-        with Channel(address, self._peer, deadline_s, self._host, self._plan.digest) as channel:
+        with Channel(address, self.peer, deadline_s, self._host, self._plan.digest) as channel:
             begin = channel.expect(Begin)
             plan = self._plan = begin.plan or self._plan
             if begin.version < self._newest or begin.version == self.version:

@@ -1,47 +1,22 @@
-"""The receiving end inside a vLLM worker: a weight-transfer engine that takes part in pushes."""
+"""The receiving end inside a vLLM worker: the model as a target of pushes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from k2rl.checkpoint_engine.messages import Address
+from k2rl.checkpoint_engine.manifest import TensorSpec
+from k2rl.checkpoint_engine.messages import RECEIVER, Peer, PushInvitation
 from k2rl.checkpoint_engine.pieces import Piece, blocks_of, bytes_of, chunks
 from k2rl.checkpoint_engine.placement import ModelLoader
-from k2rl.checkpoint_engine.plan import Bucket, Plan, whole
+from k2rl.checkpoint_engine.plan import Box, Bucket, Needs, Plan, whole
 from k2rl.checkpoint_engine.receiver import Receiver, Step
-
-BACKEND = "k2rl"
 
 #: Bytes handed to the model's loader at once.
 LOAD_BYTES = 4 << 20
-
-
-@dataclass
-class PushInitInfo(WeightTransferInitInfo):
-    """Nothing to agree on beforehand: each push brings its plan."""
-
-
-@dataclass
-class PushUpdateInfo(WeightTransferUpdateInfo):
-    """Where a push's coordinator listens (an `Address` as builtin values), and who the engine is in it."""
-
-    address: dict[str, Any]
-    deadline_s: float
-    #: Receiver number of the engine's tensor-parallel rank 0.
-    first_receiver: int = 0
-    host: int = 0
 
 
 class ModelTarget:
@@ -49,8 +24,12 @@ class ModelTarget:
 
     def __init__(self, loader: ModelLoader) -> None:
         self._loader = loader
+        #: What a first update has brought in boxes so far, with what is missing yet.
+        self._assembled: dict[str, tuple[Tensor, Tensor]] = {}
+        self._learned: set[str] = set()
 
     def begin(self, plan: Plan) -> None:
+        self._assembled, self._learned = {}, set()
         self._loader.begin()
 
     def steps(self, plan: Plan, bucket: Bucket, memory: Tensor) -> list[Step]:
@@ -66,58 +45,75 @@ class ModelTarget:
             if piece.box == whole(spec):
                 wholes.append((spec.name, tensor))
             else:
-                boxes.append((spec.name, piece.box, tensor))
+                boxes.append((spec, piece.box, tensor))
 
         def place() -> None:
-            if self._loader.needs is None and not plan.retains:
-                # The first update's tensors are needed until its end; their place is not theirs so long.
-                self._loader.load([(name, tensor.clone()) for name, tensor in wholes])
-            elif wholes:
+            if self._loader.needs is None:
+                # The first update's tensors are needed until its end; their place may not be theirs so long.
+                for name, tensor in wholes:
+                    self._learn(name, tensor if plan.retains else tensor.clone())
+                for spec, box, tensor in boxes:
+                    self._assemble(spec, box, tensor)
+                return
+            if wholes:
                 self._loader.load(wholes)
             if boxes:
-                self._loader.load_boxes(boxes)
+                self._loader.load_boxes((spec.name, box, tensor) for spec, box, tensor in boxes)
 
         return place
 
+    def _assemble(self, spec: TensorSpec, box: Box, tensor: Tensor) -> None:
+        """A first update takes whole tensors; a version that was pushed to others came in their boxes."""
+        if spec.name not in self._assembled:
+            fresh = torch.empty(spec.shape, dtype=tensor.dtype)
+            self._assembled[spec.name] = fresh, torch.ones(spec.shape, dtype=torch.bool)
+        all_of_it, missing = self._assembled[spec.name]
+        cut = tuple(slice(*ends) for ends in box)
+        all_of_it[cut] = tensor
+        missing[cut] = False
+        if not missing.any():
+            self._learn(spec.name, all_of_it)
+
+    def _learn(self, name: str, tensor: Tensor) -> None:
+        """Once, although some may need it whole and others a part of it."""
+        if name not in self._learned:
+            self._learned.add(name)
+            self._loader.load([(name, tensor)])
+
     def finish(self) -> None:
         self._loader.finish()
+        self._assembled = {}
 
 
-class PushWeightTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
-    """Takes part in one push for each `update_weights`: returns once the version is committed."""
+class WeightReceiver:
+    """A vLLM worker's part in pushes, from the first to the last."""
 
-    init_info_cls = PushInitInfo
-    update_info_cls = PushUpdateInfo
-    supports_draft_weight_update = False
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._target = ModelTarget(ModelLoader(self.model, self.model_config, self.device))
+    def __init__(self, model: Any, model_config: Any, device: torch.device, rank: int) -> None:
+        """
+        Args:
+            model: that is updated.
+            model_config: vLLM's.
+            device: of the model.
+            rank: of this worker in its engine.
+        """
+        self._rank = rank
+        self._loader = ModelLoader(model, model_config, device)
         self._receiver: Receiver | None = None
 
-    def init_transfer_engine(self, init_info: PushInitInfo) -> None:
-        pass
+    @property
+    def needs(self) -> Needs | None:
+        """Boxes of the tensors that this worker reads, by name; None before the first complete push."""
+        return self._loader.needs
 
-    def start_weight_update(self) -> None:
-        """The push itself says when it begins."""
+    def take_part(self, invitation: PushInvitation) -> None:
+        """Receive a version; returns once it is committed.
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        # Not the base class's: it synchronises a CUDA device after each chunk.
-        self.receive_weights(self.parse_update_info(update_info))
-
-    def receive_weights(self, update_info: PushUpdateInfo) -> None:
+        Raises:
+            TransferError: the push failed.
+        """
+        number = invitation.first_receiver + self._rank
         if self._receiver is None:
-            number = update_info.first_receiver + self.parallel_config.rank
-            self._receiver = Receiver(number, self._target, update_info.host)
-        address = msgspec.convert(update_info.address, Address)
-        self._receiver.receive(address, update_info.deadline_s)
-
-    def finish_weight_update(self) -> None:
-        """The version was committed in the push."""
-
-    def shutdown(self) -> None:
-        if self._receiver is not None:
-            self._receiver.close()
-
-
-WeightTransferEngineFactory.register_engine(BACKEND, PushWeightTransferEngine)
+            self._receiver = Receiver(number, ModelTarget(self._loader), invitation.host)
+        # Engines that come and go renumber the others.
+        self._receiver.peer = Peer(RECEIVER, number)
+        self._receiver.receive(invitation.address, invitation.deadline_s)

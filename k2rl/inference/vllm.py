@@ -10,16 +10,26 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import psutil
 
 from k2rl.checkpoint_engine.coordinator import Invitations
-from k2rl.checkpoint_engine.messages import FAREWELL_S, RECEIVER, Address, Peer
+from k2rl.checkpoint_engine.messages import (
+    FAREWELL_S,
+    RECEIVER,
+    Address,
+    Peer,
+    PushInvitation,
+    TransferError,
+)
+from k2rl.checkpoint_engine.plan import Box, Needs
 from k2rl.config import InferenceConfig
 from k2rl.inference.engine import EngineDeadError, Generation, GenerationError, Sampling
 from k2rl.inference.prefork import adopt, start_server
 from k2rl.types import NO_WEIGHT_VERSION
-from k2rl.workers.process import OWNER_PID
+from k2rl.workers.process import OWNER_PID, remove, shared_memory_of
 
 T = TypeVar("T")
+_NEEDS = dict[str, tuple[Box, ...]]
 
 #: How often a call of the engine core looks whether that still lives.
 HEALTH_INTERVAL_S = 0.5
@@ -70,12 +80,9 @@ class VLLMEngine:
         )
         os.environ.setdefault("VLLM_LOGGING_COLOR", "0")
         start_server()
-        from vllm.config.weight_transfer import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
-
-        from k2rl.checkpoint_engine.vllm_receiver import BACKEND
 
         arguments: dict[str, Any] = {
             "model": str(model_path),
@@ -90,7 +97,6 @@ class VLLMEngine:
             # Log-probs of what was really sampled from: after the temperature.
             "logprobs_mode": "processed_logprobs",
             "worker_cls": "k2rl.inference.vllm_worker.ColocatedVLLMWorker",
-            "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
             # Text is the environments' and judges' business; ids in, ids out.
             "skip_tokenizer_init": True,
             **(_CPU_ARGUMENTS if current_platform.is_cpu() else {}),
@@ -98,10 +104,13 @@ class VLLMEngine:
             **config.engine_args,
         }
         adopt()
+        others = {process.pid for process in psutil.Process().children(recursive=True)}
         try:
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except (RuntimeError, TypeError, ValueError) as error:
             raise EngineDeadError(f"vLLM did not start: {error}") from error
+        processes = {process.pid for process in psutil.Process().children(recursive=True)} - others
+        self._segments = shared_memory_of(*processes) - shared_memory_of(os.getpid())
         self._stop_token_ids = list(stop_token_ids)
         self._request_ids = itertools.count()
         self._version = NO_WEIGHT_VERSION
@@ -109,6 +118,7 @@ class VLLMEngine:
         self._paused = False
         self._push: asyncio.Future[None] | None = None
         self._settle_s = 0.0
+        self._needs: tuple[Needs, ...] | None = None
 
     async def generate(self, prompt_ids: list[int], sampling: Sampling) -> Generation:
         """Sample one turn; see `InferenceEngine.generate`.
@@ -151,15 +161,28 @@ class VLLMEngine:
         return Generation(token_ids, logprobs, spans, output.finish_reason)
 
     @property
-    def receivers(self) -> tuple[int, ...]:
-        """Numbers of its workers as receivers of a push: its tensor-parallel ranks."""
-        return tuple(range(self._llm.vllm_config.parallel_config.world_size))
+    def num_receivers(self) -> int:
+        """Its workers, each of which is a receiver of a push: its tensor-parallel ranks."""
+        return int(self._llm.vllm_config.parallel_config.world_size)
 
-    async def join_push(self, address: Address, version: int, deadline_s: float) -> Invitations:
+    @property
+    def needs(self) -> tuple[Needs, ...] | None:
+        """What each worker reads of a push; None before the first one, from which the workers learn it."""
+        return self._needs
+
+    async def join_push(
+        self, address: Address, version: int, deadline_s: float, first_receiver: int = 0
+    ) -> Invitations:
         """Pause, keeping the requests, and let the workers take part in a push.
 
         The engine is fenced from here to the commit; if anything fails it stays so, and only another
         complete push lifts the fence.
+
+        Args:
+            address: of the push's coordinator.
+            version: that it brings.
+            deadline_s: longest silence of the coordinator.
+            first_receiver: number of its first worker; the others follow.
 
         Returns:
             The call that ends with the push, once generation has stopped.
@@ -175,29 +198,41 @@ class VLLMEngine:
             raise ValueError(f"version {version} is not newer than {self._version}")
         try:
             # A paused engine counts as sleeping, too; after a push that failed it is paused.
-            if not self._paused and await self._llm.is_sleeping():
+            if not self._paused and await self._while_alive(self._llm.is_sleeping()):
                 raise ValueError("the engine sleeps: wake it up before pushing weights into it")
             self._fenced = self._paused = True
             await self._while_alive(self._llm.pause_generation(mode="keep", clear_cache=True))
         except VLLMEngineDeadError as error:
             raise EngineDeadError(str(error)) from error
         self._settle_s = deadline_s + FAREWELL_S
-        self._push = asyncio.ensure_future(self._take_part(address, version, deadline_s))
-        return {Peer(RECEIVER, self.receivers[0]): asyncio.shield(self._push)}
+        self._push = asyncio.ensure_future(self._take_part(address, version, deadline_s, first_receiver))
+        return {Peer(RECEIVER, first_receiver): asyncio.shield(self._push)}
 
-    async def _take_part(self, address: Address, version: int, deadline_s: float) -> None:
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-        from vllm.v1.engine.exceptions import EngineDeadError as VLLMEngineDeadError
-
-        push = {"address": msgspec.to_builtins(address), "deadline_s": deadline_s}
+    async def _take_part(
+        self, address: Address, version: int, deadline_s: float, first_receiver: int
+    ) -> None:
+        invitation = msgspec.msgpack.encode(PushInvitation(address, deadline_s, first_receiver))
+        errors = await self._call_workers("take_part", invitation)
+        failed = [f"receiver {first_receiver + rank}: {why}" for rank, why in enumerate(errors) if why]
+        if failed:
+            raise TransferError("; ".join(failed))
+        if self._needs is None:
+            answers = await self._call_workers("weight_needs")
+            self._needs = tuple(msgspec.msgpack.decode(answer, type=_NEEDS) for answer in answers)
         try:
-            await self._while_alive(self._llm.start_weight_update())
-            await self._while_alive(self._llm.update_weights(WeightTransferUpdateRequest(update_info=push)))
-            await self._while_alive(self._llm.finish_weight_update(str(version)))
+            await self._while_alive(self._llm.update_weight_version(str(version)))
             await self._while_alive(self._llm.resume_generation())
-        except VLLMEngineDeadError as error:
-            raise EngineDeadError(str(error)) from error
+        except Exception as error:
+            raise EngineDeadError(f"vLLM does not resume: {error}") from error
         self._version, self._fenced, self._paused = version, False, False
+
+    async def _call_workers(self, method: str, *arguments: object) -> list[Any]:
+        """Each worker's answer, which tells of its own failures: what is raised is vLLM's own."""
+        try:
+            answers: list[Any] = await self._while_alive(self._llm.collective_rpc(method, args=arguments))
+            return answers
+        except Exception as error:
+            raise EngineDeadError(f"vLLM cannot call its workers any more: {error}") from error
 
     async def _while_alive(self, call: Awaitable[T]) -> T:
         """The result of a call of the engine core; vLLM itself would wait for one that has died."""
@@ -242,5 +277,7 @@ class VLLMEngine:
     def shutdown(self) -> None:
         """Stop vLLM's processes; the engine is of no use afterwards."""
         self._llm.shutdown()
+        # What its processes would have removed themselves, had they not been killed.
+        remove(self._segments)
         # Its finaliser would try again while the interpreter is being taken down.
         del self._llm

@@ -1,18 +1,49 @@
-"""What runs inside vLLM's worker process: the platform's worker, with our weight receiver registered."""
+"""What runs inside vLLM's worker process: the platform's worker, which takes part in pushes of weights."""
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+import msgspec
+from vllm.config import set_current_vllm_config
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-import k2rl.checkpoint_engine.vllm_receiver  # noqa: F401  (registers the weight-transfer engine)
+from k2rl.checkpoint_engine.messages import PushInvitation
+from k2rl.checkpoint_engine.vllm_receiver import WeightReceiver
 
 if TYPE_CHECKING or not current_platform.is_cpu():
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 else:
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
 
+logger = init_logger(__name__)
+
 
 class ColocatedVLLMWorker(PlatformWorker):
     """A vLLM worker that shares its host (and devices) with the trainer."""
+
+    @cached_property
+    def weight_receiver(self) -> WeightReceiver:
+        model = self.model_runner.get_model()
+        return WeightReceiver(model, self.vllm_config.model_config, self.device, self.rank)
+
+    def take_part(self, invitation: bytes) -> str:
+        """Receive a push, from an encoded `PushInvitation`; returns why it failed, or nothing.
+
+        It never raises: of a call that raises in one rank, vLLM leaves the other ranks' answers unread, and
+        takes them for the answers to its next call.
+        """
+        try:
+            with set_current_vllm_config(self.vllm_config):
+                self.weight_receiver.take_part(msgspec.msgpack.decode(invitation, type=PushInvitation))
+        except Exception as error:
+            logger.exception("a push of weights failed")
+            return f"{type(error).__name__}: {error}"
+        self.model_runner.reset_lora_state()
+        return ""
+
+    def weight_needs(self) -> bytes:
+        """`WeightReceiver.needs`, encoded."""
+        return msgspec.msgpack.encode(self.weight_receiver.needs)

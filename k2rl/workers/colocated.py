@@ -141,8 +141,11 @@ class ColocatedWorker:
             `version`, `bytes`, and the seconds spent copying out (`write_s`) and in place (`update_s`, in
             which nothing is generated).
         """
+        from k2rl.checkpoint_engine.publisher import local_rank
+
         version = self._trainer.step_count if self._spec.trains else 0
-        report = await self._publisher.publish(self._source(), version, self._train)
+        rank = local_rank(self._sender, self._source(), self._train)
+        report = await self._publisher.publish({0: rank}, version)
         return {
             "version": float(report.version),
             "bytes": float(report.nbytes),
@@ -152,10 +155,12 @@ class ColocatedWorker:
 
     def _make_publisher(self) -> Publisher:
         from k2rl.checkpoint_engine.publisher import Publisher, expected_tensors
+        from k2rl.checkpoint_engine.sender import Sender
 
+        self._sender = Sender(0)
         spec = self._spec
         expected = expected_tensors(Path(spec.model_path), spec.dtype)
-        return Publisher(self._vllm, spec.checkpoint_engine, expected)
+        return Publisher({"vLLM": self._vllm}, spec.checkpoint_engine, expected)
 
     def _source(self) -> Source:
         from k2rl.checkpoint_engine.sender import TensorSource

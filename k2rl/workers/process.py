@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import sys
 import threading
 from collections import deque
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
+
+#: Of the message queues between vLLM's processes, and of its tensor-parallel ranks.
+_SEGMENT = re.compile(r"(/dev/shm/(?:psm_|vllm_dist_)\S+)")
 
 OWNER_PID = "K2RL_OWNER_PID"
 """Environment variable: the process whose end must end its vLLM engine core and workers."""
@@ -30,7 +35,23 @@ def follow_owner_in_death() -> None:
 
 def _wait_and_end(owner_handle: int) -> None:
     select.select([owner_handle], [], [])
+    remove(shared_memory_of(os.getpid()))
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def shared_memory_of(*pids: int) -> set[Path]:
+    """The shared memory by which vLLM's processes talk: files that stay if these processes are killed."""
+    found: set[Path] = set()
+    for pid in pids:
+        with suppress(OSError):
+            found.update(map(Path, _SEGMENT.findall(Path(f"/proc/{pid}/maps").read_text())))
+    return found
+
+
+def remove(files: Iterable[Path]) -> None:
+    """Remove those that are there yet."""
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def end_at_once_on(*signals: signal.Signals) -> None:
@@ -49,9 +70,12 @@ def end_at_once_on(*signals: signal.Signals) -> None:
 
 def _end_on_byte(descriptor: int) -> None:
     (number,) = os.read(descriptor, 1)
-    for process in psutil.Process().children(recursive=True):
+    processes = psutil.Process().children(recursive=True)
+    segments = shared_memory_of(*(process.pid for process in processes))
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
+    remove(segments)
     os._exit(128 + number)
 
 

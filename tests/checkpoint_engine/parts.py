@@ -136,7 +136,7 @@ def serve_sender(rank: int, ranks: int, host: int, pipe: Connection) -> None:
         address, version, fault, deadline_s = job
         trigger.arm(fault)
         source.set(version)
-        pipe.send(_result(lambda: sender.send(source, address, deadline_s)))  # noqa: B023
+        pipe.send(answer_with(sender.send, source, address, deadline_s))
 
 
 def serve_receiver(rank: int, host: int, pipe: Connection) -> None:
@@ -151,7 +151,7 @@ def serve_receiver(rank: int, host: int, pipe: Connection) -> None:
             continue
         address, fault, deadline_s = job
         trigger.arm(fault)
-        pipe.send(_result(lambda: receiver.receive(address, deadline_s)))  # noqa: B023
+        pipe.send(answer_with(receiver.receive, address, deadline_s))
 
 
 def serve_agent(host: int, pipe: Connection) -> None:
@@ -161,7 +161,7 @@ def serve_agent(host: int, pipe: Connection) -> None:
     while (job := pipe.recv()) is not None:
         address, fault, deadline_s = job
         trigger.arm(fault)
-        pipe.send(_result(lambda: agent.take_part(address, deadline_s)))  # noqa: B023
+        pipe.send(answer_with(agent.take_part, address, deadline_s))
 
 
 class FaultyAgent(HostAgent):
@@ -193,9 +193,10 @@ def serve_coordinator(plan: Plan, pipe: Connection) -> None:
     asyncio.run(coordinate())
 
 
-def _result(call: Callable[[], int]) -> int | Exception:
+def answer_with(call: Callable[..., int], *arguments: Any) -> int | Exception:
+    """What the call returns or raises."""
     try:
-        return call()
+        return call(*arguments)
     except (TransferError, RuntimeError) as error:
         return error
 

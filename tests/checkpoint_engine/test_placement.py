@@ -10,8 +10,12 @@ import torch
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 from vllm.model_executor.model_loader.weight_utils import composed_weight_loader, default_weight_loader
 
+from k2rl.checkpoint_engine.manifest import Manifest, TensorSpec
 from k2rl.checkpoint_engine.messages import TransferError
+from k2rl.checkpoint_engine.pieces import blocks_of
 from k2rl.checkpoint_engine.placement import ModelLoader
+from k2rl.checkpoint_engine.plan import Plan, plan_push
+from k2rl.checkpoint_engine.vllm_receiver import ModelTarget
 
 RANK, RANKS = 1, 2
 Weights = dict[str, torch.Tensor]
@@ -164,3 +168,59 @@ def test_a_parameter_that_got_other_memory_is_found(model: Toy, learned: ModelLo
     model.merged.weight.data = torch.zeros(8, 3)
     _update(learned, _weights(4))
     assert _holds(model, _weights(4))
+
+
+#: Of two receivers: one needs the upper rows and one tensor whole, the other the lower rows.
+SHARES = {
+    0: {
+        "gate": [((0, 4), (0, 3))],
+        "up": [((0, 4), (0, 3))],
+        "decay.weight": [((0, 4),)],
+        "head.weight": [((0, 3), (0, 3))],
+    },
+    1: {
+        "gate": [((4, 8), (0, 3))],
+        "up": [((4, 8), (0, 3))],
+        "decay.weight": [((2, 4),)],
+        "head.weight": [((3, 5), (0, 3))],
+    },
+}
+
+
+def _place(target: ModelTarget, plan: Plan, weights: Weights) -> None:
+    """All buckets; each place is overwritten once it was placed, if it may be."""
+    memory = torch.zeros(plan.arena_bytes, dtype=torch.uint8)
+    target.begin(plan)
+    for bucket in plan.buckets:
+        for piece in blocks_of(plan, bucket, memory):
+            cut = weights[plan.tensors[piece.tensor].name][tuple(slice(*ends) for ends in piece.box)]
+            piece.memory.copy_(cut.contiguous().view(-1).view(torch.uint8))
+        for _, place in target.steps(plan, bucket, memory):
+            place()
+        if not plan.retains:
+            memory.fill_(255)
+    target.finish()
+
+
+def _plan(*receivers: int, slots: int = 0) -> Plan:
+    specs = [TensorSpec(name, "float32", tuple(tensor.shape)) for name, tensor in _weights(0).items()]
+    needs = {receiver: SHARES[receiver] for receiver in receivers}
+    return plan_push(Manifest.whole(specs), receivers, bucket_bytes=512, slots=slots, needs=needs)
+
+
+@pytest.mark.parametrize("slots", [0, 2])
+def test_a_model_learns_from_a_version_that_came_in_the_boxes_of_others(model: Toy, slots: int) -> None:
+    loader, plan = _loader(model), _plan(0, 1, slots=slots)
+    assert len(plan.buckets) > 2
+    _place(ModelTarget(loader), plan, _weights(0))
+    assert _holds(model, _weights(0))
+    assert loader.needs is not None
+
+
+def test_a_model_does_not_learn_from_boxes_that_are_not_all_of_it(model: Toy) -> None:
+    loader = _loader(model)
+    with pytest.raises(TransferError, match="2 parameters were not updated: head.weight, merged.weight"):
+        _place(ModelTarget(loader), _plan(0), _weights(0))
+    assert loader.needs is None
+    _place(ModelTarget(loader), _plan(0, 1), _weights(1))
+    assert _holds(model, _weights(1))

@@ -179,15 +179,19 @@ def test_plans_are_equal_exactly_when_their_digests_are(
 
 @st.composite
 def needs(draw: st.DrawFn, manifest: Manifest) -> dict[int, dict[str, list[Box]]]:
-    """Boxes of rows and columns; everything, or nothing."""
+    """Boxes of rows and columns, a tensor in several; everything, or nothing."""
     found: dict[int, dict[str, list[Box]]] = {receiver: {} for receiver in RECEIVERS}
     for receiver, spec in itertools.product(RECEIVERS, manifest.tensors):
         box = []
         for length in spec.shape:
             start = draw(st.integers(0, length))
             box.append(draw(st.sampled_from([(0, length), (start, length), (0, start)])))
+        boxes = [tuple(box)]
+        if box and draw(st.booleans()):
+            (first, last), *columns = box
+            boxes = [((row, row + 1), *columns) for row in range(first, last)]
         if draw(st.booleans()):
-            found[receiver][spec.name] = [tuple(box)]
+            found[receiver][spec.name] = boxes
     return found
 
 
@@ -197,7 +201,10 @@ def test_a_shard_aware_push_brings_each_receiver_what_it_needs_once(
     data: st.DataObject, manifest: Manifest, slots: int
 ) -> None:
     wanted: Mapping[int, Mapping[str, list[Box]]] = data.draw(needs(manifest))
-    size = largest_unit(manifest).nbytes
+    size = largest_unit(manifest, wanted).nbytes
+    if size:
+        with pytest.raises(PlanError, match="needs a bucket of"):
+            plan_push(manifest, RECEIVERS, bucket_bytes=size - 1, slots=slots, needs=wanted)
     plan = plan_push(manifest, RECEIVERS, bucket_bytes=size, slots=slots, needs=wanted)
     check_layout(plan, manifest, size)
     for receiver in RECEIVERS:
@@ -206,7 +213,8 @@ def test_a_shard_aware_push_brings_each_receiver_what_it_needs_once(
         for index, block in blocks(plan, receiver):
             spec = manifest.tensors[block.tensor]
             got.update((spec.name, element) for element in elements(spec, block.box))
-            units.setdefault(spec.unit or spec.name, set()).add(index)
+            if spec.unit and sum(other.unit == spec.unit for other in manifest.tensors) > 1:
+                units.setdefault(spec.unit, set()).add(index)
         specs = {spec.name: spec for spec in manifest.tensors}
         expected = {
             (name, element)

@@ -1,39 +1,53 @@
-"""A publish succeeds only if the engine serves what was pushed."""
+"""A publish succeeds only if all engines serve what was pushed; whoever is at fault is named."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
 import torch
 
 from k2rl.checkpoint_engine.coordinator import Invitations, PushReport
-from k2rl.checkpoint_engine.messages import RECEIVER, Address, Peer
-from k2rl.checkpoint_engine.publisher import Publisher
+from k2rl.checkpoint_engine.manifest import Manifest
+from k2rl.checkpoint_engine.messages import RECEIVER, SENDER, Address, Peer
+from k2rl.checkpoint_engine.plan import Needs
+from k2rl.checkpoint_engine.publisher import Publisher, TrainerRank, local_rank
 from k2rl.checkpoint_engine.receiver import Receiver, TensorTarget
-from k2rl.checkpoint_engine.sender import TensorSource
+from k2rl.checkpoint_engine.sender import Sender, TensorSource
 from k2rl.checkpoint_engine.transaction import PushError
 from k2rl.config import CheckpointEngineConfig
 from k2rl.inference.engine import EngineDeadError
 from k2rl.inference.vllm import VLLMEngine
+from tests.checkpoint_engine.parts import (
+    SHAPES,
+    FaultyTarget,
+    Part,
+    Trigger,
+    answer_with,
+    serve_sender,
+    weights,
+)
 
 
 class Engine:
     """Takes a push, and then says what `outcome` is."""
 
-    receivers = (0,)
+    num_receivers = 1
+    needs = None
 
     def __init__(self, outcome: BaseException | None, joins: bool = True) -> None:
         self.tensors = {"a": torch.zeros(3)}
         self._outcome, self._joins = outcome, joins
 
-    async def join_push(self, address: Address, version: int, deadline_s: float) -> Invitations:
+    async def join_push(self, address: Address, version: int, deadline_s: float, first: int) -> Invitations:
         if not self._joins:
             raise ValueError("the engine sleeps")
-        receiver = Receiver(0, TensorTarget(self.tensors))
-        return {Peer(RECEIVER, 0): asyncio.to_thread(receiver.receive, address, deadline_s)}
+        receiver = Receiver(first, TensorTarget(self.tensors))
+        return {Peer(RECEIVER, first): asyncio.to_thread(receiver.receive, address, deadline_s)}
 
     async def push_settled(self) -> BaseException | None:
         return self._outcome
@@ -41,12 +55,11 @@ class Engine:
 
 def publish(engine: Engine) -> PushReport:
     async def run() -> PushReport:
-        publisher = Publisher(engine, CheckpointEngineConfig(), {"a": ("float32", (3,))})
+        publisher = Publisher({"it": engine}, CheckpointEngineConfig(), {"a": ("float32", (3,))})
         await publisher.start()
         try:
-            source = TensorSource([("a", torch.ones(3))], 0)
-            call: Callable[..., Awaitable[Any]] = asyncio.to_thread
-            return await publisher.publish(source, 1, call)
+            rank = local_rank(Sender(0), TensorSource([("a", torch.ones(3))], 0), asyncio.to_thread)
+            return await publisher.publish({0: rank}, 1)
         finally:
             await publisher.close()
 
@@ -66,9 +79,9 @@ def test_an_engine_that_does_not_serve_a_committed_version_is_an_error(outcome: 
 
 
 def test_of_a_failed_push_the_engines_death_is_what_counts() -> None:
-    with pytest.raises(EngineDeadError, match="gone"):
+    with pytest.raises(EngineDeadError, match="it: gone; it: the engine sleeps"):
         publish(Engine(EngineDeadError("gone"), joins=False))
-    with pytest.raises((PushError, ValueError), match="sleeps"):
+    with pytest.raises(ValueError, match="it: the engine sleeps"):
         publish(Engine(RuntimeError("the push failed"), joins=False))
 
 
@@ -81,3 +94,193 @@ def test_an_engine_that_hangs_in_a_push_is_dead_at_the_deadline() -> None:
         assert isinstance(await engine.push_settled(), EngineDeadError)
 
     asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def serve_worker(pipe: Connection) -> None:
+    """An inference worker: its number differs from push to push."""
+    trigger = Trigger()
+    target = FaultyTarget(trigger)
+    receiver = Receiver(0, target)
+    pipe.send(None)
+    while (job := pipe.recv()) is not None:
+        if job == "state":
+            pipe.send((receiver.version, {k: v.float().tolist() for k, v in target.tensors.items()}))
+            continue
+        number, address, fault, deadline_s = job
+        receiver.peer = Peer(RECEIVER, number)
+        trigger.arm(fault)
+        pipe.send(answer_with(receiver.receive, address, deadline_s))
+
+
+class ProcessEngine:
+    """An engine of two workers, which are processes; `fault` happens in the second."""
+
+    num_receivers = 2
+
+    def __init__(self, needs: Sequence[Needs] | None = None) -> None:
+        self.needs = needs
+        self.fault: tuple[str, int] | None = None
+        self.pauses = True
+        self.parts = [Part(serve_worker) for _ in range(self.num_receivers)]
+        self._calls: list[asyncio.Future[Any]] = []
+
+    async def join_push(self, address: Address, version: int, deadline_s: float, first: int) -> Invitations:
+        if not self.pauses:
+            await asyncio.Event().wait()
+        jobs = [(first, address, None, deadline_s), (first + 1, address, self.fault, deadline_s)]
+        self._calls = [
+            asyncio.ensure_future(part.ask(job)) for part, job in zip(self.parts, jobs, strict=True)
+        ]
+        return {Peer(RECEIVER, first + i): asyncio.shield(call) for i, call in enumerate(self._calls)}
+
+    async def push_settled(self) -> BaseException | None:
+        calls, self._calls = self._calls, []
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        if any(isinstance(outcome, EOFError) for outcome in outcomes):
+            return EngineDeadError("a worker died")
+        return next((outcome for outcome in outcomes if isinstance(outcome, BaseException)), None)
+
+    async def versions(self) -> list[int | None]:
+        return [(await part.ask("state"))[0] for part in self.parts]
+
+    async def holds(self, version: int) -> bool:
+        expected = {name: tensor.float().tolist() for name, tensor in weights(version).items()}
+        return [await part.ask("state") for part in self.parts] == [(version, expected)] * 2
+
+
+class Group:
+    """Two trainer ranks, and two engines."""
+
+    def __init__(
+        self, publisher: Publisher, senders: list[Part], first: ProcessEngine, second: ProcessEngine
+    ):
+        self.publisher, self._senders = publisher, senders
+        self.first, self.second = first, second
+
+    async def push(self, version: int, fault: tuple[str, int] | None = None) -> PushReport:
+        """A fault happens to trainer rank 1."""
+
+        def rank(number: int, part: Part) -> TrainerRank:
+            def send(address: Address, deadline_s: float) -> Awaitable[Any]:
+                return part.ask((address, version, fault if number else None, deadline_s))
+
+            manifest: Manifest = part.ready
+            return TrainerRank(manifest, send)
+
+        ranks = {number: rank(number, part) for number, part in enumerate(self._senders)}
+        return await self.publisher.publish(ranks, version)
+
+
+@contextlib.asynccontextmanager
+async def group(needs: Sequence[Needs] | None = None, **config: Any) -> AsyncIterator[Group]:
+    engines = {"first": ProcessEngine(), "second": ProcessEngine(needs)}
+    senders = [Part(serve_sender, rank, 2, 0) for rank in range(2)]
+    expected = {name: ("bfloat16", shape) for name, shape in SHAPES.items()}
+    publisher = Publisher(engines, CheckpointEngineConfig(**config), expected)
+    await publisher.start()
+    everything = Group(publisher, senders, *engines.values())
+    try:
+        yield everything
+    finally:
+        await publisher.close()
+        for part in (*senders, *everything.first.parts, *everything.second.parts):
+            part.end()
+
+
+def with_group(test: Callable[[Group], Awaitable[None]], **options: Any) -> None:
+    async def run() -> None:
+        async with group(**options) as everything:
+            await asyncio.wait_for(test(everything), 60)
+
+    asyncio.run(run())
+
+
+def test_all_ranks_push_into_all_engines() -> None:
+    async def test(everything: Group) -> None:
+        for version in (1, 2):
+            await everything.push(version)
+            assert await everything.first.holds(version)
+            assert await everything.second.holds(version)
+
+    with_group(test)
+
+
+def test_one_engines_death_is_named_and_the_others_wait_for_the_next_push() -> None:
+    async def test(everything: Group) -> None:
+        await everything.push(1)
+        everything.first.fault = ("kill", 0)
+        with pytest.raises(EngineDeadError, match="^first: a worker died; receiver 1 .*died") as caught:
+            await everything.push(2)
+        assert "second" not in str(caught.value)
+        assert set(await everything.second.versions()) <= {1, None}
+        await everything.push(2)
+        assert await everything.second.holds(2)
+        everything.first.parts[0].end()
+        everything.first = everything.publisher.engines["first"] = ProcessEngine()
+        await everything.push(3)
+        assert await everything.first.holds(3)
+        assert await everything.second.holds(3)
+
+    with_group(test)
+
+
+def test_a_failure_of_one_engine_fences_all_and_the_next_push_heals_all() -> None:
+    async def test(everything: Group) -> None:
+        await everything.push(1)
+        everything.second.fault = ("raise", 0)
+        with pytest.raises(
+            PushError, match="^second: receiver 3 failed: RuntimeError: out of luck"
+        ) as caught:
+            await everything.push(2)
+        assert caught.value.culprit == Peer(RECEIVER, 3)
+        for engine in (everything.first, everything.second):
+            assert set(await engine.versions()) <= {1, None}
+        everything.second.fault = None
+        await everything.push(2)
+        assert await everything.first.holds(2)
+        assert await everything.second.holds(2)
+
+    with_group(test)
+
+
+def test_an_engine_that_does_not_pause_is_named_and_left_out() -> None:
+    async def test(everything: Group) -> None:
+        everything.first.pauses = False
+        with pytest.raises(EngineDeadError, match="^first: it does not pause"):
+            await everything.push(1)
+        await everything.push(1)
+        assert await everything.second.holds(1)
+
+    with_group(test, deadline_s=1.0)
+
+
+def test_a_trainer_that_dies_while_engines_pause_is_the_one_that_is_named() -> None:
+    async def test(everything: Group) -> None:
+        everything.first.pauses = False
+        with pytest.raises(PushError, match="^trainer rank 1.*(died|failed)") as caught:
+            await everything.push(1, ("kill", 0))
+        assert caught.value.culprit == Peer(SENDER, 1)
+        assert everything.publisher.engines.keys() == {"first", "second"}
+
+    with_group(test, memory_mib=0.1)
+
+
+def test_who_knows_its_needs_gets_them_beside_one_that_does_not() -> None:
+    """The second engine reads the first two thirds of each tensor's rows; the first may need everything."""
+    shares = {
+        name: [((0, -(-shape[0] * 2 // 3)), *((0, length) for length in shape[1:]))] if shape else [()]
+        for name, shape in SHAPES.items()
+    }
+
+    async def test(everything: Group) -> None:
+        await everything.push(1)
+        assert await everything.first.holds(1)
+        assert await everything.second.versions() == [1, 1]
+        _, tensors = await everything.second.parts[0].ask("state")
+        for name, tensor in weights(1).items():
+            expected = torch.zeros(tensor.shape)
+            cut = tuple(slice(*ends) for ends in shares[name][0])
+            expected[cut] = tensor.float()[cut]
+            assert torch.equal(torch.tensor(tensors[name]), expected), name
+
+    with_group(test, needs=[shares, shares], strategy="shard_aware")

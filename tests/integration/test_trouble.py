@@ -18,6 +18,7 @@ from k2rl.tracking.metrics import read_metrics
 from k2rl.tracking.timeline import read_timeline
 from k2rl.training.checkpoint import checkpoint_folder, checkpoints, read_state
 from k2rl.types import NO_WEIGHT_VERSION
+from k2rl.workers.process import shared_memory_of
 from tests.integration.conftest import Command, wait_for
 
 pytestmark = pytest.mark.integration
@@ -46,6 +47,8 @@ def _start_long_run(start: Start, tmp_path: Path, *overrides: str) -> tuple[Comm
 @pytest.mark.parametrize("victim", ["VLLM::EngineCore", "ray::ColocatedWorker"])
 def test_a_killed_part_is_named_and_nothing_hangs(victim: str, start: Start, tmp_path: Path) -> None:
     command, _ = _start_long_run(start, tmp_path)
+    segments = _shared_memory(command)
+    assert segments
     command.named(victim).kill()
     code, _, err = command.finish(SECONDS_TO_NOTICE)
     assert code == 1
@@ -53,6 +56,13 @@ def test_a_killed_part_is_named_and_nothing_hangs(victim: str, start: Start, tmp
     assert ("vLLM engine" in err) == victim.startswith("VLLM")
     assert "worker-0.log" in err
     wait_for(lambda: not command.descendants(), "all processes end", 20)
+    assert not [segment for segment in segments if segment.exists()]
+
+
+def _shared_memory(command: Command) -> set[Path]:
+    """Of all processes of a run."""
+    command.look()
+    return shared_memory_of(*(process.pid for process in command.descendants()))
 
 
 def test_a_run_killed_resumed_interrupted_and_resumed(start: Start, tmp_path: Path) -> None:
@@ -122,6 +132,8 @@ def _assert_one_run_of(steps: int, run_dir: Path) -> None:
 
 def test_a_second_ctrl_c_does_not_wait_for_the_checkpoint(start: Start, tmp_path: Path) -> None:
     command, run_dir = _start_long_run(start, tmp_path, "train.checkpoint_every=0")
+    segments = _shared_memory(command)
+    assert segments
     # Saving lasts for ever: the worker, which would do it, stands still.
     command.named("ray::ColocatedWorker").suspend()
     command.process.send_signal(signal.SIGINT)
@@ -132,6 +144,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_checkpoint(start: Start, tmp_path
     assert code == 130
     assert err == ""
     wait_for(lambda: not command.descendants(), "all processes end", 10)
+    assert not [segment for segment in segments if segment.exists()]
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_000000"]
 
 

@@ -1,39 +1,136 @@
-"""Weights pushed into a live vLLM, against a plain transformers forward pass of the same weights."""
+"""Weights pushed into live vLLM engines, against a plain transformers forward pass of the same weights.
+
+One engine of two tensor-parallel ranks takes all of it; the tests that end engines come last.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import k2rl.inference.vllm
 from k2rl.checkpoint_engine.coordinator import Invitations, PushReport
 from k2rl.checkpoint_engine.manifest import ManifestError
-from k2rl.checkpoint_engine.messages import Address
-from k2rl.checkpoint_engine.publisher import Publisher, expected_tensors
-from k2rl.checkpoint_engine.sender import TensorSource
+from k2rl.checkpoint_engine.messages import RECEIVER, Peer, TransferError
+from k2rl.checkpoint_engine.plan import Plan
+from k2rl.checkpoint_engine.publisher import (
+    Publisher,
+    ReceivingEngine,
+    TrainerRank,
+    expected_tensors,
+    local_rank,
+)
+from k2rl.checkpoint_engine.sender import Sender, TensorSource
 from k2rl.checkpoint_engine.transaction import PushError
 from k2rl.config import CheckpointEngineConfig, InferenceConfig
 from k2rl.inference.engine import EngineDeadError, Generation, GenerationError, Sampling
 from k2rl.inference.vllm import VLLMEngine
 from k2rl.models.hub import resolve_model
+from k2rl.workers.process import shared_memory_of
+from tests.checkpoint_engine.parts import Part
+from tests.integration.conftest import wait_for
+from tests.integration.trainers import serve_coordinating_trainer, serve_fsdp_rank
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("weight updates")]
 
 PROMPTS = [[5, 9, 17, 33, 60 + index] for index in range(8)]
-LIMITS = {"float32": 1e-4, "bfloat16": 0.02}
+LIMIT = 1e-4
+#: For workers that hang.
+SHORT_DEADLINE_S = 2.0
 
 
-def _perturb(model: torch.nn.Module, seed: int) -> None:
-    """Move every parameter by a good part of its own size: a stale one can't hide."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-            parameter.add_(0.3 * noise * parameter.float().std().to(parameter.dtype))
+def start_engine(path: Path, ranks: int) -> VLLMEngine:
+    config = InferenceConfig(
+        max_model_len=2048,
+        max_num_seqs=16,
+        kv_cache_gib=0.25,
+        engine_args={
+            "tensor_parallel_size": ranks,
+            "worker_extension_cls": "tests.integration.push_probe.PushProbe",
+        },
+    )
+    return VLLMEngine(path, "float32", (), config, seed=0)
+
+
+class Live:
+    """A model, the engine it is pushed into, and the loop that both live in."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.runner = asyncio.Runner()
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        self.engine: VLLMEngine = self.run(self._start())
+        self.version = -1
+        self._ended = False
+
+    async def _start(self) -> VLLMEngine:
+        return start_engine(self.path, 2)
+
+    def end(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self.engine.shutdown()
+
+    def run(self, test: Coroutine[Any, Any, Any]) -> Any:
+        return self.runner.run(asyncio.wait_for(test, 200))
+
+    @contextlib.asynccontextmanager
+    async def publisher(
+        self, engines: Mapping[str, ReceivingEngine] | None = None, **options: Any
+    ) -> AsyncIterator[Publisher]:
+        config = CheckpointEngineConfig(**{"bucket_mib": 1, **options})
+        publisher = Publisher(
+            engines or {"vLLM": self.engine}, config, expected_tensors(self.path, "float32")
+        )
+        await publisher.start()
+        try:
+            yield publisher
+        finally:
+            await publisher.close()
+
+    async def push(self, publisher: Publisher, model: torch.nn.Module | None = None) -> PushReport:
+        """Push the model as the next version."""
+        self.version += 1
+        return await publisher.publish({0: rank_of(model or self.model)}, self.version)
+
+    def perturb(self) -> None:
+        """Move every parameter by a good part of its own size: a stale one can't hide."""
+        generator = torch.Generator().manual_seed(self.version + 1)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator) * parameter.std())
+
+    async def watch(self, fault: str = "", at: int = 0, rank: int = 0) -> list[psutil.Process]:
+        """See `PushProbe.watch`."""
+        pids = await self.engine._llm.collective_rpc("watch", args=(fault, at, rank))
+        return [psutil.Process(pid) for pid in pids]
+
+    async def read_bytes(self) -> list[int]:
+        return list(await self.engine._llm.collective_rpc("read_bytes"))
+
+    async def serves(self, model: torch.nn.Module | None = None, engine: VLLMEngine | None = None) -> None:
+        """The engine samples what transformers would, at every temperature, and greedily the same tokens."""
+        for temperature in (0.0, 1.4):
+            sampling = Sampling(temperature, 16, seed=3)
+            calls = ((engine or self.engine).generate(prompt, sampling) for prompt in PROMPTS)
+            generations = await asyncio.gather(*calls)
+            gaps = []
+            for prompt, generation in zip(PROMPTS, generations, strict=True):
+                assert generation.weight_spans == ((0, self.version),)
+                gaps.append(_gap(model or self.model, prompt, generation, temperature))
+            assert float(torch.cat(gaps).mean()) < LIMIT
+
+    async def is_fenced(self, engine: VLLMEngine | None = None) -> None:
+        with pytest.raises(RuntimeError, match="fenced"):
+            await (engine or self.engine).generate(PROMPTS[0], Sampling(1.0, 4))
 
 
 @torch.no_grad()
@@ -41,144 +138,400 @@ def _gap(
     model: torch.nn.Module, prompt: list[int], generation: Generation, temperature: float
 ) -> torch.Tensor:
     ids = torch.tensor([[*prompt, *generation.token_ids]])
-    logits = model(ids).logits[0, len(prompt) - 1 : -1].float() / temperature
+    logits = model(ids).logits[0, len(prompt) - 1 : -1].float() / (temperature or 1.0)
+    if not temperature:
+        assert logits.argmax(-1).tolist() == list(generation.token_ids)
     ours = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
     return (ours - torch.tensor(generation.logprobs)).abs()
 
 
-async def _mean_gap(engine: VLLMEngine, model: torch.nn.Module, temperature: float) -> float:
-    sampling = Sampling(temperature, 24, seed=3)
-    generations = await asyncio.gather(*(engine.generate(prompt, sampling) for prompt in PROMPTS))
-    gaps = [_gap(model, prompt, g, temperature) for prompt, g in zip(PROMPTS, generations, strict=True)]
-    return float(torch.cat(gaps).mean())
+def rank_of(model: torch.nn.Module) -> TrainerRank:
+    return local_rank(Sender(0), TensorSource(model.named_parameters(), rank=0), asyncio.to_thread)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("tiny-qwen3", "float32")])
-def test_pushed_weights_serve_as_a_fresh_load_would(name: str, dtype: str) -> None:
-    path = resolve_model(name)
-    asyncio.run(_push_and_compare(path, dtype))
+def plan_of(publisher: Publisher) -> Plan:
+    assert publisher._plan is not None
+    return publisher._plan[1]
 
 
-class Pushing:
-    """A model's weights, pushed into an engine."""
-
-    def __init__(self, model: torch.nn.Module, publisher: Publisher) -> None:
-        self.model, self.publisher = model, publisher
-
-    async def push(self, version: int) -> PushReport:
-        source = TensorSource(self.model.named_parameters(), rank=0)
-        return await self.publisher.publish(source, version, asyncio.to_thread)
+def bytes_for(plan: Plan, receiver: int) -> int:
+    return sum(
+        block.nbytes for bucket in plan.buckets if receiver in bucket.receivers for block in bucket.blocks
+    )
 
 
-async def _push_and_compare(path: Path, dtype: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-    config = InferenceConfig(max_model_len=2048, max_num_seqs=16, kv_cache_gib=0.25)
-    engine = VLLMEngine(path, dtype, (), config, seed=0)
-    publisher = Publisher(engine, CheckpointEngineConfig(bucket_mib=1), expected_tensors(path, dtype))
-    pushing = Pushing(model, publisher)
+def engine_cores() -> set[psutil.Process]:
+    return {p for p in psutil.Process().children(recursive=True) if "EngineCore" in p.name()}
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[Live]:
+    live = Live(resolve_model("tiny-qwen3"))
     try:
-        await publisher.start()
-        with pytest.raises(RuntimeError, match="fenced"):
-            await engine.generate(PROMPTS[0], Sampling(1.0, 4))
-
-        for version in range(3):
-            report = await pushing.push(version)
-            assert report.nbytes == sum(parameter.nbytes for parameter in model.parameters())
-            assert await _mean_gap(engine, model, 1.0) < LIMITS[dtype]
-            assert await _mean_gap(engine, model, 1.4) < LIMITS[dtype]
-            _perturb(model, version)
-
-        with pytest.raises(ValueError, match="not newer"):
-            await pushing.push(2)
-        await _other_weights_are_refused_before_a_byte_moves(engine, publisher, model)
-        await _a_sleeping_engine_is_not_pushed_into(engine, pushing)
-        await _requests_live_through_an_update(engine, pushing)
-        await _an_aborted_request_is_no_turn(engine)
-        await _a_corrupted_push_fences_until_the_next(engine, pushing, dtype)
-        await _a_killed_engine_core_ends_the_push(engine, pushing)
+        yield live
     finally:
-        await publisher.close()
-        engine.shutdown()
+        live.end()
+        live.runner.close()
 
 
-async def _other_weights_are_refused_before_a_byte_moves(
-    engine: VLLMEngine, publisher: Publisher, model: torch.nn.Module
-) -> None:
-    weights = dict(model.named_parameters())
-    name, parameter = weights.popitem()
-    embedding = "model.embed_tokens.weight"
-    other = [(n, w.double() if n == embedding else w) for n, w in weights.items()] + [("spare", parameter)]
-    listed = f"3 places: missing: {name}; extra: spare; {embedding}: sent float64"
-    with pytest.raises(ManifestError, match=listed):
-        await publisher.publish(TensorSource(other, rank=0), 3, asyncio.to_thread)
-    assert (await engine.generate(PROMPTS[0], Sampling(1.0, 4))).weight_spans == ((0, 2),)
-
-
-async def _a_sleeping_engine_is_not_pushed_into(engine: VLLMEngine, pushing: Pushing) -> None:
-    await engine._llm.sleep(1)
-    with pytest.raises(ValueError, match="the engine sleeps: wake it up"):
-        await pushing.push(3)
-    await engine._llm.wake_up()
-    assert (await engine.generate(PROMPTS[0], Sampling(1.0, 4))).weight_spans == ((0, 2),)
-
-
-async def _a_corrupted_push_fences_until_the_next(engine: VLLMEngine, pushing: Pushing, dtype: str) -> None:
+@contextlib.contextmanager
+def joining(
+    engine: VLLMEngine, act: Callable[[Invitations], object] = lambda invitations: None
+) -> Iterator[None]:
+    """Do something once the engine has joined a push."""
     join = engine.join_push
 
-    async def join_corrupted(address: Address, version: int, deadline_s: float) -> Invitations:
-        arena, base = pushing.publisher.coordinator.arena.being_written
-        arena.memory[base + 5] ^= 1
-        return await join(address, version, deadline_s)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "join_push", join_corrupted)
-        with pytest.raises(PushError, match="bucket 0 arrived corrupted"):
-            await pushing.push(4)
-    with pytest.raises(RuntimeError, match="fenced"):
-        await engine.generate(PROMPTS[0], Sampling(1.0, 4))
-    await pushing.push(4)
-    assert await _mean_gap(engine, pushing.model, 1.0) < LIMITS[dtype]
-
-
-async def _a_killed_engine_core_ends_the_push(engine: VLLMEngine, pushing: Pushing) -> None:
-    """At once, and as what it is; version 4 is still the committed one."""
-    join = engine.join_push
-
-    async def join_and_die(address: Address, version: int, deadline_s: float) -> Invitations:
-        invitations = await join(address, version, deadline_s)
-        for process in psutil.Process().children(recursive=True):
-            if "EngineCore" in process.name():
-                process.kill()
+    async def join_and_act(*arguments: Any) -> Invitations:
+        invitations = await join(*arguments)
+        act(invitations)
         return invitations
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "join_push", join_and_die)
-        with pytest.raises(EngineDeadError):
-            await asyncio.wait_for(pushing.push(5), 60)
-    assert pushing.publisher.coordinator.version == 4
-    with pytest.raises(RuntimeError, match="fenced"):
-        await engine.generate(PROMPTS[0], Sampling(1.0, 4))
+        patch.setattr(engine, "join_push", join_and_act)
+        yield
 
 
-async def _requests_live_through_an_update(engine: VLLMEngine, pushing: Pushing) -> None:
+def test_pushed_weights_serve_as_a_fresh_load_would(live: Live) -> None:
+    async def test() -> None:
+        await live.is_fenced()
+        async with live.publisher() as publisher:
+            for _ in range(3):
+                report = await live.push(publisher)
+                assert report.nbytes == sum(parameter.nbytes for parameter in live.model.parameters())
+                await live.serves()
+                live.perturb()
+            with pytest.raises(ValueError, match="not newer"):
+                await publisher.publish({0: rank_of(live.model)}, live.version)
+
+    live.run(test())
+
+
+def test_other_weights_are_refused_before_a_byte_moves(live: Live) -> None:
+    async def test() -> None:
+        async with live.publisher() as publisher:
+            await live.push(publisher)
+            weights = dict(live.model.named_parameters())
+            name, parameter = weights.popitem()
+            embedding = "model.embed_tokens.weight"
+            other = [(n, w.double() if n == embedding else w) for n, w in weights.items()]
+            source = TensorSource([*other, ("spare", parameter)], rank=0)
+            rank = local_rank(Sender(0), source, asyncio.to_thread)
+            listed = f"3 places: missing: {name}; extra: spare; {embedding}: sent float64"
+            with pytest.raises(ManifestError, match=listed):
+                await publisher.publish({0: rank}, live.version + 1)
+            await live.serves()
+
+    live.run(test())
+
+
+def test_a_sleeping_engine_is_not_pushed_into(live: Live) -> None:
+    async def test() -> None:
+        async with live.publisher() as publisher:
+            await live.push(publisher)
+            await live.engine._llm.sleep(1)
+            with pytest.raises(ValueError, match="vLLM: the engine sleeps: wake it up"):
+                await publisher.publish({0: rank_of(live.model)}, live.version + 1)
+            await live.engine._llm.wake_up()
+            await live.serves()
+
+    live.run(test())
+
+
+def test_requests_live_through_an_update(live: Live) -> None:
     """Running requests are kept; their tokens know which version sampled them."""
-    running = [asyncio.create_task(engine.generate(prompt, Sampling(1.0, 1500, 1))) for prompt in PROMPTS]
-    # Let the requests reach the engine and sample a good number of tokens of the old version.
-    await engine.generate(PROMPTS[0], Sampling(1.0, 64))
-    await pushing.push(3)
-    generations = [await task for task in running]
-    versions = [[version for _, version in generation.weight_spans] for generation in generations]
-    assert all(spans in ([2], [2, 3]) for spans in versions)
-    assert [2, 3] in versions
-    for generation in generations:
-        assert generation.weight_spans[0][0] == 0
-        assert len(generation.logprobs) == len(generation.token_ids)
+
+    async def test() -> None:
+        async with live.publisher() as publisher:
+            await live.push(publisher)
+            before = live.version
+            sampling = Sampling(1.0, 400, 1)
+            running = [asyncio.create_task(live.engine.generate(prompt, sampling)) for prompt in PROMPTS]
+            # Let the requests reach the engine and sample a good number of tokens of the old version.
+            await live.engine.generate(PROMPTS[0], Sampling(1.0, 16))
+            live.perturb()
+            await live.push(publisher)
+            generations = [await task for task in running]
+        versions = [[version for _, version in generation.weight_spans] for generation in generations]
+        assert all(spans in ([before], [before, before + 1]) for spans in versions)
+        assert [before, before + 1] in versions
+        for generation in generations:
+            assert generation.weight_spans[0][0] == 0
+            assert len(generation.logprobs) == len(generation.token_ids)
+
+    live.run(test())
 
 
-async def _an_aborted_request_is_no_turn(engine: VLLMEngine) -> None:
-    aborted = asyncio.create_task(engine.generate(PROMPTS[0], Sampling(1.0, 1500, 1)))
-    await engine.generate(PROMPTS[1], Sampling(1.0, 8))
-    (request_id,) = engine._llm.output_processor.external_req_ids
-    await engine._llm.abort(request_id)
-    with pytest.raises(GenerationError, match="'abort'"):
-        await aborted
+def test_an_aborted_request_is_no_turn(live: Live) -> None:
+    async def test() -> None:
+        async with live.publisher() as publisher:
+            await live.push(publisher)
+        aborted = asyncio.create_task(live.engine.generate(PROMPTS[0], Sampling(1.0, 1500, 1)))
+        await live.engine.generate(PROMPTS[1], Sampling(1.0, 8))
+        (request_id,) = live.engine._llm.output_processor.external_req_ids
+        await live.engine._llm.abort(request_id)
+        with pytest.raises(GenerationError, match="'abort'"):
+            await aborted
+
+    live.run(test())
+
+
+def test_each_worker_gets_only_what_it_needs(live: Live) -> None:
+    """And the same comes of it as of a broadcast."""
+
+    async def answers() -> list[Generation]:
+        calls = (live.engine.generate(prompt, Sampling(0.0, 24)) for prompt in PROMPTS)
+        return [
+            Generation(g.token_ids, g.logprobs, (), g.finish_reason) for g in await asyncio.gather(*calls)
+        ]
+
+    async def test() -> None:
+        whole = sum(parameter.nbytes for parameter in live.model.parameters())
+        async with live.publisher() as publisher:
+            await live.watch()
+            await live.push(publisher)
+            assert await live.read_bytes() == [whole, whole]
+        live.perturb()
+        async with live.publisher(strategy="shard_aware") as publisher:
+            await live.watch()
+            report = await live.push(publisher)
+            plan, read = plan_of(publisher), await live.read_bytes()
+            assert plan.strategy == "shard_aware"
+            assert report.nbytes == plan.nbytes < whole + 2**16
+            assert read == [bytes_for(plan, receiver) for receiver in (0, 1)]
+            assert all(whole / 2 < nbytes < 0.75 * whole for nbytes in read)
+            await live.serves()
+            of_shares = await answers()
+        async with live.publisher() as publisher:
+            await live.push(publisher)
+            assert plan_of(publisher).strategy == "broadcast"
+            await live.serves()
+            assert await answers() == of_shares
+
+    live.run(test())
+
+
+def test_an_engine_that_knows_nothing_joins_at_a_version_in_shares_without_the_trainer(live: Live) -> None:
+    async def test() -> None:
+        async with live.publisher(strategy="shard_aware") as publisher:
+            await live.push(publisher)
+            committed = live.version
+            assert plan_of(publisher).strategy == "shard_aware"
+            await live.watch("raise")
+            with pytest.raises(PushError, match="vLLM: receiver 0 failed: RuntimeError: out of luck"):
+                await live.push(publisher)
+            await live.engine._llm.collective_rpc("forget")
+            await live.watch()
+
+            async def pause() -> Invitations:
+                return await live.engine.join_push(publisher.coordinator.address, committed, 30.0)
+
+            assert (await publisher.coordinator.join({0: 0, 1: 0}, pause)).version == committed
+            assert await live.engine.push_settled() is None
+            live.version = committed
+            await live.serves()
+
+    live.run(test())
+
+
+@pytest.mark.parametrize("knows", [True, False], ids=["replayed", "learned"])
+def test_a_ring_of_buckets_brings_whole_versions(live: Live, knows: bool) -> None:
+    """Also the version after one that failed half-way, and also the first that an engine sees."""
+
+    async def test() -> None:
+        async with live.publisher(strategy="shard_aware", memory_mib=1) as publisher:
+            if not knows:
+                await live.engine._llm.collective_rpc("forget")
+                live.engine._needs = None
+            live.perturb()
+            await live.watch("raise", at=4, rank=1)
+            with pytest.raises(PushError, match="vLLM: receiver 1 failed: RuntimeError: out of luck"):
+                await live.push(publisher)
+            plan = plan_of(publisher)
+            assert plan.strategy == ("shard_aware" if knows else "broadcast")
+            assert len(plan.buckets) > 2 * plan.slots > 0
+            assert plan.arena_bytes <= 2**20
+            await live.is_fenced()
+            for _ in range(2):
+                await live.watch()
+                await live.push(publisher)
+                await live.serves()
+                live.perturb()
+            assert plan_of(publisher).strategy == "shard_aware"
+
+    live.run(test())
+
+
+def test_what_fsdp_trains_in_two_processes_is_served(live: Live, tmp_path: Path) -> None:
+    ranks = 2
+    trainers = [Part(serve_fsdp_rank, rank, ranks, tmp_path / "store", live.path) for rank in range(ranks)]
+
+    async def all_of(job: object) -> list[Any]:
+        return await asyncio.gather(*(trainer.ask(job) for trainer in trainers))
+
+    def rank(trainer: Part, manifest: Any) -> TrainerRank:
+        return TrainerRank(manifest, lambda *push: trainer.ask(push))
+
+    async def test() -> None:
+        model = AutoModelForCausalLM.from_pretrained(live.path, dtype=torch.float32)
+        async with live.publisher(strategy="shard_aware") as publisher:
+            for _ in range(2):
+                await all_of("train")
+                manifests = await all_of("manifest")
+                live.version += 1
+                group = {i: rank(*pair) for i, pair in enumerate(zip(trainers, manifests, strict=True))}
+                await publisher.publish(group, live.version)
+                owners = {owner for bucket in plan_of(publisher).buckets for owner in bucket.owners}
+                assert owners == {0, 1}
+                whole = (await all_of("whole"))[0]
+                missing, _ = model.load_state_dict(
+                    {name: torch.from_numpy(array) for name, array in whole.items()}, strict=False
+                )
+                assert missing == ["lm_head.weight"]  # tied
+                await live.serves(model)
+
+    try:
+        live.run(test())
+    finally:
+        for trainer in trainers:
+            trainer.end()
+
+
+def test_a_corrupted_push_fences_until_the_next(live: Live) -> None:
+    async def test() -> None:
+        async with live.publisher() as publisher:
+
+            def flip(invitations: Invitations) -> None:
+                arena, base = publisher.coordinator.arena.being_written
+                arena.memory[base + 5] ^= 1
+
+            with joining(live.engine, flip), pytest.raises(PushError, match="bucket 0 arrived corrupted"):
+                await live.push(publisher)
+            await live.is_fenced()
+            await live.push(publisher)
+            await live.serves()
+
+    live.run(test())
+
+
+@pytest.mark.parametrize("reported_dead", [False, True], ids=["in time", "too late"])
+def test_a_stopped_worker_is_named_and_cannot_come_back_into_the_next_push(
+    live: Live, reported_dead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(k2rl.inference.vllm, "FAREWELL_S", 0.5)
+    settled = live.engine.push_settled
+
+    async def test() -> None:
+        stopped = (await live.watch("stop", at=1, rank=1))[1]
+
+        async def wake_and_settle() -> BaseException | None:
+            assert stopped.status() == psutil.STATUS_STOPPED
+            stopped.resume()
+            return await settled()
+
+        async with live.publisher(deadline_s=SHORT_DEADLINE_S) as publisher:
+            live.perturb()
+            if not reported_dead:
+                monkeypatch.setattr(live.engine, "push_settled", wake_and_settle)
+            expected = EngineDeadError if reported_dead else PushError
+            named = rf"receiver 1 \(process {stopped.pid}\) did not come to apply bucket 1 within 2 s"
+            with pytest.raises(expected, match=f"^vLLM: .*{named}"):
+                await live.push(publisher)
+            monkeypatch.undo()
+            await live.is_fenced()
+            if reported_dead:
+                assert not publisher.engines
+                with pytest.raises(EngineDeadError, match="no engine is left"):
+                    await live.push(publisher)
+                stopped.resume()
+                publisher.engines["vLLM"] = live.engine
+            live.perturb()
+            await live.push(publisher)
+            await live.serves()
+
+    live.run(test())
+
+
+def test_a_killed_trainer_leaves_the_engine_fenced(live: Live) -> None:
+    """Its coordinator is gone while one worker has applied everything and the other is in the middle."""
+
+    async def test() -> None:
+        workers = await live.watch("stop", at=1, rank=1)
+        live.version += 1
+        trainer = Part(serve_coordinating_trainer, live.path, live.version, 2, SHORT_DEADLINE_S)
+        try:
+            address = await asyncio.to_thread(trainer.listen)
+            await live.engine.join_push(address, live.version, SHORT_DEADLINE_S)
+            await asyncio.to_thread(
+                wait_for, lambda: workers[1].status() == psutil.STATUS_STOPPED, "the worker stops", 30
+            )
+        finally:
+            trainer.end()
+        workers[1].resume()
+        outcome = await live.engine.push_settled()
+        assert isinstance(outcome, TransferError)
+        assert "receiver 0: TransferError: the coordinator" in str(outcome)
+        assert "receiver 1: TransferError: the coordinator" in str(outcome)
+        await live.is_fenced()
+        async with live.publisher() as publisher:
+            await live.push(publisher)
+            await live.serves()
+
+    live.run(test())
+
+
+def test_the_death_of_one_engine_is_named_and_the_others_go_on(live: Live) -> None:
+    async def test() -> None:
+        others = engine_cores()
+        second = start_engine(live.path, 1)
+        try:
+            (core,) = engine_cores() - others
+            engines = {"first": live.engine, "second": second}
+            async with live.publisher(engines, strategy="shard_aware") as publisher:
+                for _ in range(2):  # at first the second one does not know what it needs
+                    await live.push(publisher)
+                    plan = plan_of(publisher)
+                    assert plan.receivers == (0, 1, 2)
+                    assert bytes_for(plan, 0) < bytes_for(plan, 2)
+                    await live.serves()
+                    await live.serves(engine=second)
+                    live.perturb()
+                committed = live.version
+                died = pytest.raises(EngineDeadError, match="^second: .*engine core died")
+                with joining(second, lambda _: core.kill()), died:
+                    await live.push(publisher)
+                assert publisher.coordinator.version == committed
+                await live.is_fenced()
+                await live.is_fenced(second)
+                assert publisher.engines.keys() == {"first"}
+                await live.push(publisher)
+                await live.serves()
+                await live.is_fenced(second)
+        finally:
+            second.shutdown()
+
+    live.run(test())
+
+
+def test_a_killed_worker_is_named_and_its_engine_reported_dead(live: Live) -> None:
+    async def test() -> None:
+        async with live.publisher(strategy="shard_aware") as publisher:
+            await live.push(publisher)
+            killed = (await live.watch("kill", at=1, rank=1))[1]
+            (core,) = engine_cores()
+            segments.update(shared_memory_of(core.pid, killed.pid))
+            named = rf"receiver 1 \(process {killed.pid}\) died"
+            with pytest.raises(EngineDeadError, match=f"^vLLM: .*{named}") as caught:
+                await live.push(publisher)
+            assert isinstance(caught.value.__cause__, PushError)
+            assert caught.value.__cause__.culprit == Peer(RECEIVER, 1)
+            await live.is_fenced()
+            with pytest.raises(EngineDeadError, match="no engine is left"):
+                await live.push(publisher)
+
+    segments: set[Path] = set()
+    live.run(test())
+    assert segments
+    live.end()
+    wait_for(lambda: not engine_cores(), "the engine's processes end", 30)
+    assert not [segment for segment in segments if segment.exists()]
+    assert not [path for path in Path("/dev/shm").iterdir() if "k2rl" in path.name]

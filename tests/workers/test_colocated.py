@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from k2rl.checkpoint_engine.coordinator import PushReport
-from k2rl.checkpoint_engine.sender import TensorSource
+from k2rl.checkpoint_engine.publisher import TrainerRank
+from k2rl.checkpoint_engine.sender import Sender
 from k2rl.config import CheckpointEngineConfig, InferenceConfig, OptimizerConfig
 from k2rl.training.engine import compute_with
 from k2rl.workers import colocated
@@ -25,9 +26,9 @@ class Published:
     def __init__(self) -> None:
         self.versions: list[int] = []
 
-    async def publish(self, source: TensorSource, version: int, run: object) -> PushReport:
+    async def publish(self, ranks: dict[int, TrainerRank], version: int) -> PushReport:
         self.versions.append(version)
-        return PushReport(version, source.manifest.nbytes, 1, 0.0, 0.0, 0.0)
+        return PushReport(version, ranks[0].manifest.nbytes, 1, 0.0, 0.0, 0.0)
 
 
 @pytest.fixture
@@ -76,6 +77,7 @@ def test_versions_count_the_optimizer_steps(worker: ColocatedWorker) -> None:
     trainer.named_weights = lambda: iter([("weight", torch.ones(3))])
     worker_with_parts: Any = worker
     worker_with_parts._publisher, worker_with_parts._trainer = publisher, trainer
+    worker_with_parts._sender = Sender(0)
 
     async def publish(step_count: int) -> float:
         trainer.step_count = step_count
