@@ -165,6 +165,8 @@ class InferenceConfig:
     cpu_threads_bind: str = "all"
     #: The start-up self-check refuses to train above this mean trainer-vs-vLLM log-prob gap (nats).
     max_logprob_gap: float = 0.1
+    #: Give the memory of weights and KV cache back while the trainer works; the next push fills it again.
+    sleep_while_training: bool = True
     #: Further keyword arguments for vLLM's `AsyncEngineArgs`, added with a plus sign:
     #: `+inference.engine_args.block_size=16`.
     engine_args: dict[str, Any] = field(default_factory=dict)

@@ -14,6 +14,7 @@ import torch
 
 from k2rl.checkpoint_engine.messages import TransferError
 from k2rl.checkpoint_engine.plan import ALIGNMENT, Plan
+from k2rl.workers.memory import release
 
 
 class Arena:
@@ -96,6 +97,11 @@ class ArenaCache:
         self.close()
         self._arena = fresh
         return fresh
+
+    def unload(self) -> None:
+        """Hold none of its memory until it is next read; what is mapped stays mapped."""
+        if self._arena is not None:
+            release([self._arena.memory])
 
     def close(self) -> None:
         if self._arena is not None:

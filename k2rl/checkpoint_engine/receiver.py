@@ -190,6 +190,10 @@ class Receiver:
             self._applied[bucket.index] for bucket in plan.buckets if bucket.index in self._applied
         )
 
+    def unload(self) -> None:
+        """Between pushes: hold none of the arena's memory."""
+        self._arena.unload()
+
     def close(self) -> None:
         self._compiled.clear()
         self._arena.close()

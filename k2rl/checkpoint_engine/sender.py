@@ -160,6 +160,10 @@ class Sender:
                     digest.update(view)
             channel.send(Filled(bucket.index, digest.hexdigest()))
 
+    def unload(self) -> None:
+        """Between pushes: hold none of the arena's memory."""
+        self._arena.unload()
+
     def close(self) -> None:
         self._compiled.clear()
         self._arena.close()

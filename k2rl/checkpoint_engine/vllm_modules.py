@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
@@ -142,6 +144,18 @@ class Rebuild:
             _place_kernel_tensors(self._module, info)
             info.reset()
             self._open = False
+
+
+def discard_packed(model: torch.nn.Module) -> None:
+    """Free what CPU layers have packed for their products; the next push packs it anew."""
+    for name, module in model.named_modules():
+        # A layer may multiply with its weight as it is.
+        if module.__dict__.get("cpu_linear", F.linear) is not F.linear:
+            module.__dict__["cpu_linear"] = partial(_discarded, name)
+
+
+def _discarded(name: str, *arguments: Any) -> torch.Tensor:
+    raise RuntimeError(f"the weights of {name} were discarded; push a version first")
 
 
 def refresh_packed(model: torch.nn.Module) -> None:

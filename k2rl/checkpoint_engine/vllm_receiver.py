@@ -117,3 +117,8 @@ class WeightReceiver:
         # Engines that come and go renumber the others.
         self._receiver.peer = Peer(RECEIVER, number)
         self._receiver.receive(invitation.address, invitation.deadline_s)
+
+    def unload(self) -> None:
+        """Between pushes: hold none of the arena's memory."""
+        if self._receiver is not None:
+            self._receiver.unload()

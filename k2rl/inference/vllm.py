@@ -96,6 +96,8 @@ class VLLMEngine:
             "enable_prefix_caching": True,
             # Log-probs of what was really sampled from: after the temperature.
             "logprobs_mode": "processed_logprobs",
+            # Its allocator can give memory back.
+            "enable_sleep_mode": not current_platform.is_cpu(),
             "worker_cls": "k2rl.inference.vllm_worker.ColocatedVLLMWorker",
             # Text is the environments' and judges' business; ids in, ids out.
             "skip_tokenizer_init": True,
@@ -116,6 +118,7 @@ class VLLMEngine:
         self._version = NO_WEIGHT_VERSION
         self._fenced = True
         self._paused = False
+        self._asleep = False
         self._push: asyncio.Future[None] | None = None
         self._settle_s = 0.0
         self._needs: tuple[Needs, ...] | None = None
@@ -225,6 +228,43 @@ class VLLMEngine:
         except Exception as error:
             raise EngineDeadError(f"vLLM does not resume: {error}") from error
         self._version, self._fenced, self._paused = version, False, False
+
+    @property
+    def asleep(self) -> bool:
+        return self._asleep
+
+    async def sleep(self) -> None:
+        """Give the memory of weights and KV cache back; running requests are aborted.
+
+        The engine is fenced until it was woken up and has received a push.
+
+        Raises:
+            EngineDeadError: vLLM died.
+        """
+        self._fenced = self._asleep = True
+        await self._call_engine(self._llm.sleep(level=2))
+
+    async def wake_up(self) -> None:
+        """Take the memory again, for the push that is to fill it; raises as `sleep`."""
+        await self._call_engine(self._llm.wake_up())
+        self._asleep = False
+
+    async def resident_memory(self) -> tuple[int, int]:
+        """Bytes of physical memory that its workers hold, and that they held before they had a model.
+
+        Raises:
+            EngineDeadError: vLLM died.
+        """
+        answers = await self._call_workers("resident_memory")
+        return sum(now for now, _ in answers), sum(before for _, before in answers)
+
+    async def _call_engine(self, call: Awaitable[object]) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError as VLLMEngineDeadError
+
+        try:
+            await self._while_alive(call)
+        except VLLMEngineDeadError as error:
+            raise EngineDeadError(str(error)) from error
 
     async def _call_workers(self, method: str, *arguments: object) -> list[Any]:
         """Each worker's answer, which tells of its own failures: what is raised is vLLM's own."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from vllm.config import set_current_vllm_config
@@ -11,7 +11,9 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from k2rl.checkpoint_engine.messages import PushInvitation
+from k2rl.checkpoint_engine.vllm_modules import discard_packed
 from k2rl.checkpoint_engine.vllm_receiver import WeightReceiver
+from k2rl.workers.memory import release, resident, trim
 
 if TYPE_CHECKING or not current_platform.is_cpu():
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
@@ -23,6 +25,37 @@ logger = init_logger(__name__)
 
 class ColocatedVLLMWorker(PlatformWorker):
     """A vLLM worker that shares its host (and devices) with the trainer."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        self._resident_before = resident()
+        super().load_model(*args, **kwargs)
+
+    def resident_memory(self) -> tuple[int, int]:
+        """Bytes of physical memory that this process holds, and that it held before it had a model."""
+        return resident(), self._resident_before
+
+    def sleep(self, level: int = 1) -> None:
+        """Give back the KV cache's memory, from level 2 on also the weights'.
+
+        On a GPU through vLLM's own allocator. On a CPU, where vLLM does nothing, the pages are given back and
+        the addresses stay, so that nobody who holds a tensor need know.
+        """
+        if not current_platform.is_cpu():
+            super().sleep(level)
+            return
+        model, tensors = self.model_runner.get_model(), list(self.model_runner.kv_caches)
+        if level > 1:
+            tensors += list(model.parameters())
+            discard_packed(model)
+        release(tensors)
+        if "weight_receiver" in self.__dict__:
+            self.weight_receiver.unload()
+        trim()
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        # On a CPU the pages come back as they are used.
+        if not current_platform.is_cpu():
+            super().wake_up(tags)
 
     @cached_property
     def weight_receiver(self) -> WeightReceiver:

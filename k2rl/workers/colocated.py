@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,11 +20,14 @@ from k2rl.hardware import fast_dtype
 from k2rl.inference.engine import Generation, Sampling
 from k2rl.inference.prefork import start_server
 from k2rl.training.batch import SupervisedSequence, TrainSequence
+from k2rl.workers.memory import resident, trim
 from k2rl.workers.process import redirect_output
 
 if TYPE_CHECKING:
     from k2rl.checkpoint_engine.publisher import Publisher
     from k2rl.checkpoint_engine.sender import Source
+
+GIB = 1 << 30
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -112,8 +116,9 @@ class ColocatedWorker:
         updates: int,
         num_sequences: int,
     ) -> dict[str, float]:
-        """See `TrainEngine.policy_step`."""
-        return await self._train(
+        """See `TrainEngine.policy_step`; also the seconds and memory of the switch, see `_to_training`."""
+        switch = await self._to_training()
+        learned = await self._train(
             self._trainer.policy_step,
             groups,
             objective=objective,
@@ -123,10 +128,40 @@ class ColocatedWorker:
             updates=updates,
             num_sequences=num_sequences,
         )
+        return learned | switch
 
     async def sft_step(self, sequences: Sequence[SupervisedSequence]) -> dict[str, float]:
         """See `TrainEngine.sft_step`."""
+        await self._to_training()
         return await self._train(self._trainer.sft_step, sequences)
+
+    async def _to_training(self) -> dict[str, float]:
+        """Let vLLM give its memory back, if it has not yet.
+
+        Returns:
+            `switch_s`, and in GiB the physical memory that vLLM's workers hold now (`vllm_resident_gib`) and
+            held before they had a model (`vllm_base_gib`).
+        """
+        if not self._spec.inference.sleep_while_training or self._vllm.asleep:
+            return {}
+        start = time.perf_counter()
+        await self._vllm.sleep()
+        seconds = time.perf_counter() - start
+        now, before = await self._vllm.resident_memory()
+        return {"switch_s": seconds, "vllm_resident_gib": now / GIB, "vllm_base_gib": before / GIB}
+
+    async def _to_serving(self) -> dict[str, float]:
+        """Let the trainer give back what it needs for training alone, and wake vLLM up.
+
+        Returns:
+            `switch_s`, and in GiB the physical memory that this process holds now (`trainer_resident_gib`).
+        """
+        start = time.perf_counter()
+        self._sender.unload()
+        trim()
+        if self._vllm.asleep:
+            await self._vllm.wake_up()
+        return {"switch_s": time.perf_counter() - start, "trainer_resident_gib": resident() / GIB}
 
     async def reset_optimizer(self, lr: float) -> None:
         await self._train(self._trainer.reset_optimizer, lr)
@@ -139,8 +174,9 @@ class ColocatedWorker:
 
         Returns:
             `version`, `bytes`, and the seconds spent copying out (`write_s`) and in place (`update_s`, in
-            which nothing is generated).
+            which nothing is generated); and what `_to_serving` says.
         """
+        switch = await self._to_serving()
         from k2rl.checkpoint_engine.publisher import local_rank
 
         version = self._trainer.step_count if self._spec.trains else 0
@@ -151,6 +187,7 @@ class ColocatedWorker:
             "bytes": float(report.nbytes),
             "write_s": report.stage_s,
             "update_s": report.apply_s,
+            **switch,
         }
 
     def _make_publisher(self) -> Publisher:

@@ -74,6 +74,17 @@ class PlacementProbe:
         boxes = [box for boxes in (self.loader.needs or {}).values() for box in boxes]
         return sum(_elements(box) for box in boxes) * 4
 
+    def fill_cache(self) -> None:
+        """Use all of the KV cache."""
+        for cache in self.model_runner.kv_caches:
+            cache.fill_(1)
+
+    def largest_weight(self) -> float:
+        """Of the middle of all parameters, that no other tensor shares a page with."""
+        model = self.model_runner.get_model()
+        flat = (parameter.flatten() for parameter in model.parameters() if parameter.nbytes >= 3 * 4096)
+        return max((float(f[f.numel() // 2].abs()) for f in flat), default=0.0)
+
     def modules_with_loaders(self) -> list[str]:
         """Modules that take no recorded copies."""
         replay = self.loader._replay
@@ -128,6 +139,17 @@ def _try(engine: Any, folder: Path) -> dict[str, Any]:
     engine.collective_rpc("break_off", args=(str(folder / SECOND / "model.safetensors"),))
     found["error while learning"] = without("model.layers.1.self_attn.o_proj.weight")
     note("healed by loaders", SECOND)
+    update(FIRST)
+    engine.collective_rpc("fill_cache")
+    awake = engine.collective_rpc("resident_memory")
+    engine.sleep(2)
+    asleep = engine.collective_rpc("resident_memory")
+    found["bytes given back"] = [
+        before - after for (before, _), (after, _) in zip(awake, asleep, strict=True)
+    ]
+    found["weights asleep"] = engine.collective_rpc("largest_weight")
+    engine.wake_up()
+    note("after sleep", SECOND)
     return found
 
 
@@ -147,14 +169,19 @@ def _answers(engine: Any) -> Answers:
 
 def main() -> None:
     folder, ranks, kinds = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    from k2rl.inference.prefork import adopt, start_server
+
+    start_server()
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    adopt()
     for kind in kinds:
         engine = LLM(
             str(folder / kind / SECOND),
             dtype=kind.partition("@")[2] or "float32",
             tensor_parallel_size=ranks,
+            worker_cls="k2rl.inference.vllm_worker.ColocatedVLLMWorker",
             worker_extension_cls="tests.integration.model_probe.PlacementProbe",
             skip_tokenizer_init=True,
             enforce_eager=True,

@@ -23,7 +23,9 @@ from tests.integration.model_probe import FIRST, SECOND
 pytestmark = pytest.mark.integration
 
 KINDS = ["tiny-qwen3", "tiny-llama-untied@bfloat16", "tiny-llama-untied", "tiny-deepseek"]
-SECOND_WEIGHTS = ["replayed", "healed by a replay", "healed by loaders"]
+SECOND_WEIGHTS = ["replayed", "healed by a replay", "healed by loaders", "after sleep"]
+#: Of each rank, in the probe.
+CACHE_BYTES = 2**26
 
 
 def _save(kind: str, folder: Path) -> None:
@@ -88,5 +90,7 @@ def _check(found: dict[str, Any]) -> None:
     for step in SECOND_WEIGHTS:
         assert answers[step] == found["fresh"], step
     replayed = {step for step, ranks in found["replayed"].items() if all(ranks)}
-    assert replayed == {"replayed", "in boxes", "healed by a replay"}
+    assert replayed == {"replayed", "in boxes", "healed by a replay", "after sleep"}
+    assert all(given > 0.9 * CACHE_BYTES for given in found["bytes given back"])
+    assert found["weights asleep"] == [0.0] * len(found["weights asleep"])
     assert not any(found["with loaders"])

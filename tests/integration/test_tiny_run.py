@@ -66,6 +66,15 @@ def test_trainer_and_vllm_agree_in_float32(tiny_run: Path) -> None:
         assert abs(row["mismatch/ratio_max"] - 1) < 1e-2
 
 
+def test_vllm_gives_its_memory_to_the_trainer(tiny_run: Path) -> None:
+    for row in read_metrics(tiny_run):
+        held, base = row["memory/vllm_while_training_gib"], row["memory/vllm_without_model_gib"]
+        # Little of the cache was used; code that has run since is a part of what is held.
+        assert base < held < 1.25 * base
+        assert row["memory/to_training_s"] > 0
+        assert row["memory/trainer_while_serving_gib"] > 0
+
+
 def test_every_token_knows_its_weight_version(tiny_run: Path) -> None:
     after = msgspec.json.decode((tiny_run / "evaluations" / "after.json").read_bytes(), type=EvaluationResult)
     before = msgspec.json.decode(

@@ -77,7 +77,7 @@ def test_versions_count_the_optimizer_steps(worker: ColocatedWorker) -> None:
     trainer.named_weights = lambda: iter([("weight", torch.ones(3))])
     worker_with_parts: Any = worker
     worker_with_parts._publisher, worker_with_parts._trainer = publisher, trainer
-    worker_with_parts._sender = Sender(0)
+    worker_with_parts._sender, worker_with_parts._vllm = Sender(0), SimpleNamespace(asleep=False)
 
     async def publish(step_count: int) -> float:
         trainer.step_count = step_count
