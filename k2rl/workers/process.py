@@ -37,8 +37,6 @@ def follow_owner_in_death() -> None:
 
 def _wait_and_kill(owner_handle: int, parent: int) -> None:
     select.select([owner_handle], [], [])
-    # First: the parent's end may end this process, too.
-    remove(shared_memory_of(os.getpid(), parent))
     if os.getppid() == parent:
         os.kill(parent, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -56,7 +56,8 @@ def test_a_killed_part_is_named_and_nothing_hangs(victim: str, start: Start, tmp
     assert ("vLLM engine" in err) == victim.startswith("VLLM")
     assert "worker-0.log" in err
     wait_for(lambda: not command.descendants(), "all processes end", 20)
-    assert not [segment for segment in segments if segment.exists()]
+    if victim.startswith("VLLM"):  # else nobody who knows of them is left
+        assert not [segment for segment in segments if segment.exists()]
 
 
 def _shared_memory(command: Command) -> set[Path]:
