@@ -172,6 +172,11 @@ class InferenceConfig:
 
 @dataclass
 class CheckpointEngineConfig:
+    #: `broadcast` pushes all weights, `delta` those that are not as they were, by blocks of rows; all of them
+    #: if more than half of the bytes have changed. Dense optimizers change every weight at every step: then
+    #: `delta` only adds a pass over the weights. It pays where much stays as it is: frozen parts, adapters,
+    #: experts that few tokens reach.
+    strategy: str = "broadcast"
     #: Most MiB in a bucket, the unit that is sent, checked and applied at once (a larger tensor has its own).
     bucket_mib: int = 64
     #: MiB of shared memory on each host for a push in flight. 0 keeps two whole versions instead, so that a

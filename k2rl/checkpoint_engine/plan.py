@@ -8,7 +8,7 @@ different owners share buckets: there are as many buckets as the bytes need, not
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -25,8 +25,14 @@ ALIGNMENT = 256
 #: Places of a ring: one is filled, one is on the wire, one is applied.
 RING_SLOTS = 3
 
+#: A delta that would have more than this share of the bytes goes as a full push, which builds on no version.
+MOST_CHANGED = 0.5
+
 #: Ranges along each dimension: `((0, 4), (8, 16))` is rows 0 to 3, columns 8 to 15.
 Box = tuple[tuple[int, int], ...]
+
+#: By tensor name, ranges of rows.
+Rows = Mapping[str, Iterable[tuple[int, int]]]
 
 
 class PlanError(ValueError):
@@ -86,6 +92,8 @@ class Plan(msgspec.Struct, frozen=True, dict=True):
     slots: int
     buckets: tuple[Bucket, ...]
     receivers: tuple[int, ...]
+    #: Of a delta: the version that receivers, and arenas that retain it, must hold exactly.
+    base: int | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -102,6 +110,11 @@ class Plan(msgspec.Struct, frozen=True, dict=True):
         """Bytes that owners write."""
         return sum(block.nbytes for bucket in self.buckets for block in bucket.blocks)
 
+    @cached_property
+    def owners(self) -> tuple[int, ...]:
+        """Ranks that write anything, ascending."""
+        return tuple(sorted({owner for bucket in self.buckets for owner in bucket.owners}))
+
 
 #: Of a participant that has not seen one.
 NO_PLAN = Plan("broadcast", (), 0, 0, (), ())
@@ -114,8 +127,11 @@ def plan_push(
     bucket_bytes: int,
     slots: int = 0,
     needs: Mapping[int, Mapping[str, Sequence[Box]]] | None = None,
+    changed: Rows | None = None,
+    base: int | None = None,
+    together: Iterable[Collection[str]] = (),
 ) -> Plan:
-    """Plan a push of everything to `receivers`.
+    """Plan a push of everything to `receivers`, or of what has changed.
 
     Args:
         manifest: the weights and their owners.
@@ -125,6 +141,13 @@ def plan_push(
             the version (`Plan.retains`).
         needs: for the strategy `shard_aware`: by receiver and tensor name, the boxes it needs (a tensor that
             is not named is not needed). Default: `broadcast`, everything to everyone.
+        changed: for the strategy `delta`: the rows that differ from version `base`, by tensor name. If they
+            are more than `MOST_CHANGED` of the bytes, the plan is a `broadcast`.
+        base: the version that `changed` refers to.
+        together: sets of tensors that receivers take whole and together or not at all.
+
+    A delta of a plan that retains has its blocks in the places of the full plan: written there, they make the
+    arena's copy of version `base` a copy of the new one.
 
     Raises:
         PlanError: a unit is larger than a bucket; says the size that is needed. Or a receiver needs what
@@ -137,6 +160,17 @@ def plan_push(
             "one slot cannot overlap filling and applying: use at least 2, or 0 to keep everything"
         )
     builder = _Builder(manifest, bucket_bytes, slots)
+    if changed is not None:
+        if needs is not None or base is None:
+            raise PlanError("a delta has a base version, and goes to all receivers alike")
+        boxes = _changed_boxes(manifest, changed, together)
+        nbytes = sum(builder.nbytes(index, box) for index, several in boxes.items() for box in several)
+        if nbytes <= MOST_CHANGED * manifest.nbytes:
+            if slots:
+                builder.add(tuple(receivers), boxes)
+                return builder.plan("delta", tuple(receivers), base)
+            full = plan_push(manifest, receivers, bucket_bytes=bucket_bytes)
+            return _in_place(full, boxes, base)
     if needs is None:
         builder.add(tuple(receivers), {index: (whole(spec),) for index, spec in enumerate(manifest.tensors)})
         return builder.plan("broadcast", tuple(receivers))
@@ -173,7 +207,7 @@ def largest_unit(manifest: Manifest) -> Unit:
     """The smallest bucket is as large as this."""
     tensors = manifest.tensors
     units = _units(manifest, dict.fromkeys(range(len(tensors)), ()))
-    sizes = (Unit(tensors[u[0]].name, sum(_aligned(tensors[i].nbytes) for i in u)) for u in units)
+    sizes = (Unit(tensors[u[0]].name, sum(aligned(tensors[i].nbytes) for i in u)) for u in units)
     return max(sizes, key=lambda unit: unit.nbytes)
 
 
@@ -194,8 +228,8 @@ class _Builder:
         used = 0
         for unit in _units(self._manifest, boxes):
             # A tensor without elements has nothing to send.
-            pieces = [(index, box) for index in unit for box in boxes[index] if self._nbytes(index, box)]
-            size = sum(_aligned(self._nbytes(index, box)) for index, box in pieces)
+            pieces = [(index, box) for index in unit for box in boxes[index] if self.nbytes(index, box)]
+            size = sum(aligned(self.nbytes(index, box)) for index, box in pieces)
             if size > self._bucket_bytes:
                 raise PlanError(
                     f"{self._manifest.tensors[unit[0]].name} needs a bucket of {size:,} bytes; "
@@ -205,9 +239,9 @@ class _Builder:
                 self._close(audience, blocks, used)
                 blocks, used = [], 0
             for index, box in pieces:
-                nbytes = self._nbytes(index, box)
+                nbytes = self.nbytes(index, box)
                 blocks.append(Block(index, box, used, nbytes, self._parts(index, box, nbytes)))
-                used += _aligned(nbytes)
+                used += aligned(nbytes)
         self._close(audience, blocks, used)
 
     def _close(self, audience: tuple[int, ...], blocks: list[Block], used: int) -> None:
@@ -221,7 +255,7 @@ class _Builder:
         self._buckets.append(Bucket(index, offset, used, audience, tuple(blocks), after))
         self._end = max(self._end, offset + used)
 
-    def _nbytes(self, index: int, box: Box) -> int:
+    def nbytes(self, index: int, box: Box) -> int:
         return (
             math.prod(stop - start for start, stop in box) * ITEM_BYTES[self._manifest.tensors[index].dtype]
         )
@@ -241,8 +275,79 @@ class _Builder:
             row = stop
         return tuple(parts)
 
-    def plan(self, strategy: Strategy, receivers: tuple[int, ...]) -> Plan:
-        return Plan(strategy, self._manifest.tensors, self._end, self._slots, tuple(self._buckets), receivers)
+    def plan(self, strategy: Strategy, receivers: tuple[int, ...], base: int | None = None) -> Plan:
+        return Plan(
+            strategy, self._manifest.tensors, self._end, self._slots, tuple(self._buckets), receivers, base
+        )
+
+
+def _changed_boxes(
+    manifest: Manifest, changed: Rows, together: Iterable[Collection[str]]
+) -> dict[int, list[Box]]:
+    """What a delta brings: rows, and of tensors that belong together all of all of them."""
+    indices = {spec.name: index for index, spec in enumerate(manifest.tensors)}
+    if unknown := sorted(changed.keys() - indices.keys()):
+        raise PlanError(f"{unknown[0]} changed, which nobody sends")
+    boxes: dict[int, list[Box]] = {}
+    for name, rows in changed.items():
+        spec = manifest.tensors[indices[name]]
+        if ranges := merged_rows(rows, spec.rows):
+            boxes[indices[name]] = [(cut, *whole(spec)[1:]) if spec.shape else () for cut in ranges]
+    units: dict[str, set[int]] = {}
+    for index, spec in enumerate(manifest.tensors):
+        if spec.unit:
+            units.setdefault(spec.unit, set()).add(index)
+    groups = [*units.values(), *({indices[name] for name in names if name in indices} for names in together)]
+    reached, left = set(boxes), groups
+    while touched := [group for group in left if group & reached]:
+        reached.update(*touched)
+        left = [group for group in left if not group & reached]
+        for index in set().union(*touched):
+            boxes[index] = [whole(manifest.tensors[index])]
+    return boxes
+
+
+def merged_rows(rows: Iterable[tuple[int, int]], length: int) -> list[tuple[int, int]]:
+    """The same rows in order, as few ranges within 0 to `length` as possible."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted((max(start, 0), min(stop, length)) for start, stop in rows):
+        if start >= stop:
+            continue
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def _in_place(full: Plan, boxes: Mapping[int, Sequence[Box]], base: int) -> Plan:
+    """A plan that writes only these rows, each where the full plan has it, and by whom."""
+    buckets: list[Bucket] = []
+    for bucket in full.buckets:
+        blocks = [
+            _rows_of(block, box)
+            for block in bucket.blocks
+            for box in boxes.get(block.tensor, ())
+            if block.nbytes
+        ]
+        if blocks:
+            buckets.append(
+                Bucket(len(buckets), bucket.offset, bucket.nbytes, bucket.receivers, tuple(blocks))
+            )
+    return Plan("delta", full.tensors, full.arena_bytes, 0, tuple(buckets), full.receivers, base)
+
+
+def _rows_of(block: Block, box: Box) -> Block:
+    if box == block.box:
+        return block
+    start, stop = box[0]
+    parts = tuple(
+        Part(part.owner, max(part.start, start), min(part.stop, stop))
+        for part in block.parts
+        if part.start < stop and part.stop > start
+    )
+    offset, nbytes = block.place(Part(0, start, stop))
+    return Block(block.tensor, box, offset, nbytes, parts)
 
 
 def whole(spec: TensorSpec) -> Box:
@@ -250,7 +355,8 @@ def whole(spec: TensorSpec) -> Box:
     return tuple((0, length) for length in spec.shape)
 
 
-def _aligned(nbytes: int) -> int:
+def aligned(nbytes: int) -> int:
+    """The next place at which a block may start."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from k2rl.checkpoint_engine.coordinator import Coordinator, Invitations, PushReport
 from k2rl.checkpoint_engine.disk import checkpoint_manifest
-from k2rl.checkpoint_engine.manifest import check_same_model
-from k2rl.checkpoint_engine.messages import SENDER, Address, Peer
+from k2rl.checkpoint_engine.manifest import Manifest, check_same_model
+from k2rl.checkpoint_engine.messages import SENDER, Address, Peer, TransferError
 from k2rl.checkpoint_engine.plan import RING_SLOTS, Plan, fit_bucket, largest_unit, plan_push
 from k2rl.checkpoint_engine.sender import Sender, Source
 from k2rl.config import CheckpointEngineConfig
@@ -56,7 +56,9 @@ class Publisher:
         #: Of its pushes.
         self.coordinator = Coordinator(config.deadline_s)
         self._sender = Sender(0)
-        self._plan: tuple[object, Plan] | None = None
+        self._plan: tuple[Manifest, Plan] | None = None
+        #: What the engine holds, if the last push has brought it there.
+        self._version: int | None = None
 
     async def start(self) -> None:
         await self.coordinator.__aenter__()
@@ -64,8 +66,8 @@ class Publisher:
     async def close(self) -> None:
         await self.coordinator.__aexit__()
 
-    async def publish(self, source: Source, version: int, run: Callable[..., Awaitable[int]]) -> PushReport:
-        """Push `source` as `version`.
+    async def publish(self, source: Source, version: int, run: Callable[..., Awaitable[Any]]) -> PushReport:
+        """Push `source` as `version`; with the strategy `delta` what has changed, if the engine can take it.
 
         Args:
             source: the weights; they must not change until this returns.
@@ -77,16 +79,42 @@ class Publisher:
             PushError: the push failed; see `Coordinator.push`.
             ValueError: the version is not newer.
         """
-        plan = self._planned(source)
+        full = self._planned(source)
+        if self._config.strategy != "delta" or self._version is None:
+            return await self._push(full, source, version, run)
+        changed = await run(self._sender.changes, source, full, self._version, version)
+        plan = plan_push(
+            source.manifest,
+            full.receivers,
+            bucket_bytes=self._bucket_bytes(source.manifest),
+            slots=full.slots,
+            changed=changed,
+            base=self._version,
+            together=self.coordinator.together,
+        )
+        try:
+            return await self._push(plan if plan.base is not None else full, source, version, run)
+        except TransferError as error:
+            if not error.refused:
+                raise
+        # The engine is paused with its requests kept; this push lets it go on.
+        return await self._push(full, source, version, run)
+
+    async def _push(
+        self, plan: Plan, source: Source, version: int, run: Callable[..., Awaitable[Any]]
+    ) -> PushReport:
         deadline_s = self._config.deadline_s
 
         def invite() -> Invitations:
+            if 0 not in plan.owners:
+                return {}  # nothing has changed
             return {Peer(SENDER, 0): run(self._sender.send, source, self.coordinator.address, deadline_s)}
 
         async def pause() -> Invitations:
             return await self._engine.join_push(self.coordinator.address, version, deadline_s)
 
         hosts = dict.fromkeys(self._engine.receivers, 0)
+        self._version = None
         try:
             report = await self.coordinator.push(version, plan, hosts, invite, pause)
         except BaseException as error:
@@ -98,6 +126,7 @@ class Publisher:
         outcome = await self._engine.push_settled()
         if outcome is not None:
             raise outcome
+        self._version = version
         return report
 
     def _planned(self, source: Source) -> Plan:
@@ -106,14 +135,16 @@ class Publisher:
         if self._plan is None or self._plan[0] != manifest:
             check_same_model(manifest.tensors, self._expected)
             slots = RING_SLOTS if self._config.memory_mib else 0
-            bucket_bytes = max(self._config.bucket_mib * MIB, largest_unit(manifest).nbytes)
-            if slots:
-                bucket_bytes = min(
-                    bucket_bytes, fit_bucket(manifest, int(self._config.memory_mib * MIB), slots)
-                )
+            bucket_bytes = self._bucket_bytes(manifest)
             plan = plan_push(manifest, self._engine.receivers, bucket_bytes=bucket_bytes, slots=slots)
             self._plan = (manifest, plan)
         return self._plan[1]
+
+    def _bucket_bytes(self, manifest: Manifest) -> int:
+        size = max(self._config.bucket_mib * MIB, largest_unit(manifest).nbytes)
+        if self._config.memory_mib:
+            size = min(size, fit_bucket(manifest, int(self._config.memory_mib * MIB), RING_SLOTS))
+        return size
 
 
 def expected_tensors(folder: Path, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:

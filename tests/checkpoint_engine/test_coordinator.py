@@ -412,7 +412,7 @@ def test_the_arena_keeps_the_committed_version_and_lets_go_of_the_rest(
             committed = None
         arena.memory[base : base + plan.arena_bytes] = number % 250 + 1
         if outcome == "commit":
-            host.commit(plan)
+            host.commit(plan, number)
             committed = None if ring else (number % 250 + 1, plan.arena_bytes)
         elif outcome == "abandon":
             host.abandon()

@@ -74,7 +74,8 @@ async def _push_and_compare(path: Path, dtype: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
     config = InferenceConfig(max_model_len=2048, max_num_seqs=16, kv_cache_gib=0.25)
     engine = VLLMEngine(path, dtype, (), config, seed=0)
-    publisher = Publisher(engine, CheckpointEngineConfig(bucket_mib=1), expected_tensors(path, dtype))
+    pushes = CheckpointEngineConfig(bucket_mib=1)
+    publisher = Publisher(engine, pushes, expected_tensors(path, dtype))
     pushing = Pushing(model, publisher)
     try:
         await publisher.start()
@@ -94,6 +95,10 @@ async def _push_and_compare(path: Path, dtype: str) -> None:
         await _a_sleeping_engine_is_not_pushed_into(engine, pushing)
         await _requests_live_through_an_update(engine, pushing)
         await _an_aborted_request_is_no_turn(engine)
+        pushes.strategy = "delta"
+        await _a_delta_brings_what_has_changed(engine, pushing, dtype)
+        await _a_delta_that_fails_or_is_refused_heals(engine, pushing, dtype)
+        pushes.strategy = "broadcast"
         await _a_corrupted_push_fences_until_the_next(engine, pushing, dtype)
         await _a_killed_engine_core_ends_the_push(engine, pushing)
     finally:
@@ -122,6 +127,54 @@ async def _a_sleeping_engine_is_not_pushed_into(engine: VLLMEngine, pushing: Pus
     assert (await engine.generate(PROMPTS[0], Sampling(1.0, 4))).weight_spans == ((0, 2),)
 
 
+async def _a_delta_brings_what_has_changed(engine: VLLMEngine, pushing: Pushing, dtype: str) -> None:
+    """A tensor that vLLM packs with its module, and a row of one that it does not."""
+    whole = sum(parameter.nbytes for parameter in pushing.model.parameters())
+    assert (await pushing.push(4)).nbytes == 0
+    assert (await engine.generate(PROMPTS[0], Sampling(1.0, 4))).weight_spans == ((0, 4),)
+    before = await _mean_gap(engine, pushing.model, 1.0)
+    with torch.no_grad():
+        layer = pushing.model.model.layers[1]
+        layer.self_attn.o_proj.weight.mul_(-1.5)
+        pushing.model.model.embed_tokens.weight[PROMPTS[0][0]].mul_(2)
+    assert await _mean_gap(engine, pushing.model, 1.0) > 10 * max(before, LIMITS[dtype])
+    report = await pushing.push(5)
+    assert layer.self_attn.o_proj.weight.nbytes < report.nbytes < whole / 2
+    assert await _mean_gap(engine, pushing.model, 1.0) < LIMITS[dtype]
+
+
+async def _a_delta_that_fails_or_is_refused_heals(engine: VLLMEngine, pushing: Pushing, dtype: str) -> None:
+    """By a push of everything, through which requests live."""
+    publisher, join = pushing.publisher, engine.join_push
+    whole = sum(parameter.nbytes for parameter in pushing.model.parameters())
+
+    async def join_corrupted(address: Address, version: int, deadline_s: float) -> Invitations:
+        arena, base = publisher.coordinator.arena.being_written
+        assert publisher.coordinator._push is not None
+        bucket = publisher.coordinator._push.transaction.plan.buckets[0]
+        arena.memory[base + bucket.offset + bucket.blocks[0].offset] ^= 1
+        return await join(address, version, deadline_s)
+
+    running = [asyncio.create_task(engine.generate(prompt, Sampling(1.0, 1500, 1))) for prompt in PROMPTS]
+    await engine.generate(PROMPTS[0], Sampling(1.0, 64))
+    with torch.no_grad():
+        pushing.model.model.norm.weight.mul_(1.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "join_push", join_corrupted)
+        with pytest.raises(PushError, match="arrived corrupted"):
+            await pushing.push(6)
+    # As if nobody had told it: what it builds on is torn, so the engine refuses a delta.
+    publisher._version = publisher.coordinator.version
+    assert (await pushing.push(6)).nbytes == whole
+    for generation in await asyncio.gather(*running):
+        assert {version for _, version in generation.weight_spans} <= {5, 6}
+    assert await _mean_gap(engine, pushing.model, 1.0) < LIMITS[dtype]
+    with torch.no_grad():
+        pushing.model.model.norm.weight.mul_(0.5)
+    assert 0 < (await pushing.push(7)).nbytes < whole / 2
+    assert await _mean_gap(engine, pushing.model, 1.0) < LIMITS[dtype]
+
+
 async def _a_corrupted_push_fences_until_the_next(engine: VLLMEngine, pushing: Pushing, dtype: str) -> None:
     join = engine.join_push
 
@@ -133,15 +186,15 @@ async def _a_corrupted_push_fences_until_the_next(engine: VLLMEngine, pushing: P
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "join_push", join_corrupted)
         with pytest.raises(PushError, match="bucket 0 arrived corrupted"):
-            await pushing.push(4)
+            await pushing.push(8)
     with pytest.raises(RuntimeError, match="fenced"):
         await engine.generate(PROMPTS[0], Sampling(1.0, 4))
-    await pushing.push(4)
+    await pushing.push(8)
     assert await _mean_gap(engine, pushing.model, 1.0) < LIMITS[dtype]
 
 
 async def _a_killed_engine_core_ends_the_push(engine: VLLMEngine, pushing: Pushing) -> None:
-    """At once, and as what it is; version 4 is still the committed one."""
+    """At once, and as what it is; version 8 is still the committed one."""
     join = engine.join_push
 
     async def join_and_die(address: Address, version: int, deadline_s: float) -> Invitations:
@@ -154,8 +207,8 @@ async def _a_killed_engine_core_ends_the_push(engine: VLLMEngine, pushing: Pushi
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "join_push", join_and_die)
         with pytest.raises(EngineDeadError):
-            await asyncio.wait_for(pushing.push(5), 60)
-    assert pushing.publisher.coordinator.version == 4
+            await asyncio.wait_for(pushing.push(9), 60)
+    assert pushing.publisher.coordinator.version == 8
     with pytest.raises(RuntimeError, match="fenced"):
         await engine.generate(PROMPTS[0], Sampling(1.0, 4))
 
