@@ -18,7 +18,7 @@ FINEST = 1e-5
 CLOSE_UP = 8
 SHADES = " ░▒▓█"
 
-STAGE_COLORS = {"copy_in": "p1", "transfer": "p0", "wait": "p4", "apply": "p2"}
+STAGE_COLORS = {"scan": "p7", "copy_in": "p1", "transfer": "p0", "wait": "p4", "apply": "p2"}
 BUCKET_COLORS = ("p0", "p1", "p2", "p3", "p5", "p9", "p7", "p8")
 STYLE = """
 .p0{color:#3b6fd4}.p1{color:#e0912f}.p2{color:#1f9d8b}.p3{color:#a45bc4}.p4{color:#8a94a3}

@@ -293,11 +293,7 @@ def _changed_boxes(
         spec = manifest.tensors[indices[name]]
         if ranges := merged_rows(rows, spec.rows):
             boxes[indices[name]] = [(cut, *whole(spec)[1:]) if spec.shape else () for cut in ranges]
-    units: dict[str, set[int]] = {}
-    for index, spec in enumerate(manifest.tensors):
-        if spec.unit:
-            units.setdefault(spec.unit, set()).add(index)
-    groups = [*units.values(), *({indices[name] for name in names if name in indices} for names in together)]
+    groups = [{indices[name] for name in names if name in indices} for names in together]
     reached, left = set(boxes), groups
     while touched := [group for group in left if group & reached]:
         reached.update(*touched)
