@@ -291,25 +291,27 @@ def _changed_boxes(
     boxes: dict[int, list[Box]] = {}
     for name, rows in changed.items():
         spec = manifest.tensors[indices[name]]
-        if ranges := merged_rows(rows, spec.rows):
+        # What lies closer together than blocks may would take more room apart.
+        apart = ALIGNMENT // max(spec.nbytes // max(spec.rows, 1), 1)
+        if spec.nbytes and (ranges := merged_rows(rows, spec.rows, apart)):
             boxes[indices[name]] = [(cut, *whole(spec)[1:]) if spec.shape else () for cut in ranges]
     groups = [{indices[name] for name in names if name in indices} for names in together]
     reached, left = set(boxes), groups
     while touched := [group for group in left if group & reached]:
         reached.update(*touched)
-        left = [group for group in left if not group & reached]
+        left = [group for group in left if group not in touched]
         for index in set().union(*touched):
             boxes[index] = [whole(manifest.tensors[index])]
     return boxes
 
 
-def merged_rows(rows: Iterable[tuple[int, int]], length: int) -> list[tuple[int, int]]:
-    """The same rows in order, as few ranges within 0 to `length` as possible."""
+def merged_rows(rows: Iterable[tuple[int, int]], length: int, apart: int = 0) -> list[tuple[int, int]]:
+    """Ranges of rows in order, within 0 to `length`; those that are at most `apart` rows apart as one."""
     merged: list[tuple[int, int]] = []
     for start, stop in sorted((max(start, 0), min(stop, length)) for start, stop in rows):
         if start >= stop:
             continue
-        if merged and start <= merged[-1][1]:
+        if merged and start <= merged[-1][1] + apart:
             merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
         else:
             merged.append((start, stop))

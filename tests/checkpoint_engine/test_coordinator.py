@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +27,7 @@ from k2rl.checkpoint_engine.messages import (
     Commit,
     Committed,
     Deliver,
+    DeltaRefusedError,
     Failed,
     Filled,
     Finish,
@@ -394,26 +396,59 @@ def _open_arenas() -> int:
     return len(found)
 
 
-@given(st.lists(st.tuples(st.sampled_from(["commit", "fail", "abandon"]), st.integers(1, 9), st.booleans())))
-@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["commit", "fail", "abandon"]),
+            st.integers(1, 9),
+            st.sampled_from(["full", "ring", "delta", "delta"]),
+        )
+    )
+)
+@settings(max_examples=80, deadline=None)
 def test_the_arena_keeps_the_committed_version_and_lets_go_of_the_rest(
-    pushes: list[tuple[str, int, bool]],
+    pushes: list[tuple[str, int, str]],
 ) -> None:
-    """Whatever sizes are pushed, kept or not, and however the pushes end."""
+    """Whatever sizes are pushed, kept or not, in full or what has changed, and however the pushes end."""
     host = HostArena()
     before = _open_arenas()
-    committed = None
-    for number, (outcome, pages, ring) in enumerate(pushes):
-        specs = [TensorSpec(f"t{i}", "int8", (1000,)) for i in range(pages * 4)]
-        plan = plan_push(Manifest.whole(specs), [0], bucket_bytes=1024, slots=2 if ring else 0)
+    committed: torch.Tensor | None = None
+    version, pages_kept = -1, 0
+    for number, (outcome, pages, kind) in enumerate(pushes):
+        if kind == "delta" and committed is not None:
+            pages = pages_kept
+        manifest = Manifest.whole([TensorSpec(f"t{i}", "int8", (1000,)) for i in range(pages * 4)])
+        changed = {f"t{number % (pages * 4)}": [(number % 7, 500)]} if kind == "delta" else None
+        plan = plan_push(
+            manifest,
+            [0],
+            bucket_bytes=1024,
+            slots=2 if kind == "ring" else 0,
+            changed=changed,
+            base=version if changed else None,
+        )
+        if plan.base is not None and committed is None:
+            with pytest.raises(DeltaRefusedError, match=f"builds on version {version}"):
+                host.reserve(plan)
+            continue
         arena, base = host.reserve(plan)
         assert base + plan.arena_bytes <= arena.nbytes
-        if ring:
+        written = torch.full((plan.arena_bytes,), number % 250 + 1, dtype=torch.uint8)
+        if kind == "ring":
             committed = None
-        arena.memory[base : base + plan.arena_bytes] = number % 250 + 1
+        elif plan.base is not None:
+            assert committed is not None
+            written = committed.clone()
+            for bucket in plan.buckets:
+                for block in bucket.blocks:
+                    start = bucket.offset + block.offset
+                    written[start : start + block.nbytes] = number % 250 + 1
+                    arena.memory[base + start : base + start + block.nbytes] = number % 250 + 1
+        if plan.base is None:
+            arena.memory[base : base + plan.arena_bytes] = written
         if outcome == "commit":
             host.commit(plan, number)
-            committed = None if ring else (number % 250 + 1, plan.arena_bytes)
+            committed, version, pages_kept = None if kind == "ring" else written, number, pages
         elif outcome == "abandon":
             host.abandon()
         if committed is None:
@@ -421,7 +456,7 @@ def test_the_arena_keeps_the_committed_version_and_lets_go_of_the_rest(
         else:
             assert host.committed is not None
             kept, start = host.committed
-            assert bool((kept.memory[start : start + committed[1]] == committed[0]).all())
+            assert torch.equal(kept.memory[start : start + len(committed)], committed)
         assert _open_arenas() <= before + 2
     host.close()
     assert _open_arenas() <= before
