@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from k2rl.checkpoint_engine.cells import CELL_BYTES
 from k2rl.checkpoint_engine.coordinator import Invitations, PushReport
 from k2rl.checkpoint_engine.messages import RECEIVER, Address, Peer
 from k2rl.checkpoint_engine.publisher import Publisher
@@ -28,12 +29,15 @@ class Engine:
     def __init__(self, outcome: BaseException | None, joins: bool = True) -> None:
         self.tensors = {"a": torch.zeros(3)}
         self._outcome, self._joins = outcome, joins
+        self.restart()
+
+    def restart(self) -> None:
+        self.receiver = Receiver(0, TensorTarget(self.tensors))
 
     async def join_push(self, address: Address, version: int, deadline_s: float) -> Invitations:
         if not self._joins:
             raise ValueError("the engine sleeps")
-        receiver = Receiver(0, TensorTarget(self.tensors))
-        return {Peer(RECEIVER, 0): asyncio.to_thread(receiver.receive, address, deadline_s)}
+        return {Peer(RECEIVER, 0): asyncio.to_thread(self.receiver.receive, address, deadline_s)}
 
     async def push_settled(self) -> BaseException | None:
         return self._outcome
@@ -70,6 +74,50 @@ def test_of_a_failed_push_the_engines_death_is_what_counts() -> None:
         publish(Engine(EngineDeadError("gone"), joins=False))
     with pytest.raises((PushError, ValueError), match="sleeps"):
         publish(Engine(RuntimeError("the push failed"), joins=False))
+
+
+@pytest.mark.parametrize("memory_mib", [0, 4])
+def test_a_delta_publish_brings_what_changed_or_if_refused_everything(memory_mib: int) -> None:
+    rows = 2 * CELL_BYTES // 1024
+    engine = Engine(None)
+    engine.tensors = {"a": torch.zeros(rows, 256), "b": torch.zeros(rows, 256)}
+    engine.restart()
+    weights = {name: torch.rand(tensor.shape) for name, tensor in engine.tensors.items()}
+    expected = {name: ("float32", tuple(tensor.shape)) for name, tensor in weights.items()}
+    whole = sum(tensor.nbytes for tensor in weights.values())
+    config = CheckpointEngineConfig(strategy="delta", memory_mib=memory_mib)
+
+    async def run() -> None:
+        publisher = Publisher(engine, config, expected)
+        await publisher.start()
+        call: Callable[..., Awaitable[Any]] = asyncio.to_thread
+
+        async def brings(version: int, nbytes: int) -> None:
+            report = await publisher.publish(TensorSource(weights.items(), 0), version, call)
+            assert (report.version, report.nbytes) == (version, nbytes)
+            assert all(torch.equal(engine.tensors[name], weights[name]) for name in weights)
+
+        try:
+            await brings(1, whole)
+            await brings(2, 0)
+            weights["b"][0, 0] += 1
+            await brings(3, CELL_BYTES)
+            weights["a"][-1, -1] += 1
+            engine.restart()
+            await brings(4, whole)
+            weights["a"][-1, -1] += 1
+            await brings(5, CELL_BYTES)
+            weights["a"] += 1
+            weights["b"][0] += 1
+            await brings(6, whole)
+            with pytest.raises(ValueError, match="not newer than 6"):
+                await brings(6, whole)
+            weights["b"][0] += 1
+            await brings(7, CELL_BYTES)
+        finally:
+            await publisher.close()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_an_engine_that_hangs_in_a_push_is_dead_at_the_deadline() -> None:
