@@ -105,9 +105,16 @@ def serve(kind: str, rank: int, shapes: dict[str, tuple[int, int]], pipe: Connec
             pipe.send(nbytes / (time.monotonic() - started))
 
 
+_answers: dict[Connection, asyncio.Future[object]] = {}
+
+
 async def answer(pipe: Connection, word: object) -> object:
+    """One at a time: nobody may wait any more for the answer before, which comes all the same."""
+    if pipe in _answers:
+        await asyncio.wait([_answers[pipe]])
     pipe.send(word)
-    return await asyncio.to_thread(pipe.recv)
+    _answers[pipe] = asyncio.ensure_future(asyncio.to_thread(pipe.recv))
+    return await asyncio.shield(_answers[pipe])
 
 
 async def rounds(
@@ -228,6 +235,8 @@ async def measure(tensor_bytes: int, total: int, count: int, bucket_mib: int, sl
     async with Coordinator(DEADLINE_S) as coordinator:
         await rounds(count, plan, pipes, coordinator)
         await deltas(max(count // 2, 1), plan, manifest, pipes, coordinator)
+    await asyncio.wait(_answers.values())
+    _answers.clear()
     for pipe in chain(*pipes.values()):
         pipe.send(None)
     for process in processes:
