@@ -50,8 +50,8 @@ def simulate(
             copies in, at the same rate, and nothing else starts before it is known what has changed.
     """
     builder = _Builder(plan, topology, kept)
-    for bucket in scanned.buckets if scanned else ():
-        builder.scan(bucket)
+    if scanned is not None:
+        builder.scan(scanned)
     for bucket in plan.buckets:
         builder.add(bucket)
     device = topology.device
@@ -162,16 +162,44 @@ class _Builder:
         self._scans: list[int] = []
         self._spread = plan.strategy != "shard_aware"
 
-    def scan(self, bucket: Bucket) -> None:
-        """Look for changes in a bucket of everything; before any `add`."""
-        mine, _, blocks = self._sources(bucket)
-        self._scans += self._read("scan", bucket, mine, blocks, [])
+    def scan(self, full: Plan) -> None:
+        """Look for changes in everything; before any `add`.
+
+        Nobody waits for a single bucket: of each position, the rank counts that has most in all.
+        """
+        nbytes: dict[int, int] = defaultdict(int)
+        calls: dict[int, float] = defaultdict(float)
+        for bucket in full.buckets:
+            for block in bucket.blocks:
+                for part in block.parts:
+                    nbytes[part.owner] += block.nbytes if len(block.parts) == 1 else block.place(part)[1]
+                    calls[part.owner] += self._block
+            for owner in bucket.owners:
+                calls[owner] += self._bucket
+        times = self._topology.stands_for
+        loads: dict[int, tuple[int, float]] = {}
+        for owner, size in nbytes.items():
+            _, position = self._topology.owner_place(owner)
+            loads[position] = max(loads.get(position, (0, 0.0)), (size, calls[owner]))
+        self._scans = [
+            self._task(
+                "scan",
+                f"sender {position}",
+                [],
+                setup=calls_s * times,
+                nbytes=size * times,
+                links=self._topology.copy_in_links(position),
+                latency=self._message,
+                bucket=-1,
+            )
+            for position, (size, calls_s) in sorted(loads.items())
+        ]
 
     def add(self, bucket: Bucket) -> None:
         payload = sum(block.nbytes for block in bucket.blocks)
         mine, at_host, blocks = self._sources(bucket)
         before = self._applied.get(bucket.after, []) + self._scans
-        filled = self._read("copy_in", bucket, mine, blocks, before)
+        filled = self._fill(bucket, mine, blocks, before)
         audience = [receiver for receiver in bucket.receivers if receiver in self._position]
         if self._spread:
             remote = payload - (min(at_host.values()) if len(at_host) == self._topology.hosts else 0)
@@ -213,18 +241,13 @@ class _Builder:
             blocks[position] = max(blocks.get(position, 0), count[host, position])
         return most, dict(at_host), blocks
 
-    def _read(
-        self,
-        stage: str,
-        bucket: Bucket,
-        mine: Mapping[int, int],
-        blocks: Mapping[int, int],
-        after: Sequence[int],
+    def _fill(
+        self, bucket: Bucket, mine: Mapping[int, int], blocks: Mapping[int, int], after: Sequence[int]
     ) -> list[int]:
         times = self._topology.stands_for
         return [
             self._task(
-                stage,
+                "copy_in",
                 f"sender {position}",
                 after,
                 setup=self._bucket + self._block * blocks[position] * times,
