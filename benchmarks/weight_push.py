@@ -29,7 +29,7 @@ from k2rl.checkpoint_engine.cells import CELL_BYTES
 from k2rl.checkpoint_engine.coordinator import Coordinator
 from k2rl.checkpoint_engine.manifest import Manifest, Shard, TensorSpec, merge
 from k2rl.checkpoint_engine.messages import RECEIVER, SENDER, Peer
-from k2rl.checkpoint_engine.plan import Plan, plan_push
+from k2rl.checkpoint_engine.plan import Plan, plan_delta, plan_push
 from k2rl.checkpoint_engine.receiver import Receiver, TensorTarget
 from k2rl.checkpoint_engine.sender import Sender, TensorSource
 
@@ -85,8 +85,10 @@ def serve(kind: str, rank: int, shapes: dict[str, tuple[int, int]], pipe: Connec
             match job:
                 case ("change", share):
                     pipe.send(source.change(share))
-                case ("changes", *words):
-                    pipe.send(sender.changes(source, *words))
+                case ("plan", plan):
+                    pipe.send(None)
+                case ("changes", base):
+                    pipe.send(sender.changes(source, plan, base, base + 1))
                 case address:
                     pipe.send(sender.send(source, address, DEADLINE_S))
     elif kind == "receiver":
@@ -171,6 +173,8 @@ async def deltas(
 
         await coordinator.push(version, plan, dict.fromkeys(RANKS, 0), invite, pause)
 
+    # Once, as trainer ranks know it anyway.
+    await asyncio.gather(*(answer(pipe, ("plan", full)) for pipe in pipes["sender"]))
     for share in SHARES:
         took: dict[str, list[float]] = {"delta": [], "full": [], "look": []}
         for number in range(count + WARM_UP):
@@ -181,19 +185,12 @@ async def deltas(
                 plan = full
                 if kind == "delta":
                     found = await asyncio.gather(
-                        *(answer(pipe, ("changes", full, version - 1, version)) for pipe in pipes["sender"])
+                        *(answer(pipe, ("changes", version - 1)) for pipe in pipes["sender"])
                     )
                     rows: dict[str, list[tuple[int, int]]] = {}
                     for name, ranges in chain(*(changed.items() for changed in found)):
                         rows.setdefault(name, []).extend(ranges)
-                    plan = plan_push(
-                        manifest,
-                        RANKS,
-                        bucket_bytes=max(bucket.nbytes for bucket in full.buckets),
-                        slots=full.slots,
-                        changed=rows,
-                        base=version - 1,
-                    )
+                    plan = plan_delta(manifest, full, rows, version - 1)
                 looked = time.monotonic()
                 await push(plan)
                 if number >= WARM_UP:

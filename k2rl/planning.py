@@ -12,7 +12,7 @@ from typing import Any
 from k2rl.checkpoint_engine.architectures import ARCHITECTURES, DTYPES, Architecture, manifest, tensors
 from k2rl.checkpoint_engine.manifest import TensorSpec
 from k2rl.checkpoint_engine.moonshot import moonshot_plan, simulate_moonshot
-from k2rl.checkpoint_engine.plan import ALIGNMENT, PlanError, plan_push
+from k2rl.checkpoint_engine.plan import ALIGNMENT, PlanError, plan_delta, plan_push
 from k2rl.checkpoint_engine.sharding import Layout
 from k2rl.checkpoint_engine.sheets import cluster_names, load_sheet
 from k2rl.checkpoint_engine.simulator import Simulation, simulate
@@ -171,7 +171,7 @@ def _broadcast(
     if request.strategy == "delta":
         scanned = pushed
         rows = {spec.name: [(0, math.ceil(spec.rows * request.changed))] for spec in specs}
-        pushed = plan_push(weights, receivers, bucket_bytes=size, slots=request.slots, changed=rows, base=0)
+        pushed = plan_delta(weights, scanned, rows, base=0)
     kept = [_share(spec, layout) for spec in specs]
     return simulate(pushed, Topology(device, request.gpus), kept, scanned)
 

@@ -35,19 +35,22 @@ class CellHashes:
 
     def __init__(self) -> None:
         self._hashes: dict[Cell, xxhash.xxh3_128] = {}
+        self._digests: dict[Cell, bytes] = {}
 
     def update(self, views: Iterable[tuple[Cell, memoryview]]) -> None:
         hashes = self._hashes
         for cell, view in views:
             known = hashes.get(cell)
-            if known is None:
+            if len(view) == CELL_BYTES:  # all of it: no need for an object, which costs as much as 16 KiB
+                self._digests[cell] = xxhash.xxh3_128_digest(view)
+            elif known is None:
                 hashes[cell] = xxhash.xxh3_128(view)
             else:
                 known.update(view)
 
     def digests(self) -> dict[Cell, bytes]:
         """Of each cell."""
-        return {cell: known.digest() for cell, known in self._hashes.items()}
+        return {**self._digests, **{cell: known.digest() for cell, known in self._hashes.items()}}
 
     def of_owners(self) -> dict[int, str]:
         """Of each owner's part of the bucket."""

@@ -19,7 +19,7 @@ import xxhash
 from k2rl.checkpoint_engine.coordinator import Coordinator, Invitations
 from k2rl.checkpoint_engine.manifest import Manifest
 from k2rl.checkpoint_engine.messages import RECEIVER, SENDER, Address, Peer, TransferError
-from k2rl.checkpoint_engine.plan import Plan, Rows, plan_push
+from k2rl.checkpoint_engine.plan import Plan, Rows, plan_delta
 from k2rl.checkpoint_engine.receiver import Receiver, TensorTarget
 from k2rl.checkpoint_engine.sender import Sender, TensorSource
 from k2rl.config import DeviceConfig
@@ -82,14 +82,8 @@ class LocalPushes:
         started = time.monotonic()
         assert base is not None
         found = await self._ask(SENDER, _Search(full, base, base + 1))
-        plan = plan_push(
-            Manifest.whole(full.tensors),
-            full.receivers,
-            bucket_bytes=max(bucket.nbytes for bucket in full.buckets),
-            slots=full.slots,
-            changed=msgspec.convert(found, dict[str, list[tuple[int, int]]]),
-            base=base,
-        )
+        rows = msgspec.convert(found, dict[str, list[tuple[int, int]]])
+        plan = plan_delta(Manifest.whole(full.tensors), full, rows, base)
         looked = time.monotonic()
         return looked - started + await self._push(full, plan), plan
 

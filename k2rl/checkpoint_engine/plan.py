@@ -127,11 +127,8 @@ def plan_push(
     bucket_bytes: int,
     slots: int = 0,
     needs: Mapping[int, Mapping[str, Sequence[Box]]] | None = None,
-    changed: Rows | None = None,
-    base: int | None = None,
-    together: Iterable[Collection[str]] = (),
 ) -> Plan:
-    """Plan a push of everything to `receivers`, or of what has changed.
+    """Plan a push of everything to `receivers`.
 
     Args:
         manifest: the weights and their owners.
@@ -141,13 +138,6 @@ def plan_push(
             the version (`Plan.retains`).
         needs: for the strategy `shard_aware`: by receiver and tensor name, the boxes it needs (a tensor that
             is not named is not needed). Default: `broadcast`, everything to everyone.
-        changed: for the strategy `delta`: the rows that differ from version `base`, by tensor name. If they
-            are more than `MOST_CHANGED` of the bytes, the plan is a `broadcast`.
-        base: the version that `changed` refers to.
-        together: sets of tensors that receivers take whole and together or not at all.
-
-    A delta of a plan that retains has its blocks in the places of the full plan: written there, they make the
-    arena's copy of version `base` a copy of the new one.
 
     Raises:
         PlanError: a unit is larger than a bucket; says the size that is needed. Or a receiver needs what
@@ -160,17 +150,6 @@ def plan_push(
             "one slot cannot overlap filling and applying: use at least 2, or 0 to keep everything"
         )
     builder = _Builder(manifest, bucket_bytes, slots)
-    if changed is not None:
-        if needs is not None or base is None:
-            raise PlanError("a delta has a base version, and goes to all receivers alike")
-        boxes = _changed_boxes(manifest, changed, together)
-        nbytes = sum(builder.nbytes(index, box) for index, several in boxes.items() for box in several)
-        if nbytes <= MOST_CHANGED * manifest.nbytes:
-            if slots:
-                builder.add(tuple(receivers), boxes)
-                return builder.plan("delta", tuple(receivers), base)
-            full = plan_push(manifest, receivers, bucket_bytes=bucket_bytes)
-            return _in_place(full, boxes, base)
     if needs is None:
         builder.add(tuple(receivers), {index: (whole(spec),) for index, spec in enumerate(manifest.tensors)})
         return builder.plan("broadcast", tuple(receivers))
@@ -178,6 +157,44 @@ def plan_push(
     for audience, boxes in _audiences(manifest, receivers, needs):
         builder.add(audience, boxes)
     return builder.plan("shard_aware", tuple(receivers))
+
+
+def plan_delta(
+    manifest: Manifest,
+    full: Plan,
+    changed: Rows,
+    base: int,
+    together: Iterable[Collection[str]] = (),
+) -> Plan:
+    """Plan a push of what has changed.
+
+    If the full plan retains, blocks have the places that they have in it: written there, they make an arena's
+    copy of version `base` a copy of the new one.
+
+    Args:
+        manifest: the weights and their owners.
+        full: the plan for a push of all of them to all receivers.
+        changed: the rows that differ from version `base`, by tensor name.
+        base: the version that receivers hold.
+        together: sets of tensors that receivers take whole and together or not at all.
+
+    Returns:
+        A plan of the strategy `delta`; `full` if that would be more than `MOST_CHANGED` of the bytes.
+
+    Raises:
+        PlanError: what has changed is not there, or the full plan does not bring everything to everyone.
+    """
+    if full.strategy != "broadcast":
+        raise PlanError(f"a delta goes to all receivers alike, and not as {full.strategy}")
+    boxes = _changed_boxes(manifest, changed, together)
+    builder = _Builder(manifest, max((bucket.nbytes for bucket in full.buckets), default=0), full.slots)
+    nbytes = sum(builder.nbytes(index, box) for index, several in boxes.items() for box in several)
+    if nbytes > MOST_CHANGED * manifest.nbytes:
+        return full
+    if full.retains:
+        return _in_place(full, boxes, base)
+    builder.add(full.receivers, boxes)
+    return builder.plan("delta", full.receivers, base)
 
 
 def fit_bucket(manifest: Manifest, memory_budget: int, slots: int = RING_SLOTS) -> int:

@@ -10,7 +10,7 @@ from k2rl.checkpoint_engine.coordinator import Coordinator, Invitations, PushRep
 from k2rl.checkpoint_engine.disk import checkpoint_manifest
 from k2rl.checkpoint_engine.manifest import Manifest, check_same_model
 from k2rl.checkpoint_engine.messages import SENDER, Address, Peer, TransferError
-from k2rl.checkpoint_engine.plan import RING_SLOTS, Plan, fit_bucket, largest_unit, plan_push
+from k2rl.checkpoint_engine.plan import RING_SLOTS, Plan, fit_bucket, largest_unit, plan_delta, plan_push
 from k2rl.checkpoint_engine.sender import Sender, Source
 from k2rl.config import CheckpointEngineConfig
 from k2rl.inference.engine import EngineDeadError
@@ -83,17 +83,9 @@ class Publisher:
         if self._config.strategy != "delta" or self._version is None:
             return await self._push(full, source, version, run)
         changed = await run(self._sender.changes, source, full, self._version, version)
-        plan = plan_push(
-            source.manifest,
-            full.receivers,
-            bucket_bytes=self._bucket_bytes(source.manifest),
-            slots=full.slots,
-            changed=changed,
-            base=self._version,
-            together=self.coordinator.together,
-        )
+        plan = plan_delta(source.manifest, full, changed, self._version, self.coordinator.together)
         try:
-            return await self._push(plan if plan.base is not None else full, source, version, run)
+            return await self._push(plan, source, version, run)
         except TransferError as error:
             if not error.refused:
                 raise
@@ -135,16 +127,14 @@ class Publisher:
         if self._plan is None or self._plan[0] != manifest:
             check_same_model(manifest.tensors, self._expected)
             slots = RING_SLOTS if self._config.memory_mib else 0
-            bucket_bytes = self._bucket_bytes(manifest)
+            bucket_bytes = max(self._config.bucket_mib * MIB, largest_unit(manifest).nbytes)
+            if slots:
+                bucket_bytes = min(
+                    bucket_bytes, fit_bucket(manifest, int(self._config.memory_mib * MIB), slots)
+                )
             plan = plan_push(manifest, self._engine.receivers, bucket_bytes=bucket_bytes, slots=slots)
             self._plan = (manifest, plan)
         return self._plan[1]
-
-    def _bucket_bytes(self, manifest: Manifest) -> int:
-        size = max(self._config.bucket_mib * MIB, largest_unit(manifest).nbytes)
-        if self._config.memory_mib:
-            size = min(size, fit_bucket(manifest, int(self._config.memory_mib * MIB), RING_SLOTS))
-        return size
 
 
 def expected_tensors(folder: Path, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -23,7 +23,7 @@ from k2rl.checkpoint_engine.coordinator import Coordinator, Hosts, Invitations, 
 from k2rl.checkpoint_engine.manifest import Manifest, Shard, TensorSpec, merge
 from k2rl.checkpoint_engine.messages import AGENT, RECEIVER, SENDER, Address, Peer, TransferError
 from k2rl.checkpoint_engine.pieces import Piece
-from k2rl.checkpoint_engine.plan import Bucket, Plan, plan_push
+from k2rl.checkpoint_engine.plan import Bucket, Plan, plan_delta, plan_push
 from k2rl.checkpoint_engine.receiver import Receiver, Step, TensorTarget
 from k2rl.checkpoint_engine.relay import HostRelay
 from k2rl.checkpoint_engine.sender import Sender, TensorSource
@@ -319,14 +319,7 @@ class Cluster:
         for part in self.senders.values():
             for name, rows in (await part.ask(("changes", self.plan, base, version))).items():
                 changed.setdefault(name, []).extend(rows)
-        return plan_push(
-            self.manifest,
-            tuple(self.receivers),
-            bucket_bytes=BUCKET_BYTES,
-            slots=self.plan.slots,
-            changed=changed,
-            base=base,
-        )
+        return plan_delta(self.manifest, self.plan, changed, base)
 
     async def join(self, rank: int) -> PushReport:
         async def pause() -> Invitations:

@@ -40,7 +40,7 @@ from k2rl.checkpoint_engine.messages import (
     encode,
     read_message,
 )
-from k2rl.checkpoint_engine.plan import Plan, plan_push
+from k2rl.checkpoint_engine.plan import Plan, plan_delta, plan_push
 from k2rl.checkpoint_engine.transaction import PushError, version_digest
 
 MANIFEST = Manifest.whole([TensorSpec("a", "int8", (9,)), TensorSpec("b", "int8", (300,))])
@@ -396,6 +396,15 @@ def _open_arenas() -> int:
     return len(found)
 
 
+def _blocks(plan: Plan) -> list[tuple[int, int]]:
+    """First bytes and ends, in the plan's places."""
+    return [
+        (bucket.offset + block.offset, bucket.offset + block.offset + block.nbytes)
+        for bucket in plan.buckets
+        for block in bucket.blocks
+    ]
+
+
 @given(
     st.lists(
         st.tuples(
@@ -418,34 +427,24 @@ def test_the_arena_keeps_the_committed_version_and_lets_go_of_the_rest(
         if kind == "delta" and committed is not None:
             pages = pages_kept
         manifest = Manifest.whole([TensorSpec(f"t{i}", "int8", (1000,)) for i in range(pages * 4)])
-        changed = {f"t{number % (pages * 4)}": [(number % 7, 500)]} if kind == "delta" else None
-        plan = plan_push(
-            manifest,
-            [0],
-            bucket_bytes=1024,
-            slots=2 if kind == "ring" else 0,
-            changed=changed,
-            base=version if changed else None,
-        )
+        plan = plan_push(manifest, [0], bucket_bytes=1024, slots=2 if kind == "ring" else 0)
+        if kind == "delta":
+            plan = plan_delta(manifest, plan, {f"t{number % (pages * 4)}": [(number % 7, 500)]}, version)
         if plan.base is not None and committed is None:
             with pytest.raises(DeltaRefusedError, match=f"builds on version {version}"):
                 host.reserve(plan)
             continue
         arena, base = host.reserve(plan)
         assert base + plan.arena_bytes <= arena.nbytes
-        written = torch.full((plan.arena_bytes,), number % 250 + 1, dtype=torch.uint8)
+        written = arena.memory[base : base + plan.arena_bytes].clone()
         if kind == "ring":
             committed = None
         elif plan.base is not None:
             assert committed is not None
             written = committed.clone()
-            for bucket in plan.buckets:
-                for block in bucket.blocks:
-                    start = bucket.offset + block.offset
-                    written[start : start + block.nbytes] = number % 250 + 1
-                    arena.memory[base + start : base + start + block.nbytes] = number % 250 + 1
-        if plan.base is None:
-            arena.memory[base : base + plan.arena_bytes] = written
+        for start, stop in _blocks(plan):
+            written[start:stop] = number % 250 + 1
+            arena.memory[base + start : base + stop] = number % 250 + 1
         if outcome == "commit":
             host.commit(plan, number)
             committed, version, pages_kept = None if kind == "ring" else written, number, pages

@@ -14,7 +14,7 @@ from k2rl.checkpoint_engine import cells
 from k2rl.checkpoint_engine.coordinator import Coordinator, Invitations, PushReport
 from k2rl.checkpoint_engine.manifest import merge
 from k2rl.checkpoint_engine.messages import RECEIVER, SENDER, Peer, TransferError
-from k2rl.checkpoint_engine.plan import Plan, plan_push
+from k2rl.checkpoint_engine.plan import Plan, plan_delta, plan_push
 from k2rl.checkpoint_engine.receiver import Receiver
 from k2rl.checkpoint_engine.sender import Sender
 from tests.checkpoint_engine.parts import (
@@ -46,7 +46,7 @@ class Pushes:
     """Two trainer ranks and two receivers in this process."""
 
     def __init__(self, coordinator: Coordinator, slots: int) -> None:
-        self.coordinator, self.slots = coordinator, slots
+        self.coordinator = coordinator
         self.truth = weights(0)
         self.triggers = {(role, rank): Trigger() for role in (SENDER, RECEIVER) for rank in RANKS}
         self.sources = {rank: ShardedSource(rank, len(RANKS), self.triggers[SENDER, rank]) for rank in RANKS}
@@ -54,18 +54,8 @@ class Pushes:
         self.targets = {rank: FaultyTarget(self.triggers[RECEIVER, rank]) for rank in RANKS}
         self.receivers = {rank: Receiver(rank, self.targets[rank]) for rank in RANKS}
         self.manifest = merge([source.manifest for source in self.sources.values()])
-        self.full = self._plan()
+        self.full = plan_push(self.manifest, RANKS, bucket_bytes=BUCKET_BYTES, slots=slots)
         self.base: int | None = None
-
-    def _plan(self, changed: dict[str, list[tuple[int, int]]] | None = None) -> Plan:
-        return plan_push(
-            self.manifest,
-            RANKS,
-            bucket_bytes=BUCKET_BYTES,
-            slots=self.slots,
-            changed=changed,
-            base=self.base if changed is not None else None,
-        )
 
     def change(self, rows: list[tuple[str, int]]) -> None:
         for name, row in rows:
@@ -90,7 +80,7 @@ class Pushes:
             for rank, sender in self.senders.items():
                 for name, rows in sender.changes(self.sources[rank], self.full, self.base, version).items():
                     changed.setdefault(name, []).extend(rows)
-            plan = self._plan(changed)
+            plan = plan_delta(self.manifest, self.full, changed, self.base)
         self.arm(step)
         try:
             return await self._push(plan, version, step.fault == "corrupt")
@@ -216,13 +206,13 @@ def test_a_delta_is_refused_before_anything_is_changed(slots: int) -> None:
             pushes.receivers[1].close()
             pushes.receivers[1] = Receiver(1, pushes.targets[1])
             held = {name: tensor.clone() for name, tensor in pushes.targets[1].tensors.items()}
-            changed = {"head": [(3, 4)]}
+            plan = plan_delta(pushes.manifest, pushes.full, {"head": [(3, 4)]}, 1)
             for rank in RANKS:
                 pushes.senders[rank].changes(pushes.sources[rank], pushes.full, 1, 2)
             with pytest.raises(
                 TransferError, match="holds no whole version, and the delta builds on version 1"
             ) as refusal:
-                await pushes._push(pushes._plan(changed), 2, False)
+                await pushes._push(plan, 2, False)
             assert refusal.value.refused
             assert same(pushes.targets[1].tensors, held)
             assert (await pushes.publish(2, quiet)).nbytes == pushes.full.nbytes

@@ -30,6 +30,7 @@ from k2rl.checkpoint_engine.plan import (
     PlanError,
     fit_bucket,
     largest_unit,
+    plan_delta,
     plan_push,
     whole,
 )
@@ -235,9 +236,7 @@ def test_a_delta_brings_what_has_changed_and_in_an_arena_each_row_to_its_place(
     together = data.draw(st.lists(st.sets(st.sampled_from(names), min_size=1), max_size=2))
     size = largest_unit(manifest).nbytes
     full = plan_push(manifest, RECEIVERS, bucket_bytes=size, slots=slots)
-    plan = plan_push(
-        manifest, RECEIVERS, bucket_bytes=size, slots=slots, changed=changed, base=4, together=together
-    )
+    plan = plan_delta(manifest, full, changed, 4, together)
     wanted = {
         (spec.name, row)
         for spec in manifest.tensors
@@ -284,12 +283,14 @@ def _places(plan: Plan) -> dict[tuple[str, int], tuple[int, int, int]]:
     }
 
 
-def test_a_delta_needs_a_base_and_tensors_that_are_sent() -> None:
+def test_a_delta_is_of_tensors_that_are_sent_to_everyone() -> None:
     manifest = Manifest.whole([TensorSpec("a", "int8", (4, 2))])
-    with pytest.raises(PlanError, match="base version"):
-        plan_push(manifest, [0], bucket_bytes=256, changed={})
+    full = plan_push(manifest, [0], bucket_bytes=256)
     with pytest.raises(PlanError, match="b changed, which nobody sends"):
-        plan_push(manifest, [0], bucket_bytes=256, changed={"b": [(0, 1)]}, base=1)
+        plan_delta(manifest, full, {"b": [(0, 1)]}, 1)
+    needs = {0: {"a": [((0, 4), (0, 1))]}}
+    with pytest.raises(PlanError, match="not as shard_aware"):
+        plan_delta(manifest, plan_push(manifest, [0], bucket_bytes=256, needs=needs), {}, 1)
 
 
 def test_needs_that_no_tensor_meets_are_an_error() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k2rl.checkpoint_engine.manifest import Manifest, Shard, TensorSpec
-from k2rl.checkpoint_engine.plan import Plan, plan_push
+from k2rl.checkpoint_engine.plan import Plan, plan_delta, plan_push
 from k2rl.checkpoint_engine.simulator import simulate
 from k2rl.checkpoint_engine.topology import NVLINK_EFFICIENCY, Topology
 from k2rl.config import DeviceConfig
@@ -113,7 +113,7 @@ def test_a_delta_waits_for_a_look_at_everything(
     size = max(spec.nbytes for spec in manifest.tensors) + 4096
     full = plan_push(manifest, full.receivers, bucket_bytes=size, slots=slots)
     changed = {spec.name: [(0, ceil(spec.rows * share))] for spec in manifest.tensors}
-    plan = plan_push(manifest, full.receivers, bucket_bytes=size, slots=slots, changed=changed, base=0)
+    plan = plan_delta(manifest, full, changed, base=0)
     result = simulate(plan, topology, scanned=full)
     assert result.seconds >= result.floor_seconds
     looked = [
