@@ -99,7 +99,8 @@ def rehoused(
     chunk: Sequence[Piece], bucket: Bucket, room: Tensor
 ) -> tuple[list[Piece], list[tuple[Cell, memoryview]]]:
     """The same pieces with `room` (uint8, of `room_for` bytes) as their memory, and its bytes by cells."""
-    moved, views = [], []
+    moved: list[Piece] = []
+    views: list[tuple[Cell, memoryview]] = []
     view, at = room.numpy().data, 0
     for piece in chunk:
         nbytes = piece.memory.numel()
