@@ -17,6 +17,8 @@ from k2rl.checkpoint_engine.messages import (
     FAREWELL_S,
     RECEIVER,
     Address,
+    DeltaRefusedError,
+    Outcome,
     Peer,
     PushInvitation,
     TransferError,
@@ -212,10 +214,16 @@ class VLLMEngine:
         self, address: Address, version: int, deadline_s: float, first_receiver: int
     ) -> None:
         invitation = msgspec.msgpack.encode(PushInvitation(address, deadline_s, first_receiver))
-        errors = await self._call_workers("take_part", invitation)
-        failed = [f"receiver {first_receiver + rank}: {why}" for rank, why in enumerate(errors) if why]
+        answers = await self._call_workers("take_part", invitation)
+        outcomes = [msgspec.msgpack.decode(answer, type=Outcome) for answer in answers]
+        numbered = enumerate(outcomes, first_receiver)
+        failed = "; ".join(
+            f"receiver {number}: {outcome.error}" for number, outcome in numbered if outcome.error
+        )
+        if any(outcome.refused for outcome in outcomes):
+            raise DeltaRefusedError(failed)
         if failed:
-            raise TransferError("; ".join(failed))
+            raise TransferError(failed)
         if self._needs is None:
             answers = await self._call_workers("weight_needs")
             self._needs = tuple(msgspec.msgpack.decode(answer, type=_NEEDS) for answer in answers)
