@@ -15,7 +15,7 @@ from k2rl.checkpoint_engine.sender import Sender, TensorSource
 
 
 def serve_fsdp_rank(rank: int, ranks: int, store: Path, model_path: Path, pipe: Connection) -> None:
-    """Jobs: `train`, `manifest`, `whole` (all weights as arrays); a method of the sender and its arguments."""
+    """Jobs: `train`, `manifest`, `whole` (all weights as arrays); a method of `Sender`, arguments."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
