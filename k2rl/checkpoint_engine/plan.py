@@ -254,13 +254,9 @@ class _Builder:
         used = 0
         for unit in _units(self._manifest, boxes):
             # A tensor without elements has nothing to send.
-            pieces = [
-                (index, box)
-                for index in unit
-                for box in boxes[index]
-                if _nbytes(self._manifest.tensors[index], box)
-            ]
-            size = sum(aligned(_nbytes(self._manifest.tensors[index], box)) for index, box in pieces)
+            sized = [(i, box, _nbytes(self._manifest.tensors[i], box)) for i in unit for box in boxes[i]]
+            pieces = [piece for piece in sized if piece[2]]
+            size = sum(aligned(nbytes) for _, _, nbytes in pieces)
             if size > self._bucket_bytes:
                 raise PlanError(
                     f"{self._manifest.tensors[unit[0]].name} needs a bucket of {size:,} bytes; "
