@@ -46,7 +46,7 @@ async def play(rounds: int) -> None:
     config = InferenceConfig(
         kv_cache_gib=KV_GIB, engine_args={"worker_extension_cls": "memory_swap.FillCache"}
     )
-    engine = VLLMEngine(path, dtype, (), config, seed=0)
+    engine = VLLMEngine(path, dtype, (), config, seed=0).start()
     publisher = Publisher({"vLLM": engine}, CheckpointEngineConfig(), expected_tensors(path, dtype))
     await publisher.start()
     trainer_base = resident()

@@ -25,8 +25,8 @@ async def first_token_and_rate(began: float) -> tuple[float, float]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from k2rl.checkpoint_engine.publisher import Publisher, expected_tensors
-    from k2rl.checkpoint_engine.sender import TensorSource
+    from k2rl.checkpoint_engine.publisher import Publisher, expected_tensors, local_rank
+    from k2rl.checkpoint_engine.sender import Sender, TensorSource
     from k2rl.config import CheckpointEngineConfig, InferenceConfig
     from k2rl.hardware import fast_dtype
     from k2rl.inference.engine import Sampling
@@ -34,14 +34,15 @@ async def first_token_and_rate(began: float) -> tuple[float, float]:
     from k2rl.models.hub import resolve_model
 
     path, dtype = resolve_model("smollm2-135m"), fast_dtype(gpu=False)
-    engine = VLLMEngine(path, dtype, (), InferenceConfig(max_model_len=512), seed=0)
-    publisher = Publisher(engine, CheckpointEngineConfig(), expected_tensors(path, dtype))
+    engine = VLLMEngine(path, dtype, (), InferenceConfig(max_model_len=512), seed=0).start()
+    publisher = Publisher({"vLLM": engine}, CheckpointEngineConfig(), expected_tensors(path, dtype))
     try:
         await publisher.start()
         # Random weights do not end their answers early.
         config = AutoConfig.from_pretrained(path)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-        await publisher.publish(TensorSource(model.named_parameters(), 0), 0, asyncio.to_thread)
+        rank = local_rank(Sender(0), TensorSource(model.named_parameters(), 0), asyncio.to_thread)
+        await publisher.publish({0: rank}, 0)
         prompts = [[5 + number, 9, 17, 33] * 8 for number in range(PROMPTS)]
         await engine.generate(prompts[0], Sampling(1.0, 1, seed=0))
         first = time.time() - began

@@ -5,6 +5,9 @@ of it: each byte is copied once into the arena and twice out of it, and hashed t
 many processes as there are cores reach together in copying memory with `Tensor.copy_`, measured between
 the pushes.
 
+Then deltas: of every trainer rank's bytes a share changes, some rows of each tensor or some of the small
+tensors, and only that is pushed. Looking for it counts. Pushes of everything take turns with them.
+
     make bench-push                            1 GiB, in large tensors and in tensors of 32 KiB
     make bench-push ARGS="--gib 2 --rounds 9"
 """
@@ -22,10 +25,11 @@ from statistics import median
 
 import torch
 
+from k2rl.checkpoint_engine.cells import CELL_BYTES
 from k2rl.checkpoint_engine.coordinator import Coordinator
 from k2rl.checkpoint_engine.manifest import Manifest, Shard, TensorSpec, merge
 from k2rl.checkpoint_engine.messages import RECEIVER, SENDER, Peer
-from k2rl.checkpoint_engine.plan import Plan, plan_push
+from k2rl.checkpoint_engine.plan import Plan, plan_delta, plan_push
 from k2rl.checkpoint_engine.receiver import Receiver, TensorTarget
 from k2rl.checkpoint_engine.sender import Sender, TensorSource
 
@@ -33,6 +37,8 @@ DEADLINE_S = 60.0
 RANKS = (0, 1)
 # Both generations of the arena must have been written once.
 WARM_UP = 2
+#: Of the rows, that change before a delta.
+SHARES = (0.0, 0.01, 0.1, 1.0)
 
 
 class HalfSource(TensorSource):
@@ -49,6 +55,18 @@ class HalfSource(TensorSource):
             specs.append(TensorSpec(name, "bfloat16", (rows, columns)))
         self.manifest = Manifest(tuple(specs), tuple(shards))
 
+    def change(self, share: float) -> None:
+        """Change this share of the rows: whole tensors where they are small, else a run of rows in each."""
+        if share == 0:
+            return
+        locals_ = [local for local, _ in self._local.values()]
+        if locals_[0].nbytes < CELL_BYTES:
+            for local in locals_[: round(share * len(locals_))]:
+                local.neg_()
+        else:
+            for local in locals_:
+                local[: round(share * len(local))].neg_()
+
 
 def shapes_of(tensor_bytes: int, total_bytes: int) -> dict[str, tuple[int, int]]:
     columns = 2048 if tensor_bytes >= 1 << 20 else 128
@@ -63,8 +81,16 @@ def serve(kind: str, rank: int, shapes: dict[str, tuple[int, int]], pipe: Connec
     if kind == "sender":
         source, sender = HalfSource(shapes, rank), Sender(rank)
         pipe.send(source.manifest)
-        while (address := pipe.recv()) is not None:
-            pipe.send(sender.send(source, address, DEADLINE_S))
+        while (job := pipe.recv()) is not None:
+            match job:
+                case ("change", share):
+                    pipe.send(source.change(share))
+                case ("plan", plan):
+                    pipe.send(None)
+                case ("changes", base):
+                    pipe.send(sender.changes(source, plan, base, base + 1))
+                case address:
+                    pipe.send(sender.send(source, address, DEADLINE_S))
     elif kind == "receiver":
         target = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
         receiver = Receiver(rank, TensorTarget(target))
@@ -81,9 +107,16 @@ def serve(kind: str, rank: int, shapes: dict[str, tuple[int, int]], pipe: Connec
             pipe.send(nbytes / (time.monotonic() - started))
 
 
+_answers: dict[Connection, asyncio.Future[object]] = {}
+
+
 async def answer(pipe: Connection, word: object) -> object:
+    """One at a time: nobody may wait any more for the answer before, which comes all the same."""
+    if pipe in _answers:
+        await asyncio.wait([_answers[pipe]])
     pipe.send(word)
-    return await asyncio.to_thread(pipe.recv)
+    _answers[pipe] = asyncio.ensure_future(asyncio.to_thread(pipe.recv))
+    return await asyncio.shield(_answers[pipe])
 
 
 async def rounds(
@@ -121,6 +154,60 @@ async def rounds(
     )
 
 
+async def deltas(
+    count: int, full: Plan, manifest: Manifest, pipes: dict[str, list[Connection]], coordinator: Coordinator
+) -> None:
+    """Pushes of what changed beside pushes of everything; seconds include looking for it and planning."""
+    version = coordinator.version or 0
+
+    async def push(plan: Plan) -> None:
+        async def pause() -> dict[Peer, object]:
+            return {
+                Peer(RECEIVER, rank): answer(pipes["receiver"][rank], coordinator.address) for rank in RANKS
+            }
+
+        def invite() -> dict[Peer, object]:
+            return {
+                Peer(SENDER, rank): answer(pipes["sender"][rank], coordinator.address) for rank in plan.owners
+            }
+
+        await coordinator.push(version, plan, dict.fromkeys(RANKS, 0), invite, pause)
+
+    # Once, as trainer ranks know it anyway.
+    await asyncio.gather(*(answer(pipe, ("plan", full)) for pipe in pipes["sender"]))
+    for share in SHARES:
+        took: dict[str, list[float]] = {"delta": [], "full": [], "look": []}
+        for number in range(count + WARM_UP):
+            for kind in ("full", "delta", "delta"):
+                await asyncio.gather(*(answer(pipe, ("change", share)) for pipe in pipes["sender"]))
+                version += 1
+                started = time.monotonic()
+                plan = full
+                if kind == "delta":
+                    found = await asyncio.gather(
+                        *(answer(pipe, ("changes", version - 1)) for pipe in pipes["sender"])
+                    )
+                    rows: dict[str, list[tuple[int, int]]] = {}
+                    for name, ranges in chain(*(changed.items() for changed in found)):
+                        rows.setdefault(name, []).extend(ranges)
+                    plan = plan_delta(manifest, full, rows, version - 1)
+                looked = time.monotonic()
+                await push(plan)
+                if number >= WARM_UP:
+                    took[kind].append(time.monotonic() - started)
+                    if kind == "delta":
+                        took["look"].append(looked - started)
+            # The first delta after a push of everything copies the version within the arena.
+            first, later = took["delta"][::2], took["delta"][1::2]
+        full_s, delta_s = median(took["full"]), median(later)
+        print(
+            f"{share:.0%} changed, {plan.strategy}: {plan.nbytes >> 20} MiB sent; full {full_s:.3f} s, "
+            f"delta {delta_s:.3f} s (looking {median(took['look']):.3f}), ratio {delta_s / full_s:.2f}; "
+            f"the first after a full push {median(first):.3f} s",
+            flush=True,
+        )
+
+
 async def measure(tensor_bytes: int, total: int, count: int, bucket_mib: int, slots: int) -> None:
     shapes = shapes_of(tensor_bytes, total)
     context = multiprocessing.get_context("spawn")
@@ -137,12 +224,16 @@ async def measure(tensor_bytes: int, total: int, count: int, bucket_mib: int, sl
     manifests = [pipe.recv() for pipe in pipes["sender"]]
     for pipe in (*pipes["receiver"], *pipes["memcpy"]):
         pipe.recv()
-    plan = plan_push(merge(manifests), RANKS, bucket_bytes=bucket_mib << 20, slots=slots)
+    manifest = merge(manifests)
+    plan = plan_push(manifest, RANKS, bucket_bytes=bucket_mib << 20, slots=slots)
     print(
         f"{total >> 20} MiB in {len(shapes)} tensors of {tensor_bytes >> 10} KiB, {len(plan.buckets)} buckets"
     )
     async with Coordinator(DEADLINE_S) as coordinator:
         await rounds(count, plan, pipes, coordinator)
+        await deltas(max(count // 2, 1), plan, manifest, pipes, coordinator)
+    await asyncio.wait(_answers.values())
+    _answers.clear()
     for pipe in chain(*pipes.values()):
         pipe.send(None)
     for process in processes:

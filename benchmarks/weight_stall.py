@@ -64,7 +64,7 @@ async def serve(pushes: int, dtype: str) -> None:
     config = InferenceConfig(max_model_len=512)
 
     def start() -> VLLMEngine:
-        return VLLMEngine(path, dtype, (), config, seed=0)
+        return VLLMEngine(path, dtype, (), config, seed=0).start()
 
     engine = start()
     timed = Timed(engine)

@@ -174,7 +174,11 @@ class InferenceConfig:
 
 @dataclass
 class CheckpointEngineConfig:
-    #: `broadcast` sends all weights to every inference rank, `shard_aware` each rank only what it reads.
+    #: `broadcast` sends all weights to every inference rank, `shard_aware` each rank only what it reads,
+    #: `delta` every rank the blocks of rows that are not as they were; all weights if more than half of the
+    #: bytes have changed. Dense optimizers change every weight at every step: then `delta` only adds a pass
+    #: over the weights. It pays where much stays as it is: frozen parts, adapters, experts that few tokens
+    #: reach.
     strategy: str = "broadcast"
     #: Most MiB in a bucket, the unit that is sent, checked and applied at once (a larger tensor has its own).
     bucket_mib: int = 64

@@ -110,7 +110,7 @@ CHOICES = {
     "temperature.schedule": ("constant", "linear", "cosine"),
     "objective.name": ("k2",),
     "optimizer.name": ("muon", "adamw"),
-    "checkpoint_engine.strategy": ("broadcast", "shard_aware"),
+    "checkpoint_engine.strategy": ("broadcast", "shard_aware", "delta"),
     "tracking.live": ("auto", "on", "off"),
 }
 

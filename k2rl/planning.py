@@ -12,7 +12,7 @@ from typing import Any
 from k2rl.checkpoint_engine.architectures import ARCHITECTURES, DTYPES, Architecture, manifest, tensors
 from k2rl.checkpoint_engine.manifest import TensorSpec
 from k2rl.checkpoint_engine.moonshot import moonshot_plan, simulate_moonshot
-from k2rl.checkpoint_engine.plan import ALIGNMENT, PlanError, plan_push
+from k2rl.checkpoint_engine.plan import ALIGNMENT, PlanError, plan_delta, plan_push
 from k2rl.checkpoint_engine.sharding import Layout
 from k2rl.checkpoint_engine.sheets import cluster_names, load_sheet
 from k2rl.checkpoint_engine.simulator import Simulation, simulate
@@ -20,7 +20,7 @@ from k2rl.checkpoint_engine.topology import Topology
 from k2rl.config import DeviceConfig
 from k2rl.errors import ConfigError
 
-STRATEGIES = ("broadcast", "shard_aware", "moonshot")
+STRATEGIES = ("broadcast", "shard_aware", "delta", "moonshot")
 OUTPUTS = ("text", "json")
 GIB = 2**30
 MOST_BUCKET_GIB = 1024
@@ -38,6 +38,8 @@ class Request:
     #: Trainer ranks and receivers, one of each a GPU; 0: one host.
     gpus: int = 256
     strategy: str = "broadcast"
+    #: For `delta`: the share of each tensor's rows that has changed.
+    changed: float = 0.05
     #: Tensor parallelism of an inference replica; 0: the model's usual one, as far as it fits.
     tp: int = 0
     #: Ranks over which a replica spreads whole experts; 1: experts are cut like the rest.
@@ -112,7 +114,7 @@ def plan(request: Request) -> Planned:
     try:
         if request.strategy == "moonshot":
             simulation = _moonshot(request, device, specs, bucket_bytes)
-        elif request.strategy == "broadcast":
+        elif request.strategy in ("broadcast", "delta"):
             simulation = _broadcast(request, device, specs, layout, bucket_bytes)
         else:
             simulation = _shard_aware(request, device, specs, layout, bucket_bytes)
@@ -139,6 +141,8 @@ def _complete(request: Request, model: Architecture, device: DeviceConfig) -> No
         )
     if not 0 <= request.bucket_gib <= MOST_BUCKET_GIB:
         raise ConfigError(f"bucket_gib={request.bucket_gib:g} must be from 0 (default) to {MOST_BUCKET_GIB}")
+    if not 0 < request.changed <= 1:
+        raise ConfigError(f"changed={request.changed:g} must be above 0 and at most 1")
     if request.slots < 0:
         raise ConfigError(f"slots={request.slots} must be at least 2, or 0 to keep every bucket")
     if request.strategy == "moonshot":
@@ -160,15 +164,16 @@ def _moonshot(
 def _broadcast(
     request: Request, device: DeviceConfig, specs: list[TensorSpec], layout: Layout, bucket_bytes: int
 ) -> Simulation:
-    weights = manifest(specs, request.gpus)
-    pushed = plan_push(
-        weights,
-        range(request.gpus),
-        bucket_bytes=bucket_bytes or max(GIB, _largest_unit(specs)),
-        slots=request.slots,
-    )
+    weights, receivers = manifest(specs, request.gpus), range(request.gpus)
+    size = bucket_bytes or max(GIB, _largest_unit(specs))
+    pushed = plan_push(weights, receivers, bucket_bytes=size, slots=request.slots)
+    scanned = None
+    if request.strategy == "delta":
+        scanned = pushed
+        rows = {spec.name: [(0, math.ceil(spec.rows * request.changed))] for spec in specs}
+        pushed = plan_delta(weights, scanned, rows, base=0)
     kept = [_share(spec, layout) for spec in specs]
-    return simulate(pushed, Topology(device, request.gpus), kept)
+    return simulate(pushed, Topology(device, request.gpus), kept, scanned)
 
 
 def _shard_aware(
@@ -216,6 +221,7 @@ def as_json(planned: Planned) -> str:
             "buckets": len(simulation.plan.buckets),
             "simulated": True,
             "bytes": sum(spec.nbytes for spec in planned.specs),
+            "pushed_bytes": simulation.plan.nbytes,
             "tensors": len(planned.specs),
             **{key: getattr(request, key) for key in ("model", "dtype", "cluster", "gpus", "strategy")},
             **{key: getattr(request, key) for key in ("tp", "ep")},

@@ -18,7 +18,7 @@ FINEST = 1e-5
 CLOSE_UP = 8
 SHADES = " ░▒▓█"
 
-STAGE_COLORS = {"copy_in": "p1", "transfer": "p0", "wait": "p4", "apply": "p2"}
+STAGE_COLORS = {"scan": "p7", "copy_in": "p1", "transfer": "p0", "wait": "p4", "apply": "p2"}
 BUCKET_COLORS = ("p0", "p1", "p2", "p3", "p5", "p9", "p7", "p8")
 STYLE = """
 .p0{color:#3b6fd4}.p1{color:#e0912f}.p2{color:#1f9d8b}.p3{color:#a45bc4}.p4{color:#8a94a3}
@@ -76,7 +76,7 @@ def as_svg(planned: Planned) -> str:
     close = [
         span.done
         for task, span in zip(simulation.tasks, simulation.spans, strict=True)
-        if task.bucket < CLOSE_UP
+        if 0 <= task.bucket < CLOSE_UP
     ]
     ratio = simulation.seconds / simulation.floor_seconds
     summary = (
@@ -138,7 +138,7 @@ def _bars(simulation: Simulation, until: float | None) -> list[tuple[str, Sequen
         for number in numbers:
             span, bucket = simulation.spans[number], simulation.tasks[number].bucket
             if until is not None:
-                if bucket < CLOSE_UP and span.end > span.start:
+                if 0 <= bucket < CLOSE_UP and span.end > span.start:
                     color = BUCKET_COLORS[bucket % len(BUCKET_COLORS)]
                     bars.append(Bar(span.start, span.end, color, _title(stage, bucket, span.start, span.end)))
             elif bars and span.start - bars[-1].end < simulation.seconds * FINEST:

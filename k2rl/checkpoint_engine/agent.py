@@ -57,7 +57,7 @@ class HostAgent:
                 # Trainer ranks of this push may still be writing there.
                 self._arena.abandon()
                 raise
-            self._arena.commit(plan)
+            self._arena.commit(plan, prepare.version)
             return prepare.version
 
     def _pass_on(self, prepare: Prepare, places: Tensor, channel: Channel, deadline_s: float) -> None:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from k2rl.checkpoint_engine.messages import TransferError
-from k2rl.checkpoint_engine.plan import ALIGNMENT, Plan
+from k2rl.checkpoint_engine.messages import DeltaRefusedError, TransferError
+from k2rl.checkpoint_engine.plan import Plan, aligned
 from k2rl.workers.memory import release
 
 
@@ -117,10 +117,24 @@ class HostArena:
         self._writing = 0
         #: The arena and first byte of the committed version, while it is kept.
         self.committed: tuple[Arena, int] | None = None
+        #: Number of the committed version, while it is kept.
+        self._version: int | None = None
+        #: First bytes and ends, in the plan's places, of what differs between the committed version and the
+        #: other half of the arena; None: all of it may.
+        self._behind: list[tuple[int, int]] | None = None
 
     def reserve(self, plan: Plan) -> tuple[Arena, int]:
-        """Where a push may write: the arena and the first byte, away from the committed version."""
-        half = -(-plan.arena_bytes // ALIGNMENT) * ALIGNMENT
+        """Where a push may write: the arena and the first byte, away from the committed version.
+
+        For a delta that retains, a copy of the committed version lies there already, to be written over.
+
+        Raises:
+            DeltaRefusedError: the committed version is not the one that a delta builds on.
+        """
+        if plan.base is not None and plan.retains and plan.base != self._version:
+            kept = "no version" if self._version is None else f"version {self._version}"
+            raise DeltaRefusedError(f"{kept} is kept here, and the delta builds on version {plan.base}")
+        half = aligned(plan.arena_bytes)
         needed = half * 2 if plan.retains else plan.arena_bytes
         arena = self._arena
         if arena is None or arena.nbytes < needed:
@@ -130,13 +144,24 @@ class HostArena:
         if not plan.retains:
             if self.committed is not None and self.committed[0] is not arena:
                 self.committed[0].close()
-            self.committed = None
+            self.committed = self._version = None
             self._writing = 0
         elif self.committed is not None and self.committed[0] is arena and self.committed[1] < half:
             self._writing = arena.nbytes - half
         else:
             self._writing = 0
+        behind, self._behind = self._behind, None
+        if plan.base is not None and plan.retains:
+            self._catch_up(plan, behind)
         return arena, self._writing
+
+    def _catch_up(self, plan: Plan, behind: list[tuple[int, int]] | None) -> None:
+        """Copy the committed version to where the next will be: after a delta, only what that one brought."""
+        assert self.committed is not None
+        arena, start = self.being_written
+        source, first = self.committed
+        for begin, end in [(0, plan.arena_bytes)] if behind is None else behind:
+            arena.memory[start + begin : start + end] = source.memory[first + begin : first + end]
 
     @property
     def being_written(self) -> tuple[Arena, int]:
@@ -161,16 +186,23 @@ class HostArena:
         """The arena is not written any more; it stays as long as the committed version lies in it."""
         if self._arena is not None and (self.committed is None or self.committed[0] is not self._arena):
             self._arena.close()
-        self._arena = None
+        self._arena = self._behind = None
 
-    def commit(self, plan: Plan) -> None:
+    def commit(self, plan: Plan, version: int) -> None:
         """What was written last is the version to keep."""
         before = self.committed
         self.committed = self.being_written if plan.retains else None
+        self._version = version if plan.retains else None
+        if plan.base is not None and before is not None and before[0] is self._arena:
+            self._behind = [
+                (bucket.offset + block.offset, bucket.offset + block.offset + block.nbytes)
+                for bucket in plan.buckets
+                for block in bucket.blocks
+            ]
         if before is not None and before[0] is not self._arena:
             before[0].close()
 
     def close(self) -> None:
         for arena in {id(a): a for a in (self._arena, self.committed and self.committed[0]) if a}.values():
             arena.close()
-        self._arena = self.committed = None
+        self._arena = self.committed = self._version = self._behind = None

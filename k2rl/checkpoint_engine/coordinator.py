@@ -27,6 +27,7 @@ from k2rl.checkpoint_engine.messages import (
     Address,
     Alive,
     Begin,
+    DeltaRefusedError,
     Failed,
     Hello,
     Peer,
@@ -95,6 +96,8 @@ class Coordinator:
         #: This host's.
         self.arena = HostArena()
         self._committed: _Committed | None = None
+        #: Sets of tensors that some receiver takes whole and together or not at all.
+        self.together: set[tuple[str, ...]] = set()
         self._push: _Push | None = None
         self._turn = asyncio.Lock()
         self._connections: set[asyncio.Future[None]] = set()
@@ -160,6 +163,7 @@ class Coordinator:
 
         Raises:
             PushError: it failed; the committed version is what it was.
+            DeltaRefusedError: the committed version is not the one that the plan builds on.
             ValueError: the version is not newer, the plan is for others, or another push is under way.
         """
         if self._turn.locked():
@@ -175,6 +179,12 @@ class Coordinator:
             if self.version is not None and version <= self.version:
                 raise ValueError(f"version {version} is not newer than {self.version}, which is committed")
             begin = Begin(version, plan.digest, plan, (), 0, self.deadline_s)
+            if plan.base is not None and plan.retains and plan.base != self.version:
+                raise DeltaRefusedError(
+                    f"version {self.version} is committed, and the delta builds on {plan.base}"
+                )
+            if hosts is None:
+                await self._reserve(plan)
             push = _Push(self._transaction(begin, receivers, hosts), version, self.deadline_s)
             if not plan.retains:
                 self._committed = None
@@ -187,10 +197,24 @@ class Coordinator:
             finally:
                 self._settle(push, receivers, hosts)
 
+    async def _reserve(self, plan: Plan) -> None:
+        """Make room in this host's arena; for a delta in a thread, since it may copy a whole version."""
+        if plan.base is None:
+            self.arena.reserve(plan)
+            return
+        reserving = asyncio.ensure_future(asyncio.to_thread(self.arena.reserve, plan))
+        try:
+            await asyncio.shield(reserving)
+        except asyncio.CancelledError:
+            await asyncio.wait([reserving])
+            raise
+        if not self._servers[0].is_serving():
+            raise PushError("the coordinator was closed")
+
     def _transaction(self, begin: Begin, receivers: Mapping[int, int], hosts: Hosts | None) -> Transaction:
         assert begin.plan is not None
         if hosts is None:
-            arena, base = self.arena.reserve(begin.plan)
+            arena, base = self.arena.being_written
             begins = {self._host: msgspec.structs.replace(begin, arenas=(arena.path,), base=base)}
             return Transaction(begin.plan, begins, receivers)
         members = tuple(sorted({*hosts.of_senders.values(), *receivers.values()}))
@@ -205,12 +229,16 @@ class Coordinator:
 
     def _settle(self, push: _Push, receivers: Mapping[int, int], hosts: Hosts | None) -> None:
         """Remember a push that was decided, even if it was cancelled before all had answered."""
-        transaction, plan = push.transaction, push.transaction.plan
+        transaction, plan, before = push.transaction, push.transaction.plan, self._committed
         if transaction.state in (State.COMMITTING, State.DONE):
             if hosts is None:
-                self.arena.commit(plan)
+                self.arena.commit(plan, push.version)
             kept = _kept(transaction, receivers)
-            self._committed = _Committed(push.version, plan, transaction.digests, kept)
+            digests = transaction.digests
+            if plan.base is not None and plan.retains:
+                assert before is not None
+                plan, digests = before.plan, _updated(before, transaction)
+            self._committed = _Committed(push.version, plan, digests, kept)
             return
         # The agents' connections may be broken: they meet anew.
         self._members = ()
@@ -257,6 +285,7 @@ class Coordinator:
         try:
             return await push.run(invite_senders, pause)
         finally:
+            self.together |= push.transaction.together
             self._push = None
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -277,6 +306,14 @@ class Coordinator:
             pass  # it has said nothing yet that anybody waits for; who should have is found by the deadline
         finally:
             writer.close()
+
+
+def _updated(before: _Committed, transaction: Transaction) -> Digests:
+    """Digests of all of a version that a delta has made of the one before."""
+    return {
+        bucket.index: {**before.digests[bucket.index], **transaction.wholes.get(bucket.offset, {})}
+        for bucket in before.plan.buckets
+    }
 
 
 def _kept(transaction: Transaction, receivers: Mapping[int, int]) -> dict[int, Begin]:

@@ -27,6 +27,11 @@ class Copy:
     source: Region
     target: Region
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether single rows of the tensor can be copied."""
+        return self.source.has_rows and self.source.view.size == self.target.view.size
+
 
 @dataclass(slots=True)
 class Fill:

@@ -7,16 +7,19 @@ import multiprocessing
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
+import msgspec
 import numpy as np
 import torch
 import xxhash
 
 from k2rl.checkpoint_engine.coordinator import Coordinator, Invitations
+from k2rl.checkpoint_engine.manifest import Manifest
 from k2rl.checkpoint_engine.messages import RECEIVER, SENDER, Address, Peer, TransferError
-from k2rl.checkpoint_engine.plan import Plan
+from k2rl.checkpoint_engine.plan import Plan, Rows, plan_delta
 from k2rl.checkpoint_engine.receiver import Receiver, TensorTarget
 from k2rl.checkpoint_engine.sender import Sender, TensorSource
 from k2rl.config import DeviceConfig
@@ -61,14 +64,38 @@ class LocalPushes:
         """
         return self._runner.run(self._push(plan))
 
-    async def _push(self, plan: Plan) -> float:
-        coordinator = self._coordinators.get(plan.digest)
+    def push_changed(self, full: Plan, changed: Rows) -> tuple[float, Plan]:
+        """Change rows of the trainer's, let it find what has changed since the last push, and push that.
+
+        Returns:
+            Seconds from the beginning of the search to the commit, and the plan.
+
+        Raises:
+            TransferError: as `push`.
+        """
+        return self._runner.run(self._push_changed(full, changed))
+
+    async def _push_changed(self, full: Plan, changed: Rows) -> tuple[float, Plan]:
+        base = self._coordinators[full.digest].version
+        await self._ask(SENDER, full)
+        await self._ask(SENDER, _Change(changed))
+        started = time.monotonic()
+        assert base is not None
+        found = await self._ask(SENDER, _Search(full, base, base + 1))
+        rows = msgspec.convert(found, dict[str, list[tuple[int, int]]])
+        plan = plan_delta(Manifest.whole(full.tensors), full, rows, base)
+        looked = time.monotonic()
+        return looked - started + await self._push(full, plan), plan
+
+    async def _push(self, full: Plan, delta: Plan | None = None) -> float:
+        plan = delta or full
+        coordinator = self._coordinators.get(full.digest)
         if coordinator is None:
             coordinator = await self._open.enter_async_context(Coordinator(DEADLINE_S))
-            self._coordinators[plan.digest] = coordinator
+            self._coordinators[full.digest] = coordinator
         # Both are ready, their memory touched, before the clock starts.
         for role in self._parts:
-            await self._ask(role, plan)
+            await self._ask(role, full)
         version = (coordinator.version or 0) + 1
 
         def invite(role: str) -> dict[Peer, Coroutine[Any, Any, object]]:
@@ -77,10 +104,13 @@ class LocalPushes:
         async def receive() -> Invitations:
             return invite(RECEIVER)
 
-        report = await coordinator.push(version, plan, {0: 0}, lambda: invite(SENDER), receive)
+        def send() -> Invitations:
+            return invite(SENDER) if plan.owners else {}
+
+        report = await coordinator.push(version, plan, {0: 0}, send, receive)
         return report.total_s
 
-    async def _ask(self, role: str, job: Plan | Address) -> object:
+    async def _ask(self, role: str, job: object) -> object:
         pipe = self._parts[role][1]
         pipe.send(job)
         answer = await asyncio.to_thread(_answer, pipe)
@@ -99,9 +129,9 @@ def _answer(pipe: Connection) -> object:
 
 
 def _serve(role: str, pipe: Connection) -> None:
-    """A trainer rank or a receiver: a plan makes it ready, an address lets it take part in a push."""
+    """A trainer rank or a receiver: a plan makes it ready, what comes then is for the part of this plan."""
     torch.set_num_threads(1)
-    known: dict[str, Callable[[Address], int]] = {}
+    known: dict[str, Callable[[Any], object]] = {}
     current = ""
     while True:
         try:
@@ -120,11 +150,40 @@ def _serve(role: str, pipe: Connection) -> None:
             pipe.send(error)
 
 
-def _part(role: str, plan: Plan) -> Callable[[Address], int]:
+@dataclass
+class _Change:
+    """To a trainer rank: other weights in these rows."""
+
+    rows: Rows
+
+
+@dataclass
+class _Search:
+    """To a trainer rank: find what has changed, as `Sender.changes`."""
+
+    full: Plan
+    base: int
+    version: int
+
+
+def _part(role: str, plan: Plan) -> Callable[[Any], object]:
+    """A function of the address of a push, or of another job."""
     tensors = {s.name: torch.ones(s.shape, dtype=getattr(torch, s.dtype)) for s in plan.tensors}
     if role == SENDER:
         source, sender = TensorSource(tensors.items(), rank=0), Sender(0)
-        return lambda address: sender.send(source, address, DEADLINE_S)
+
+        def serve(job: Address | _Change | _Search) -> object:
+            if isinstance(job, Address):
+                return sender.send(source, job, DEADLINE_S)
+            if isinstance(job, _Search):
+                return sender.changes(source, job.full, job.base, job.version)
+            for name, ranges in job.rows.items():
+                for start, stop in ranges:
+                    rows = tensors[name][start:stop] if tensors[name].ndim else tensors[name]
+                    rows.add_(1)
+            return None
+
+        return serve
     receiver = Receiver(0, TensorTarget(tensors))
     return lambda address: receiver.receive(address, DEADLINE_S)
 

@@ -29,6 +29,15 @@ FAREWELL_S = 5.0
 class TransferError(Exception):
     """A push did not arrive as it was sent, or did not arrive."""
 
+    #: Whether it was refused because of what it builds on: a push of everything would be taken.
+    refused = False
+
+
+class DeltaRefusedError(TransferError):
+    """Here is not what a delta builds on; nothing was changed."""
+
+    refused = True
+
 
 class Peer(msgspec.Struct, frozen=True, order=True):
     """A participant of a push: trainer rank, inference worker or host agent number `rank`."""
@@ -97,6 +106,8 @@ class Filled(Message, frozen=True):
 
     bucket: int
     digest: str
+    #: Of a delta that the arena retains: of this sender's parts of the whole bucket, unchanged ones included.
+    whole: str = ""
 
 
 class Free(Message, frozen=True):
@@ -141,6 +152,8 @@ class Finished(Message, frozen=True):
     digest: str
     #: Where this receiver's own mapping of the arena can be opened.
     arena: str
+    #: Sets of tensors that it takes whole and together or not at all, in the deltas that follow.
+    together: tuple[tuple[str, ...], ...] = ()
 
 
 class Commit(Message, frozen=True):
@@ -166,6 +179,7 @@ class Failed(Message, frozen=True):
 
     reason: str
     blamed_host: int | None = None
+    refused: bool = False
 
 
 AnyMessage = (
@@ -247,6 +261,15 @@ class PushInvitation(msgspec.Struct, frozen=True):
     #: Receiver number of the engine's tensor-parallel rank 0.
     first_receiver: int = 0
     host: int = 0
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """From an engine's worker: how its part in a push ended."""
+
+    #: Why it failed; empty: it has what was pushed.
+    error: str = ""
+    #: Whether it refused a delta, unchanged.
+    refused: bool = False
 
 
 class Channel:
@@ -336,12 +359,16 @@ class Channel:
         if error is not None:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             with suppress(OSError):
-                self._socket.sendall(encode(Failed(reason, getattr(error, "host", None))))
+                self._socket.sendall(encode(_failed(reason, error)))
                 # Closing before it has answered would reset the connection, and lose what was said.
                 self._socket.settimeout(min(self._deadline_s, FAREWELL_S))
                 while self._socket.recv(1 << 16):
                     pass
         self.close()
+
+
+def _failed(reason: str, error: BaseException) -> Failed:
+    return Failed(reason, getattr(error, "host", None), isinstance(error, TransferError) and error.refused)
 
 
 def same_token(given: str, expected: str) -> bool:

@@ -7,7 +7,8 @@ from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from k2rl.checkpoint_engine.plan import Box, Bucket, Plan
+from k2rl.checkpoint_engine.cells import Cell, cut
+from k2rl.checkpoint_engine.plan import Box, Bucket, Plan, aligned
 
 #: Bytes copied before they are hashed: few enough to be in the cache still, enough to hide Python.
 CHUNK_BYTES = 1 << 19
@@ -77,8 +78,8 @@ def chunks(pieces: Iterable[Piece], nbytes: int = CHUNK_BYTES) -> Iterator[list[
         yield chunk
 
 
-def bytes_of(memory: Tensor, chunk: Sequence[Piece]) -> list[tuple[int, memoryview]]:
-    """The bytes of these pieces with their owners, adjacent ones as one."""
+def bytes_of(memory: Tensor, bucket: Bucket, chunk: Sequence[Piece]) -> list[tuple[Cell, memoryview]]:
+    """The bytes of these pieces of a bucket by cells, adjacent ones as one."""
     view = memory.numpy().data
     merged: list[tuple[int, int, int]] = []
     for piece in chunk:
@@ -87,7 +88,33 @@ def bytes_of(memory: Tensor, chunk: Sequence[Piece]) -> list[tuple[int, memoryvi
                 merged[-1] = (owner, merged[-1][1], stop)
             else:
                 merged.append((owner, start, stop))
-    return [(owner, view[start:stop]) for owner, start, stop in merged]
+    return [
+        found
+        for owner, start, stop in merged
+        for found in cut(owner, start - bucket.offset, view[start:stop])
+    ]
+
+
+def rehoused(
+    chunk: Sequence[Piece], bucket: Bucket, room: Tensor
+) -> tuple[list[Piece], list[tuple[Cell, memoryview]]]:
+    """The same pieces with `room` (uint8, of `room_for` bytes) as their memory, and its bytes by cells."""
+    moved: list[Piece] = []
+    views: list[tuple[Cell, memoryview]] = []
+    view, at = room.numpy().data, 0
+    for piece in chunk:
+        nbytes = piece.memory.numel()
+        moved.append(piece._replace(memory=room[at : at + nbytes]))
+        first = piece.runs[0][1]
+        for owner, start, stop in piece.runs:
+            views += cut(owner, start - bucket.offset, view[at + start - first : at + stop - first])
+        at += aligned(nbytes)
+    return moved, views
+
+
+def room_for(chunk: Sequence[Piece]) -> int:
+    """Bytes that `rehoused` needs."""
+    return sum(aligned(piece.memory.numel()) for piece in chunk)
 
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ A module that cannot be proved to hold copies goes on using its loader.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -59,16 +59,29 @@ class ModelLoader:
         self._expected = _loadable(model)
         self._recorder: CopyRecorder | None = None
         self._replay: _Replay | None = None
+        self._complete = False
 
     @property
     def needs(self) -> Needs | None:
         """Boxes of the tensors that this worker reads, by name; None before the first complete update."""
         return None if self._replay is None else self._replay.needs
 
-    def begin(self) -> None:
-        """Start an update, also after one that broke off."""
+    @property
+    def together(self) -> tuple[tuple[str, ...], ...]:
+        """Sets of tensors that a partial update brings whole and together or not at all, by name."""
+        return () if self._replay is None else self._replay.together
+
+    def begin(self, *, partial: bool = False) -> None:
+        """Start an update, also after one that broke off; a partial one leaves the rest as it is.
+
+        Raises:
+            TransferError: it is partial, and there has been no complete one, or not since one broke off.
+        """
+        if partial and (self._replay is None or not self._complete):
+            raise TransferError("a partial update needs a complete one before it")
+        self._complete = False
         if self._replay is not None:
-            self._replay.begin()
+            self._replay.begin(partial=partial)
             return
         with torch.no_grad():
             _heal(self._model)
@@ -93,7 +106,7 @@ class ModelLoader:
                 self._model.load_weights(self._recorder.sources(tensors))
 
     def load_boxes(self, pieces: Iterable[tuple[str, Box, torch.Tensor]]) -> None:
-        """Put boxes of tensors in place; each must hold whole boxes of `needs`.
+        """Put boxes of tensors in place: whole boxes of `needs`, or, in a partial update, rows.
 
         Raises:
             TransferError: it is not known yet what goes where, or a piece has other tensors or cuts.
@@ -116,6 +129,7 @@ class ModelLoader:
                 self._learn()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        self._complete = True
 
     def _learn(self) -> None:
         recorder, self._recorder = self._recorder, None
@@ -161,6 +175,7 @@ class _Replay:
             for name, whole in self._wholes.items()
             if name in self._loaded_names or self._copies[name]
         }
+        self.together = tuple(self._find_together())
         for name in self._wholes:  # now, so that the next update need not
             for box in (None, *self.needs.get(name, ())):
                 self._route(name, box)
@@ -188,7 +203,20 @@ class _Replay:
             # What a loader keeps for later is in no record.
             self._loaded_names |= {name for name, copies in self._copies.items() if not copies}
 
-    def begin(self) -> None:
+    def _find_together(self) -> Iterator[tuple[str, ...]]:
+        """What is packed or loaded as one; and what has no rows that could be placed alone."""
+        packed: dict[Rebuild, set[str]] = {}
+        for placed in self._all:
+            if placed.rebuild is not None:
+                packed.setdefault(placed.rebuild, set()).add(placed.copy.name)
+            elif not placed.copy.has_rows:
+                yield (placed.copy.name,)
+        for names in (*packed.values(), self._loaded_names):
+            if names:
+                yield tuple(sorted(names))
+
+    def begin(self, *, partial: bool) -> None:
+        self._partial, self._touched, self._loading = partial, False, False
         for placed in self._all:
             placed.done = False
         for (module, parameter), several in self._direct.items():
@@ -199,8 +227,14 @@ class _Replay:
         for rebuild in self._rebuilds:
             rebuild.abandon()
         self._seen.clear()
-        if not self._loaded_modules:
+        if self._loaded_modules and not partial:
+            self._begin_loading()
+
+    def _begin_loading(self) -> None:
+        """Make the modules that keep their loaders ready for these, once an update."""
+        if self._loading:
             return
+        self._loading = True
         _heal(self._model)
         prepare_reload(self._loaded_modules)
         for module in self._loaded_modules:
@@ -217,6 +251,10 @@ class _Replay:
         for_loaders: list[tuple[str, torch.Tensor]] = []
         begun: dict[Rebuild, None] = {}
         for name, box, tensor in pieces:
+            self._touched = True
+            if self._partial and box is not None:
+                self._add_rows(name, box, tensor, targets, sources)
+                continue
             shape, routes = self._routes.get((name, box)) or self._route(name, box)
             if tensor.shape != shape:
                 raise TransferError(f"{name}: got shape {list(tensor.shape)}, expected {list(shape)}")
@@ -242,7 +280,21 @@ class _Replay:
         for rebuild in begun:
             rebuild.copy()
         if for_loaders:
+            self._begin_loading()
             self._model.load_weights(iter(for_loaders))
+
+    def _add_rows(
+        self,
+        name: str,
+        box: Box,
+        tensor: torch.Tensor,
+        targets: list[torch.Tensor],
+        sources: list[torch.Tensor],
+    ) -> None:
+        for placed in self._copies[name]:
+            if (rows := placed.rows(box, tensor)) is not None:
+                targets.append(rows[0])
+                sources.append(rows[1])
 
     def _route(self, name: str, box: Box | None) -> _Routes:
         """Where a piece goes: its shape, and each copy from it; None: of all of the piece, as it lies."""
@@ -266,14 +318,19 @@ class _Replay:
 
     def finish(self) -> None:
         missing = {
-            _join(self._names[placed.module], placed.parameter) for placed in self._all if not placed.done
+            _join(self._names[placed.module], placed.parameter)
+            for placed in self._all
+            if not placed.done and (not self._partial or (placed.rebuild and placed.rebuild.begun))
         }
-        missing |= self._loaded_names - self._seen
+        if not self._partial or self._seen:
+            missing |= self._loaded_names - self._seen
         if missing:
             raise TransferError(_not_updated(missing))
-        if self._loaded_modules:
+        if not self._touched:
+            return
+        if self._loading:
             finalize_layerwise_reload(self._model, self._model_config)
-        done = set(self._loaded_modules)
+        done = set(self._loaded_modules) if self._loading else set()
         for module in self._model.modules():
             if is_deferred_attention_layer(module) and module not in done:
                 module.process_weights_after_loading(self._model_config.dtype)
@@ -297,6 +354,15 @@ class _Placed:
     def aim(self) -> None:
         """At the live parameter."""
         self.target = self.copy.target.view.of(getattr(self.module, self.parameter).data)
+
+    def rows(self, box: Box, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What of a piece of whole rows goes here, target and source; None: nothing."""
+        cut = self.copy.source.rows(*box[0])
+        if cut is None:
+            return None
+        dimension, first, stop, view = cut
+        target = self.target if dimension is None else self.target.narrow(dimension, first, stop - first)
+        return target, view.of(tensor.contiguous())
 
 
 _Routes = tuple[tuple[int, ...], list[tuple[_Placed, View | None]]]

@@ -8,7 +8,7 @@ different owners share buckets: there are as many buckets as the bytes need, not
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -25,11 +25,17 @@ ALIGNMENT = 256
 #: Places of a ring: one is filled, one is on the wire, one is applied.
 RING_SLOTS = 3
 
+#: A delta that would have more than this share of the bytes goes as a full push, which builds on no version.
+MOST_CHANGED = 0.5
+
 #: Ranges along each dimension: `((0, 4), (8, 16))` is rows 0 to 3, columns 8 to 15.
 Box = tuple[tuple[int, int], ...]
 
 #: By tensor name, the boxes that a receiver needs; a tensor that is not named is not needed.
 Needs = Mapping[str, Sequence[Box]]
+
+#: By tensor name, ranges of rows.
+Rows = Mapping[str, Iterable[tuple[int, int]]]
 
 
 class PlanError(ValueError):
@@ -89,6 +95,8 @@ class Plan(msgspec.Struct, frozen=True, dict=True):
     slots: int
     buckets: tuple[Bucket, ...]
     receivers: tuple[int, ...]
+    #: Of a delta: the version that receivers, and arenas that retain it, must hold exactly.
+    base: int | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -104,6 +112,11 @@ class Plan(msgspec.Struct, frozen=True, dict=True):
     def nbytes(self) -> int:
         """Bytes that owners write."""
         return sum(block.nbytes for bucket in self.buckets for block in bucket.blocks)
+
+    @cached_property
+    def owners(self) -> tuple[int, ...]:
+        """Ranks that write anything, ascending."""
+        return tuple(sorted({owner for bucket in self.buckets for owner in bucket.owners}))
 
 
 #: Of a participant that has not seen one.
@@ -146,6 +159,44 @@ def plan_push(
     return builder.plan("broadcast" if needs is None else "shard_aware", tuple(receivers))
 
 
+def plan_delta(
+    manifest: Manifest,
+    full: Plan,
+    changed: Rows,
+    base: int,
+    together: Iterable[Collection[str]] = (),
+) -> Plan:
+    """Plan a push of what has changed.
+
+    If the full plan retains, blocks have the places that they have in it: written there, they make an arena's
+    copy of version `base` a copy of the new one.
+
+    Args:
+        manifest: the weights and their owners.
+        full: the plan for a push of all of them to all receivers.
+        changed: the rows that differ from version `base`, by tensor name.
+        base: the version that receivers hold.
+        together: sets of tensors that receivers take whole and together or not at all.
+
+    Returns:
+        A plan of the strategy `delta`; `full` if that would be more than `MOST_CHANGED` of the bytes.
+
+    Raises:
+        PlanError: what has changed is not there, or the full plan does not bring everything to everyone.
+    """
+    if full.strategy != "broadcast":
+        raise PlanError(f"a delta goes to all receivers alike, and not as {full.strategy}")
+    boxes = _changed_boxes(manifest, changed, together)
+    builder = _Builder(manifest, max((bucket.nbytes for bucket in full.buckets), default=0), full.slots)
+    nbytes = sum(_nbytes(manifest.tensors[index], box) for index, several in boxes.items() for box in several)
+    if nbytes > MOST_CHANGED * manifest.nbytes:
+        return full
+    if full.retains:
+        return _in_place(full, boxes, base)
+    builder.add(full.receivers, boxes)
+    return builder.plan("delta", full.receivers, base)
+
+
 def fit_bucket(
     manifest: Manifest,
     memory_budget: int,
@@ -179,7 +230,7 @@ def largest_unit(manifest: Manifest, needs: Mapping[int, Needs] | None = None) -
     tensors = manifest.tensors
     audiences = [boxes for _, boxes in _audiences(manifest, tuple(needs or ()), needs)]
     sizes = (
-        Unit(tensors[unit[0]].name, sum(_aligned(_nbytes(tensors[i], box)) for i in unit for box in boxes[i]))
+        Unit(tensors[unit[0]].name, sum(aligned(_nbytes(tensors[i], box)) for i in unit for box in boxes[i]))
         for boxes in audiences
         for unit in _units(manifest, boxes)
     )
@@ -203,8 +254,9 @@ class _Builder:
         used = 0
         for unit in _units(self._manifest, boxes):
             # A tensor without elements has nothing to send.
-            pieces = [(index, box) for index in unit for box in boxes[index] if self._nbytes(index, box)]
-            size = sum(_aligned(self._nbytes(index, box)) for index, box in pieces)
+            sized = [(i, box, _nbytes(self._manifest.tensors[i], box)) for i in unit for box in boxes[i]]
+            pieces = [piece for piece in sized if piece[2]]
+            size = sum(aligned(nbytes) for _, _, nbytes in pieces)
             if size > self._bucket_bytes:
                 raise PlanError(
                     f"{self._manifest.tensors[unit[0]].name} needs a bucket of {size:,} bytes; "
@@ -213,10 +265,9 @@ class _Builder:
             if used + size > self._bucket_bytes:
                 self._close(audience, blocks, used)
                 blocks, used = [], 0
-            for index, box in pieces:
-                nbytes = self._nbytes(index, box)
+            for index, box, nbytes in pieces:
                 blocks.append(Block(index, box, used, nbytes, self._parts(index, box, nbytes)))
-                used += _aligned(nbytes)
+                used += aligned(nbytes)
         self._close(audience, blocks, used)
 
     def _close(self, audience: tuple[int, ...], blocks: list[Block], used: int) -> None:
@@ -229,9 +280,6 @@ class _Builder:
             offset, after = self._end, -1
         self._buckets.append(Bucket(index, offset, used, audience, tuple(blocks), after))
         self._end = max(self._end, offset + used)
-
-    def _nbytes(self, index: int, box: Box) -> int:
-        return _nbytes(self._manifest.tensors[index], box)
 
     def _parts(self, index: int, box: Box, nbytes: int) -> tuple[Part, ...]:
         """Who writes which rows: of several owners of the same rows, the one with the least to do so far."""
@@ -248,8 +296,77 @@ class _Builder:
             row = stop
         return tuple(parts)
 
-    def plan(self, strategy: Strategy, receivers: tuple[int, ...]) -> Plan:
-        return Plan(strategy, self._manifest.tensors, self._end, self._slots, tuple(self._buckets), receivers)
+    def plan(self, strategy: Strategy, receivers: tuple[int, ...], base: int | None = None) -> Plan:
+        return Plan(
+            strategy, self._manifest.tensors, self._end, self._slots, tuple(self._buckets), receivers, base
+        )
+
+
+def _changed_boxes(
+    manifest: Manifest, changed: Rows, together: Iterable[Collection[str]]
+) -> dict[int, list[Box]]:
+    """What a delta brings: rows, and of tensors that belong together all of all of them."""
+    indices = {spec.name: index for index, spec in enumerate(manifest.tensors)}
+    if unknown := sorted(changed.keys() - indices.keys()):
+        raise PlanError(f"{unknown[0]} changed, which nobody sends")
+    boxes: dict[int, list[Box]] = {}
+    for name, rows in changed.items():
+        spec = manifest.tensors[indices[name]]
+        # What lies closer together than blocks may would take more room apart.
+        apart = ALIGNMENT // max(spec.nbytes // max(spec.rows, 1), 1)
+        if spec.nbytes and (ranges := merged_rows(rows, spec.rows, apart)):
+            boxes[indices[name]] = [(cut, *whole(spec)[1:]) if spec.shape else () for cut in ranges]
+    groups = [{indices[name] for name in names if name in indices} for names in together]
+    reached, left = set(boxes), groups
+    while touched := [group for group in left if group & reached]:
+        reached.update(*touched)
+        left = [group for group in left if group not in touched]
+        for index in set().union(*touched):
+            boxes[index] = [whole(manifest.tensors[index])]
+    return boxes
+
+
+def merged_rows(rows: Iterable[tuple[int, int]], length: int, apart: int = 0) -> list[tuple[int, int]]:
+    """Ranges of rows in order, within 0 to `length`; those that are at most `apart` rows apart as one."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted((max(start, 0), min(stop, length)) for start, stop in rows):
+        if start >= stop:
+            continue
+        if merged and start <= merged[-1][1] + apart:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def _in_place(full: Plan, boxes: Mapping[int, Sequence[Box]], base: int) -> Plan:
+    """A plan that writes only these rows, each where the full plan has it, and by whom."""
+    buckets: list[Bucket] = []
+    for bucket in full.buckets:
+        blocks = [
+            _rows_of(block, box)
+            for block in bucket.blocks
+            for box in boxes.get(block.tensor, ())
+            if block.nbytes
+        ]
+        if blocks:
+            buckets.append(
+                Bucket(len(buckets), bucket.offset, bucket.nbytes, bucket.receivers, tuple(blocks))
+            )
+    return Plan("delta", full.tensors, full.arena_bytes, 0, tuple(buckets), full.receivers, base)
+
+
+def _rows_of(block: Block, box: Box) -> Block:
+    if box == block.box:
+        return block
+    start, stop = box[0]
+    parts = tuple(
+        Part(part.owner, max(part.start, start), min(part.stop, stop))
+        for part in block.parts
+        if part.start < stop and part.stop > start
+    )
+    offset, nbytes = block.place(Part(0, start, stop))
+    return Block(block.tensor, box, offset, nbytes, parts)
 
 
 def whole(spec: TensorSpec) -> Box:
@@ -261,7 +378,8 @@ def _nbytes(spec: TensorSpec, box: Box) -> int:
     return math.prod(stop - start for start, stop in box) * ITEM_BYTES[spec.dtype]
 
 
-def _aligned(nbytes: int) -> int:
+def aligned(nbytes: int) -> int:
+    """The next place at which a block may start."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 

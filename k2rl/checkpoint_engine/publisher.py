@@ -5,13 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from k2rl.checkpoint_engine.coordinator import Coordinator, Invitations, PushReport
 from k2rl.checkpoint_engine.disk import checkpoint_manifest
 from k2rl.checkpoint_engine.manifest import Manifest, check_same_model, merge
-from k2rl.checkpoint_engine.messages import RECEIVER, SENDER, Address, Peer
-from k2rl.checkpoint_engine.plan import RING_SLOTS, Needs, Plan, fit_bucket, largest_unit, plan_push, whole
+from k2rl.checkpoint_engine.messages import RECEIVER, SENDER, Address, DeltaRefusedError, Peer, TransferError
+from k2rl.checkpoint_engine.plan import (
+    RING_SLOTS,
+    Needs,
+    Plan,
+    Rows,
+    fit_bucket,
+    largest_unit,
+    plan_delta,
+    plan_push,
+    whole,
+)
 from k2rl.checkpoint_engine.sender import Sender, Source
 from k2rl.checkpoint_engine.transaction import PushError
 from k2rl.config import CheckpointEngineConfig
@@ -55,13 +65,32 @@ class TrainerRank(NamedTuple):
     #: Makes it take part in the push of the coordinator at an address, with a deadline in seconds:
     #: `Sender.send` there.
     send: Callable[[Address, float], Awaitable[object]]
+    #: For deltas: what differs there between two versions, of which it holds the second; `Sender.changes`
+    #: there, with the plan of everything.
+    changes: Callable[[Plan, int, int], Awaitable[Rows]]
 
 
-def local_rank(sender: Sender, source: Source, run: Callable[..., Awaitable[object]]) -> TrainerRank:
+def local_rank(sender: Sender, source: Source, run: Callable[..., Awaitable[Any]]) -> TrainerRank:
     """A rank in this process; `run` calls a function in the thread that may touch its weights."""
     return TrainerRank(
-        source.manifest, lambda address, deadline_s: run(sender.send, source, address, deadline_s)
+        source.manifest,
+        lambda address, deadline_s: run(sender.send, source, address, deadline_s),
+        lambda plan, base, version: run(sender.changes, source, plan, base, version),
     )
+
+
+async def _changes(
+    ranks: Mapping[int, TrainerRank], plan: Plan, base: int, version: int
+) -> dict[str, list[tuple[int, int]]]:
+    """What any rank says has changed since version `base`, once none reads its weights any more."""
+    calls = (rank.changes(plan, base, version) for rank in ranks.values())
+    changed: dict[str, list[tuple[int, int]]] = {}
+    for answer in await asyncio.gather(*calls, return_exceptions=True):
+        if isinstance(answer, BaseException):
+            raise answer
+        for name, rows in answer.items():
+            changed.setdefault(name, []).extend(rows)
+    return changed
 
 
 class Publisher:
@@ -86,6 +115,8 @@ class Publisher:
         #: Of its pushes.
         self.coordinator = Coordinator(config.deadline_s)
         self._plan: tuple[object, Plan] | None = None
+        #: The version that these engines hold, if the last push has brought it there.
+        self._held: tuple[int, Mapping[str, ReceivingEngine]] | None = None
 
     async def start(self) -> None:
         await self.coordinator.__aenter__()
@@ -95,6 +126,8 @@ class Publisher:
 
     async def publish(self, ranks: Mapping[int, TrainerRank], version: int) -> PushReport:
         """Push the weights that these trainer ranks hold together.
+
+        With the strategy `delta`, what has changed; everything if the engines cannot take that.
 
         Args:
             ranks: by number; their weights must not change until this returns.
@@ -107,32 +140,52 @@ class Publisher:
             PushError: the push failed; names the engine, if it was one. See `Coordinator.push`.
             ValueError: the version is not newer, or an engine cannot join.
         """
+        manifests = [rank.manifest for rank in ranks.values()]
+        full = self._planned(manifests, _Engines(self.engines, version))
+        if self._config.strategy != "delta" or self._held is None or self._held[1] != self.engines:
+            return await self._push(full, ranks, version)
+        base = self._held[0]
+        changed = await _changes(ranks, full, base, version)
+        plan = plan_delta(merge(manifests), full, changed, base, self.coordinator.together)
+        try:
+            return await self._push(plan, ranks, version)
+        except TransferError as error:
+            if not error.refused:
+                raise
+        # The engines are paused with their requests kept; this push lets them go on.
+        return await self._push(full, ranks, version)
+
+    async def _push(self, plan: Plan, ranks: Mapping[int, TrainerRank], version: int) -> PushReport:
         group = _Engines(self.engines, version)
-        plan = self._planned([rank.manifest for rank in ranks.values()], group)
         deadline_s = self._config.deadline_s
 
         def invite() -> Invitations:
-            owners = {owner for bucket in plan.buckets for owner in bucket.owners}
             address = self.coordinator.address
-            return {Peer(SENDER, owner): ranks[owner].send(address, deadline_s) for owner in owners}
+            return {Peer(SENDER, owner): ranks[owner].send(address, deadline_s) for owner in plan.owners}
 
         async def pause() -> Invitations:
             return await group.join(self.coordinator.address, deadline_s)
 
+        self._held = None
         try:
             report = await self.coordinator.push(
                 version, plan, dict.fromkeys(plan.receivers, 0), invite, pause
             )
         except BaseException as error:
             # The engines' own word counts: one may have died of the push.
-            self._take_out_the_dead(await group.settled(error), error)
+            outcomes = await group.settled(error)
+            self._take_out_the_dead(outcomes, error)
             if isinstance(error, PushError) and (name := group.name_of(error.culprit)):
-                raise PushError(f"{name}: {error}", error.culprit) from error
+                refused = error.refused or any(
+                    isinstance(why, DeltaRefusedError) for why in outcomes.values()
+                )
+                raise PushError(f"{name}: {error}", error.culprit, refused) from error
             raise
         outcomes = await group.settled()
         self._take_out_the_dead(outcomes)
         for outcome in outcomes.values():
             raise outcome
+        self._held = version, dict(self.engines)
         return report
 
     def _take_out_the_dead(

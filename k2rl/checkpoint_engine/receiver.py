@@ -7,10 +7,10 @@ from contextlib import suppress
 from typing import Protocol
 
 import torch
-import xxhash
 from torch import Tensor
 
 from k2rl.checkpoint_engine.arena import Arena, ArenaCache
+from k2rl.checkpoint_engine.cells import Cell, CellHashes
 from k2rl.checkpoint_engine.copying import copies
 from k2rl.checkpoint_engine.messages import (
     RECEIVER,
@@ -21,6 +21,7 @@ from k2rl.checkpoint_engine.messages import (
     Commit,
     Committed,
     Deliver,
+    DeltaRefusedError,
     Finish,
     Finished,
     Peer,
@@ -30,12 +31,17 @@ from k2rl.checkpoint_engine.pieces import Piece, Remembered, bytes_of, chunks, p
 from k2rl.checkpoint_engine.plan import NO_PLAN, Bucket, Plan
 from k2rl.checkpoint_engine.transaction import version_digest
 
-#: Bytes to hash, with the trainer rank that wrote them, and what places them.
-Step = tuple[list[tuple[int, memoryview]], Callable[[], None]]
+#: Bytes to hash, by cells, and what places them.
+Step = tuple[list[tuple[Cell, memoryview]], Callable[[], None]]
 
 
 class Target(Protocol):
     """Where a receiver puts weights."""
+
+    @property
+    def together(self) -> tuple[tuple[str, ...], ...]:
+        """Sets of tensors that deltas must bring whole and together or not at all."""
+        ...
 
     def begin(self, plan: Plan) -> None:
         """An update starts; whatever an earlier one left undone is void.
@@ -46,7 +52,7 @@ class Target(Protocol):
         ...
 
     def steps(self, plan: Plan, bucket: Bucket, memory: Tensor) -> list[Step]:
-        """How to place a bucket; kept and followed at every push of this plan.
+        """How to place a bucket; kept and followed at every push of this plan, unless it is a delta.
 
         Args:
             plan: of the push.
@@ -68,12 +74,14 @@ class Target(Protocol):
 class TensorTarget:
     """Plain tensors in memory, by name."""
 
+    together: tuple[tuple[str, ...], ...] = ()
+
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
         self._updated: set[str] = set()
 
     def begin(self, plan: Plan) -> None:
-        self._updated = set()
+        self._updated = set() if plan.base is None else set(self._tensors)
         for spec in plan.tensors:
             target = self._tensors.get(spec.name)
             if target is not None and tuple(target.shape) != spec.shape:
@@ -82,9 +90,9 @@ class TensorTarget:
                 )
 
     def steps(self, plan: Plan, bucket: Bucket, memory: Tensor) -> list[Step]:
-        return [self._step(plan, memory, chunk) for chunk in chunks(pieces_of(plan, bucket, memory))]
+        return [self._step(plan, bucket, memory, chunk) for chunk in chunks(pieces_of(plan, bucket, memory))]
 
-    def _step(self, plan: Plan, memory: Tensor, pieces: Sequence[Piece]) -> Step:
+    def _step(self, plan: Plan, bucket: Bucket, memory: Tensor, pieces: Sequence[Piece]) -> Step:
         sources, targets = [], []
         for piece in pieces:
             spec = plan.tensors[piece.tensor]
@@ -100,7 +108,7 @@ class TensorTarget:
             copy()
             self._updated.update(names)
 
-        return bytes_of(memory, pieces), place
+        return bytes_of(memory, bucket, pieces), place
 
     def finish(self) -> None:
         missing = sorted(self._tensors.keys() - self._updated)
@@ -134,7 +142,12 @@ class Receiver:
         """
         with Channel(address, self.peer, deadline_s, self._host, self._plan.digest) as channel:
             begin = channel.expect(Begin)
-            plan = self._plan = begin.plan or self._plan
+            plan = begin.plan or self._plan
+            if plan.base is None:
+                self._plan = plan
+            elif plan.base != self.version:
+                held = "no whole version" if self.version is None else f"version {self.version}"
+                raise DeltaRefusedError(f"it holds {held}, and the delta builds on version {plan.base}")
             if begin.version < self._newest or begin.version == self.version:
                 raise TransferError(
                     f"version {begin.version} is not newer than {self._newest}, which is in place"
@@ -142,9 +155,10 @@ class Receiver:
             arena = self._arena.open(begin.arenas, begin.base + plan.arena_bytes)
             self._target.begin(plan)
             self.version = None
-            self._apply(begin, arena, channel)
+            self._apply(plan, begin, arena, channel)
             self._target.finish()
-            channel.send(Finished(self._digest(plan), arena.path))
+            together = self._target.together if plan.base is None else ()
+            channel.send(Finished(self._digest(plan), arena.path, together))
             channel.expect(Commit)
             self.version = self._newest = begin.version
             # The version stands; a coordinator that is gone need not know that we have it.
@@ -152,9 +166,10 @@ class Receiver:
                 channel.send(Committed())
             return begin.version
 
-    def _apply(self, begin: Begin, arena: Arena, channel: Channel) -> None:
-        plan = self._plan
-        compiled = self._compiled.get((plan.digest, begin.base, arena.identity), dict)
+    def _apply(self, plan: Plan, begin: Begin, arena: Arena, channel: Channel) -> None:
+        compiled: dict[int, list[Step]] = {}
+        if plan.base is None:  # no two deltas are alike
+            compiled = self._compiled.get((plan.digest, begin.base, arena.identity), dict)
         memory = arena.memory[begin.base : begin.base + plan.arena_bytes]
         self._applied: dict[int, Mapping[int, str]] = {}
         while isinstance(message := channel.receive(), Deliver):
@@ -176,14 +191,11 @@ class Receiver:
     @staticmethod
     def _place(steps: Iterable[Step]) -> dict[int, str]:
         """Hash, then place while the bytes are in the cache still; the digest of each owner's parts."""
-        digests: dict[int, xxhash.xxh3_128] = {}
+        hashes = CellHashes()
         for views, place in steps:
-            for owner, view in views:
-                if owner not in digests:
-                    digests[owner] = xxhash.xxh3_128()
-                digests[owner].update(view)
+            hashes.update(views)
             place()
-        return {owner: digest.hexdigest() for owner, digest in digests.items()}
+        return hashes.of_owners()
 
     def _digest(self, plan: Plan) -> str:
         return version_digest(

@@ -65,6 +65,39 @@ class Region:
         whole = math.prod(stop - start for start, stop in self.box)
         return 0 not in self.view.stride and self.view.numel == whole
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether at most one dimension of the view walks along the tensor's rows; see `rows`."""
+        return bool(self.shape) and self.steps is not None and len(self._along_rows()) <= 1
+
+    def _along_rows(self) -> list[tuple[int, int]]:
+        """Dimensions of the view that walk along dimension 0, and in steps of how many rows."""
+        return [
+            (dimension, step[1])
+            for dimension, step in enumerate(self.steps or ())
+            if step is not None and step[0] == 0
+        ]
+
+    def rows(self, start: int, stop: int) -> tuple[int | None, int, int, View] | None:
+        """The elements in rows `start` to `stop` of the tensor, in a contiguous tensor of just these rows.
+
+        Returns:
+            The dimension of the view that is cut (None: all of it is in one row), from where to where, and
+            the view. None if it has no elements there.
+        """
+        row, view = self.box[0][0], self.view
+        offset = view.offset - start * strides_of(self.shape)[0]
+        along = self._along_rows()
+        if not along:
+            return (None, 0, 1, View(offset, view.size, view.stride)) if start <= row < stop else None
+        ((dimension, step),) = along
+        first = max(-((row - start) // step), 0)
+        last = min(-((row - stop) // step), view.size[dimension])
+        if first >= last:
+            return None
+        size = (*view.size[:dimension], last - first, *view.size[dimension + 1 :])
+        return dimension, first, last, View(offset + first * view.stride[dimension], size, view.stride)
+
     def within(self, box: Box) -> View | None:
         """The same elements in a contiguous tensor that holds just `box`; None if some are outside."""
         if box == whole_box(self.shape):

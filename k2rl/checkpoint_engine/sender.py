@@ -1,17 +1,20 @@
-"""A trainer rank's side of a push: it copies its rows of the weights into the arena, bucket by bucket."""
+"""A trainer rank's side of a push: it copies its rows of the weights into the arena, bucket by bucket.
+
+It remembers digests of what it has pushed, and so finds out which rows have changed since.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
-import xxhash
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from k2rl.checkpoint_engine.arena import ArenaCache
+from k2rl.checkpoint_engine.cells import Cell, CellHashes, digest_of, rows_in
 from k2rl.checkpoint_engine.copying import copies
 from k2rl.checkpoint_engine.manifest import Manifest, Shard, TensorSpec
 from k2rl.checkpoint_engine.messages import (
@@ -20,12 +23,21 @@ from k2rl.checkpoint_engine.messages import (
     Begin,
     Channel,
     Commit,
+    DeltaRefusedError,
     Filled,
     Free,
     Peer,
     TransferError,
 )
-from k2rl.checkpoint_engine.pieces import Piece, Remembered, bytes_of, chunks, pieces_of
+from k2rl.checkpoint_engine.pieces import (
+    Piece,
+    Remembered,
+    bytes_of,
+    chunks,
+    pieces_of,
+    rehoused,
+    room_for,
+)
 from k2rl.checkpoint_engine.plan import NO_PLAN, Bucket, Plan
 
 
@@ -38,7 +50,10 @@ class Source(Protocol):
         ...
 
     def copier(self, plan: Plan, pieces: Sequence[Piece]) -> Callable[[], None]:
-        """A function that copies these pieces; it is kept and called at every push with the same plan."""
+        """A function that copies these pieces into their memory.
+
+        It is kept, and called at every push with the same plan.
+        """
         ...
 
     @property
@@ -119,6 +134,49 @@ class Sender:
         self._arena = ArenaCache(writable=True)
         self._plan = NO_PLAN
         self._compiled: Remembered[list[tuple[Bucket, list[Step]]]] = Remembered()
+        self._scans: Remembered[list[tuple[Bucket, list[Step]]]] = Remembered()
+        #: By version. A push may fail: then the one before is what receivers hold.
+        self._held: dict[int, _Held] = {}
+
+    def changes(
+        self, source: Source, plan: Plan, base: int, version: int
+    ) -> dict[str, list[tuple[int, int]]]:
+        """Read all of this rank's weights, and find what differs from what was pushed as version `base`.
+
+        Args:
+            source: this rank's weights; they must not change until the push of them has ended.
+            plan: for a push of everything.
+            base: the version to compare with; if it was not pushed from here with this plan, all has changed.
+            version: under which these weights will be pushed.
+
+        Returns:
+            By tensor name, ranges of rows: those in the cells (`CELL_BYTES`) of a bucket that are not as they
+            were.
+
+        Raises:
+            ValueError: the version is not newer.
+        """
+        if version <= base:
+            raise ValueError(f"version {version} is not newer than {base}, which is committed")
+        key = (plan.digest, source.identity)
+        cells: list[dict[int, bytes]] = [{} for _ in plan.buckets]
+        for bucket, steps in self._scans.get(key, lambda: _scan(plan, self._peer.rank, source)):
+            _, cells[bucket.index] = _fill(steps)
+        held = self._held.get(base)
+        self._hold(version, _Held(plan, cells))
+        before = held.cells if held and held.plan.digest == plan.digest else [{} for _ in plan.buckets]
+        changed: dict[str, list[tuple[int, int]]] = {}
+        for bucket, now, then in zip(plan.buckets, cells, before, strict=True):
+            different = [number for number, digest in now.items() if then.get(number) != digest]
+            for tensor, start, stop in rows_in(bucket, self._peer.rank, different) if different else ():
+                changed.setdefault(plan.tensors[tensor].name, []).append((start, stop))
+        return changed
+
+    def _hold(self, version: int, held: _Held) -> None:
+        self._held.pop(version, None)
+        self._held[version] = held
+        if len(self._held) > 2:
+            del self._held[next(iter(self._held))]
 
     def send(self, source: Source, address: Address, deadline_s: float) -> int:
         """Take part in the push that the coordinator at `address` is about to make.
@@ -136,29 +194,37 @@ class Sender:
         """
         with Channel(address, self._peer, deadline_s, self._host, self._plan.digest) as channel:
             begin = channel.expect(Begin)
-            self._plan = begin.plan or self._plan
-            self._fill(source, begin, channel)
+            plan = begin.plan or self._plan
+            if plan.base is None:
+                self._plan = plan
+            self._fill(source, plan, begin, channel)
             while not isinstance(message := channel.receive(), Commit):
                 if not isinstance(message, Free):
                     raise TransferError(f"expected Commit, got {message}")
             return begin.version
 
-    def _fill(self, source: Source, begin: Begin, channel: Channel) -> None:
-        plan = self._plan
+    def _fill(self, source: Source, plan: Plan, begin: Begin, channel: Channel) -> None:
         arena = self._arena.open(begin.arenas, begin.base + plan.arena_bytes)
         memory = arena.memory[begin.base : begin.base + plan.arena_bytes]
-        key = (plan.digest, begin.base, arena.identity, source.identity)
-        compiled = self._compiled.get(key, lambda: _compile(plan, self._peer.rank, source, memory))
+        rank, held, wholes = self._peer.rank, self._held.get(begin.version), {}
+        cells: list[dict[int, bytes]] = [{} for _ in plan.buckets]
+        if plan.base is None:
+            key = (plan.digest, begin.base, arena.identity, source.identity)
+            compiled = self._compiled.get(key, lambda: _compile(plan, rank, source, memory))
+            self._hold(begin.version, _Held(plan, cells))
+        else:  # no two deltas are alike
+            compiled = _compile(plan, rank, source, memory)
+            if held is None:
+                raise DeltaRefusedError(f"what changed in version {begin.version} was not looked for here")
+            if plan.retains:
+                wholes = {bucket.offset: held.cells[bucket.index] for bucket in held.plan.buckets}
         freed: set[int] = set()
         for bucket, steps in compiled:
             while bucket.after >= 0 and bucket.after not in freed:
                 freed.add(channel.expect(Free).bucket)
-            digest = xxhash.xxh3_128()
-            for copy, written in steps:
-                copy()
-                for _, view in written:
-                    digest.update(view)
-            channel.send(Filled(bucket.index, digest.hexdigest()))
+            digest, cells[bucket.index] = _fill(steps)
+            whole = digest_of(wholes[bucket.offset]) if bucket.offset in wholes else ""
+            channel.send(Filled(bucket.index, digest, whole))
 
     def unload(self) -> None:
         """Between pushes: hold none of the arena's memory."""
@@ -166,11 +232,29 @@ class Sender:
 
     def close(self) -> None:
         self._compiled.clear()
+        self._scans.clear()
         self._arena.close()
 
 
-#: A copy, and the bytes of the arena that it has written.
-Step = tuple[Callable[[], None], list[tuple[int, memoryview]]]
+class _Held(NamedTuple):
+    """A version as it was pushed: the plan for all of it, and by bucket the digests of this rank's cells."""
+
+    plan: Plan
+    cells: list[dict[int, bytes]]
+
+
+#: A copy, and the bytes that it has written, by cells.
+Step = tuple[Callable[[], None], list[tuple[Cell, memoryview]]]
+
+
+def _fill(steps: list[Step]) -> tuple[str, dict[int, bytes]]:
+    """Copy and hash; one owner's digest of the bucket, and of its cells."""
+    hashes = CellHashes()
+    for copy, written in steps:
+        copy()
+        hashes.update(written)
+    cells = {number: digest for (_, number), digest in hashes.digests().items()}
+    return digest_of(cells), cells
 
 
 def _compile(plan: Plan, rank: int, source: Source, memory: Tensor) -> list[tuple[Bucket, list[Step]]]:
@@ -179,10 +263,30 @@ def _compile(plan: Plan, rank: int, source: Source, memory: Tensor) -> list[tupl
         (
             bucket,
             [
-                (source.copier(plan, chunk), bytes_of(memory, chunk))
+                (source.copier(plan, chunk), bytes_of(memory, bucket, chunk))
                 for chunk in chunks(pieces_of(plan, bucket, memory, rank))
             ],
         )
         for bucket in plan.buckets
         if rank in bucket.owners
     ]
+
+
+def _scan(plan: Plan, rank: int, source: Source) -> list[tuple[Bucket, list[Step]]]:
+    """As `_compile`, into memory that stays in the processor's cache: the bytes are only hashed.
+
+    They go through a copy because that is where a source casts them or fetches them from a device.
+    """
+    nowhere = torch.empty(1, dtype=torch.uint8).expand(plan.arena_bytes)
+    parts = [
+        (bucket, list(chunks(pieces_of(plan, bucket, nowhere, rank))))
+        for bucket in plan.buckets
+        if rank in bucket.owners
+    ]
+    size = max((room_for(chunk) for _, several in parts for chunk in several), default=0)
+    room = torch.empty(size, dtype=torch.uint8)
+    scan = []
+    for bucket, several in parts:
+        moved = [rehoused(chunk, bucket, room) for chunk in several]
+        scan.append((bucket, [(source.copier(plan, pieces), views) for pieces, views in moved]))
+    return scan

@@ -6,14 +6,14 @@ Every number that comes out of here is simulated.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from k2rl.checkpoint_engine.flows import Span, Task, Traffic, simulate_tasks
 from k2rl.checkpoint_engine.plan import Bucket, Plan
 from k2rl.checkpoint_engine.topology import Topology, effective
 
-STAGES = ("copy_in", "transfer", "apply")
+STAGES = ("scan", "copy_in", "transfer", "apply")
 
 
 @dataclass(frozen=True)
@@ -37,26 +37,35 @@ class Simulation:
     spans: list[Span]
 
 
-def simulate(plan: Plan, topology: Topology, kept: Sequence[float] | None = None) -> Simulation:
+def simulate(
+    plan: Plan, topology: Topology, kept: Sequence[float] | None = None, scanned: Plan | None = None
+) -> Simulation:
     """Simulate a push by the executor: fill, transfer and apply of different buckets overlap.
 
     Args:
-        plan: of the strategy `broadcast` or `shard_aware`.
-        kept: for `broadcast`, the share of each tensor that a receiver copies into its model; default: all.
+        plan: of any strategy.
+        kept: for `broadcast` and `delta`, the share of each tensor that a receiver copies into its model;
+            default: all.
+        scanned: the plan of everything in which changes were looked for first. The executor reads as when it
+            copies in, at the same rate, and nothing else starts before it is known what has changed.
     """
     builder = _Builder(plan, topology, kept)
+    if scanned is not None:
+        builder.scan(scanned)
     for bucket in plan.buckets:
         builder.add(bucket)
     device = topology.device
     around = device.push_ms * 1e-3 + 2 * device.message_us * 1e-6
-    return measure(plan, topology, builder.tasks, around)
+    return measure(plan, topology, builder.tasks, around, scanned)
 
 
-def measure(plan: Plan, topology: Topology, tasks: list[Task], around: float) -> Simulation:
+def measure(
+    plan: Plan, topology: Topology, tasks: list[Task], around: float, scanned: Plan | None = None
+) -> Simulation:
     """Run tasks on the links of `topology`; `around` seconds go to what surrounds them."""
     rates = effective(topology.rates())
     spans, traffic = simulate_tasks(tasks, rates)
-    floors = _floors(plan, topology, tasks, traffic)
+    floors = _floors([plan, scanned] if scanned else [plan], topology, tasks, traffic)
     floor_by = max(floors, key=lambda name: floors[name])
     busy: dict[str, float] = {}
     occupied: dict[tuple[str, str], float] = defaultdict(float)
@@ -91,21 +100,21 @@ def _at_least(seconds: dict[str, float], label: str, value: float) -> None:
 
 
 def _floors(
-    plan: Plan, topology: Topology, tasks: Sequence[Task], traffic: Mapping[str, Traffic]
+    plans: Iterable[Plan], topology: Topology, tasks: Sequence[Task], traffic: Mapping[str, Traffic]
 ) -> dict[str, float]:
     """Seconds that each link needs for its bytes at its nominal rate.
 
-    What is copied in is counted host by host: the simulated host has the most loaded one's share of each
-    bucket, which over a push is more than any host has.
+    What is copied in or scanned is counted host by host: the simulated host has the most loaded one's share
+    of each bucket, which over a push is more than any host has.
     """
     nbytes = {name: used.nbytes for name, used in traffic.items()}
     for task in tasks:
-        if task.stage == "copy_in":
+        if task.stage in ("scan", "copy_in"):
             for link in task.links:
                 nbytes[link] -= task.nbytes
     by_host: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     by_owner: dict[int, float] = defaultdict(float)
-    for bucket in plan.buckets:
+    for bucket in (bucket for plan in plans for bucket in plan.buckets):
         for block in bucket.blocks:
             for part in block.parts:
                 by_owner[part.owner] += block.nbytes if len(block.parts) == 1 else block.place(part)[1]
@@ -150,13 +159,49 @@ class _Builder:
         self._position = {receiver: places[receiver][1] for receiver in by_host[self._host]}
         #: By bucket, its applies here: what the bucket that takes its place waits for.
         self._applied: dict[int, list[int]] = {}
+        self._scans: list[int] = []
+        self._spread = plan.strategy != "shard_aware"
+
+    def scan(self, full: Plan) -> None:
+        """Look for changes in everything; before any `add`.
+
+        Nobody waits for a single bucket: of each position, the rank counts that has most in all.
+        """
+        nbytes: dict[int, int] = defaultdict(int)
+        calls: dict[int, float] = defaultdict(float)
+        for bucket in full.buckets:
+            for block in bucket.blocks:
+                for part in block.parts:
+                    nbytes[part.owner] += block.nbytes if len(block.parts) == 1 else block.place(part)[1]
+                    calls[part.owner] += self._block
+            for owner in bucket.owners:
+                calls[owner] += self._bucket
+        times = self._topology.stands_for
+        loads: dict[int, tuple[int, float]] = {}
+        for owner, size in nbytes.items():
+            _, position = self._topology.owner_place(owner)
+            loads[position] = max(loads.get(position, (0, 0.0)), (size, calls[owner]))
+        self._scans = [
+            self._task(
+                "scan",
+                f"sender {position}",
+                [],
+                setup=calls_s * times,
+                nbytes=size * times,
+                links=self._topology.copy_in_links(position),
+                latency=self._message,
+                bucket=-1,
+            )
+            for position, (size, calls_s) in sorted(loads.items())
+        ]
 
     def add(self, bucket: Bucket) -> None:
         payload = sum(block.nbytes for block in bucket.blocks)
         mine, at_host, blocks = self._sources(bucket)
-        filled = self._fill(bucket, mine, blocks)
+        before = self._applied.get(bucket.after, []) + self._scans
+        filled = self._fill(bucket, mine, blocks, before)
         audience = [receiver for receiver in bucket.receivers if receiver in self._position]
-        if self._plan.strategy == "broadcast":
+        if self._spread:
             remote = payload - (min(at_host.values()) if len(at_host) == self._topology.hosts else 0)
         else:
             remote = payload - at_host.get(self._host, 0)
@@ -196,13 +241,15 @@ class _Builder:
             blocks[position] = max(blocks.get(position, 0), count[host, position])
         return most, dict(at_host), blocks
 
-    def _fill(self, bucket: Bucket, mine: Mapping[int, int], blocks: Mapping[int, int]) -> list[int]:
+    def _fill(
+        self, bucket: Bucket, mine: Mapping[int, int], blocks: Mapping[int, int], after: Sequence[int]
+    ) -> list[int]:
         times = self._topology.stands_for
         return [
             self._task(
                 "copy_in",
                 f"sender {position}",
-                self._applied.get(bucket.after, []),
+                after,
                 setup=self._bucket + self._block * blocks[position] * times,
                 nbytes=mine[position] * times,
                 links=self._topology.copy_in_links(position),
@@ -223,7 +270,7 @@ class _Builder:
     ) -> dict[int, list[int]]:
         """What each position must wait for before it has the bucket."""
         topology = self._topology
-        spread = self._plan.strategy == "broadcast"
+        spread = self._spread
         latency = topology.relay_latency(remote) if spread else self._message
         if topology.shares_memory:
             arrived = filled

@@ -56,9 +56,10 @@ class State(Enum):
 class PushError(TransferError):
     """A push failed. `culprit` is the participant that died, hangs or reported an error, if it is one."""
 
-    def __init__(self, reason: str, culprit: Peer | None = None) -> None:
+    def __init__(self, reason: str, culprit: Peer | None = None, refused: bool = False) -> None:
         super().__init__(reason)
         self.culprit = culprit
+        self.refused = refused
 
 
 class Transaction:
@@ -89,6 +90,10 @@ class Transaction:
         self.lost: list[Peer] = []
         #: Where a receiver's own mapping of the arena can be opened.
         self.mappings: dict[int, str] = {}
+        #: Of a delta: those of whole buckets, by the first byte of the bucket, and owner.
+        self.wholes: Digests = {}
+        #: What some receiver takes whole and together or not at all.
+        self.together: set[tuple[str, ...]] = set()
         self.digests: Digests = staged or {bucket.index: {} for bucket in plan.buckets}
         #: By host; complete once all agents are prepared.
         self.begins = dict(begins)
@@ -236,7 +241,7 @@ class Transaction:
                 if self.blamed.keys() >= self._agents:
                     yield from self.conclude()
                 return
-            yield from self.fail(f"{peer} failed: {message.reason}", peer)
+            yield from self.fail(f"{peer} failed: {message.reason}", peer, message.refused)
         elif isinstance(message, Filled) and self._may_fill(peer, message.bucket):
             yield from self._filled(peer, message)
         elif isinstance(message, Prepared) and peer in self._preparing:
@@ -279,11 +284,11 @@ class Transaction:
         reasons = "; ".join(reason for host, reason in self.blamed.values() if host in hosts)
         yield from self.fail(f"{peer} is gone, hangs or cannot be reached: {reasons}", peer)
 
-    def fail(self, reason: str, culprit: Peer | None = None) -> Iterator[Outgoing]:
+    def fail(self, reason: str, culprit: Peer | None = None, refused: bool = False) -> Iterator[Outgoing]:
         """End the push; everybody is told why."""
         if self.state in (State.STAGING, State.APPLYING):
             self.state = State.FAILED
-            self.error = PushError(reason, culprit)
+            self.error = PushError(reason, culprit, refused)
             for peer in self._present:
                 yield peer, Abort(reason)
 
@@ -291,6 +296,8 @@ class Transaction:
         bucket = self.plan.buckets[message.bucket]
         self._fill[peer].remove(message.bucket)
         self.digests[bucket.index][peer.rank] = message.digest
+        if message.whole:
+            self.wholes.setdefault(bucket.offset, {})[peer.rank] = message.whole
         if not self._is_filled(bucket):
             return
         self._requested.append(bucket.index)
@@ -343,6 +350,7 @@ class Transaction:
         self._finishing.discard(peer)
         self._voted.add(peer)
         self.mappings[peer.rank] = message.arena
+        self.together.update(message.together)
         if self._voted == self.receivers:
             yield from self._commit()
 

@@ -95,6 +95,11 @@ class Rebuild:
         self._sources: list[torch.Tensor] = []
         self._open = False
 
+    @property
+    def begun(self) -> bool:
+        """Whether some of it has been filled, and not all."""
+        return self._open
+
     def take(self, name: str, view: View, source: torch.Tensor) -> bool:
         """Queue one copy into a view of a parameter. The last one completes the module; then True."""
         if not self._open:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from k2rl.checkpoint_engine.manifest import TensorSpec
-from k2rl.checkpoint_engine.messages import RECEIVER, Peer, PushInvitation
+from k2rl.checkpoint_engine.messages import RECEIVER, DeltaRefusedError, Peer, PushInvitation
 from k2rl.checkpoint_engine.pieces import Piece, blocks_of, bytes_of, chunks
 from k2rl.checkpoint_engine.placement import ModelLoader
 from k2rl.checkpoint_engine.plan import Box, Bucket, Needs, Plan, whole
@@ -28,13 +28,39 @@ class ModelTarget:
         self._assembled: dict[str, tuple[Tensor, Tensor]] = {}
         self._learned: set[str] = set()
 
+    @property
+    def together(self) -> tuple[tuple[str, ...], ...]:
+        return self._loader.together
+
     def begin(self, plan: Plan) -> None:
+        if plan.base is not None:
+            self._check_delta(plan)
         self._assembled, self._learned = {}, set()
-        self._loader.begin()
+        self._loader.begin(partial=plan.base is not None)
+
+    def _check_delta(self, plan: Plan) -> None:
+        """Before anything is changed: whether what must come whole and together does."""
+        if self._loader.needs is None:
+            raise DeltaRefusedError("the first update of an engine takes whole tensors")
+        blocks = [block for bucket in plan.buckets for block in bucket.blocks]
+        sent = {plan.tensors[block.tensor].name for block in blocks}
+        wholes = {
+            plan.tensors[block.tensor].name
+            for block in blocks
+            if block.box == whole(plan.tensors[block.tensor])
+        }
+        for names in self._loader.together:
+            if not sent.isdisjoint(names) and (missing := set(names) - wholes):
+                raise DeltaRefusedError(
+                    f"{min(missing)} is needed whole if any of {', '.join(names)} changes"
+                )
 
     def steps(self, plan: Plan, bucket: Bucket, memory: Tensor) -> list[Step]:
         pieces = blocks_of(plan, bucket, memory)
-        return [(bytes_of(memory, chunk), self._placer(plan, chunk)) for chunk in chunks(pieces, LOAD_BYTES)]
+        return [
+            (bytes_of(memory, bucket, chunk), self._placer(plan, chunk))
+            for chunk in chunks(pieces, LOAD_BYTES)
+        ]
 
     def _placer(self, plan: Plan, pieces: list[Piece]) -> Callable[[], None]:
         wholes, boxes = [], []

@@ -17,6 +17,8 @@ from k2rl.checkpoint_engine.messages import (
     FAREWELL_S,
     RECEIVER,
     Address,
+    DeltaRefusedError,
+    Outcome,
     Peer,
     PushInvitation,
     TransferError,
@@ -54,6 +56,10 @@ def _cpu_binding(setting: str, ranks: int) -> str:
     return "|".join(",".join(str(core) for core in own) for own in sets)
 
 
+def _descendants() -> set[int]:
+    return {process.pid for process in psutil.Process().children(recursive=True)}
+
+
 class VLLMEngine:
     """An `AsyncLLM` that starts with random weights and serves only what was pushed into it.
 
@@ -69,10 +75,10 @@ class VLLMEngine:
         config: InferenceConfig,
         seed: int,
     ) -> None:
-        """Start the engine; blocks until it is ready.
+        """Configure the engine, for which vLLM changes environment variables: nothing native may run beside it.
 
         Raises:
-            EngineDeadError: vLLM could not start; its reason is in the log.
+            EngineDeadError: vLLM takes no such configuration.
         """
         os.environ[OWNER_PID] = str(os.getpid())
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = _cpu_binding(
@@ -82,7 +88,7 @@ class VLLMEngine:
         start_server()
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
-        from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.usage.usage_lib import UsageContext
 
         arguments: dict[str, Any] = {
             "model": str(model_path),
@@ -105,14 +111,10 @@ class VLLMEngine:
             "max_num_batched_tokens": max(8192, config.max_model_len),
             **config.engine_args,
         }
-        adopt()
-        others = {process.pid for process in psutil.Process().children(recursive=True)}
         try:
-            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+            self._vllm_config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
         except (RuntimeError, TypeError, ValueError) as error:
             raise EngineDeadError(f"vLLM did not start: {error}") from error
-        processes = {process.pid for process in psutil.Process().children(recursive=True)} - others
-        self._segments = shared_memory_of(*processes) - shared_memory_of(os.getpid())
         self._stop_token_ids = list(stop_token_ids)
         self._request_ids = itertools.count()
         self._version = NO_WEIGHT_VERSION
@@ -122,6 +124,23 @@ class VLLMEngine:
         self._push: asyncio.Future[None] | None = None
         self._settle_s = 0.0
         self._needs: tuple[Needs, ...] | None = None
+
+    def start(self) -> VLLMEngine:
+        """Start vLLM's processes; blocks until they are ready.
+
+        Raises:
+            EngineDeadError: vLLM could not start; its reason is in the log.
+        """
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        adopt()
+        others = _descendants()
+        try:
+            self._llm = AsyncLLM.from_vllm_config(self._vllm_config)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise EngineDeadError(f"vLLM did not start: {error}") from error
+        self._segments = shared_memory_of(*(_descendants() - others)) - shared_memory_of(os.getpid())
+        return self
 
     async def generate(self, prompt_ids: list[int], sampling: Sampling) -> Generation:
         """Sample one turn; see `InferenceEngine.generate`.
@@ -215,10 +234,16 @@ class VLLMEngine:
         self, address: Address, version: int, deadline_s: float, first_receiver: int
     ) -> None:
         invitation = msgspec.msgpack.encode(PushInvitation(address, deadline_s, first_receiver))
-        errors = await self._call_workers("take_part", invitation)
-        failed = [f"receiver {first_receiver + rank}: {why}" for rank, why in enumerate(errors) if why]
+        answers = await self._call_workers("take_part", invitation)
+        outcomes = [msgspec.msgpack.decode(answer, type=Outcome) for answer in answers]
+        numbered = enumerate(outcomes, first_receiver)
+        failed = "; ".join(
+            f"receiver {number}: {outcome.error}" for number, outcome in numbered if outcome.error
+        )
+        if any(outcome.refused for outcome in outcomes):
+            raise DeltaRefusedError(failed)
         if failed:
-            raise TransferError("; ".join(failed))
+            raise TransferError(failed)
         if self._needs is None:
             answers = await self._call_workers("weight_needs")
             self._needs = tuple(msgspec.msgpack.decode(answer, type=_NEEDS) for answer in answers)

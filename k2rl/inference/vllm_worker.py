@@ -10,7 +10,7 @@ from vllm.config import set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from k2rl.checkpoint_engine.messages import PushInvitation
+from k2rl.checkpoint_engine.messages import DeltaRefusedError, Outcome, PushInvitation
 from k2rl.checkpoint_engine.vllm_modules import discard_packed
 from k2rl.checkpoint_engine.vllm_receiver import WeightReceiver
 from k2rl.workers.memory import release, resident, trim
@@ -62,8 +62,8 @@ class ColocatedVLLMWorker(PlatformWorker):
         model = self.model_runner.get_model()
         return WeightReceiver(model, self.vllm_config.model_config, self.device, self.rank)
 
-    def take_part(self, invitation: bytes) -> str:
-        """Receive a push, from an encoded `PushInvitation`; returns why it failed, or nothing.
+    def take_part(self, invitation: bytes) -> bytes:
+        """Receive a push, from an encoded `PushInvitation`; returns an encoded `Outcome`.
 
         It never raises: of a call that raises in one rank, vLLM leaves the other ranks' answers unread, and
         takes them for the answers to its next call.
@@ -72,10 +72,12 @@ class ColocatedVLLMWorker(PlatformWorker):
             with set_current_vllm_config(self.vllm_config):
                 self.weight_receiver.take_part(msgspec.msgpack.decode(invitation, type=PushInvitation))
         except Exception as error:
-            logger.exception("a push of weights failed")
-            return f"{type(error).__name__}: {error}"
+            refused = isinstance(error, DeltaRefusedError)
+            if not refused:
+                logger.exception("a push of weights failed")
+            return msgspec.msgpack.encode(Outcome(f"{type(error).__name__}: {error}", refused))
         self.model_runner.reset_lora_state()
-        return ""
+        return msgspec.msgpack.encode(Outcome())
 
     def weight_needs(self) -> bytes:
         """`WeightReceiver.needs`, encoded."""

@@ -26,6 +26,7 @@ from k2rl.workers.process import redirect_output
 if TYPE_CHECKING:
     from k2rl.checkpoint_engine.publisher import Publisher
     from k2rl.checkpoint_engine.sender import Source
+    from k2rl.inference.vllm import VLLMEngine
 
 GIB = 1 << 30
 
@@ -69,7 +70,9 @@ class ColocatedWorker:
         """Start trainer and vLLM, at the same time; returns the dtype they compute in."""
         start_server()
         await asyncio.to_thread(_import_engines)
-        await asyncio.gather(self._train(self._start_trainer), asyncio.to_thread(self._start_vllm))
+        # The trainer begins after vLLM is configured: see `VLLMEngine`.
+        vllm = await asyncio.to_thread(self._configured_vllm)
+        _, self._vllm = await asyncio.gather(self._train(self._start_trainer), asyncio.to_thread(vllm.start))
         self._publisher = self._make_publisher()
         await self._publisher.start()
         return self._spec.dtype
@@ -95,13 +98,11 @@ class ColocatedWorker:
             spec.device,
         )
 
-    def _start_vllm(self) -> None:
+    def _configured_vllm(self) -> VLLMEngine:
         from k2rl.inference.vllm import VLLMEngine
 
         spec = self._spec
-        self._vllm = VLLMEngine(
-            Path(spec.model_path), spec.dtype, spec.stop_token_ids, spec.inference, spec.seed
-        )
+        return VLLMEngine(Path(spec.model_path), spec.dtype, spec.stop_token_ids, spec.inference, spec.seed)
 
     async def generate(self, prompt_ids: list[int], sampling: Sampling) -> Generation:
         return await self._vllm.generate(prompt_ids, sampling)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from k2rl.checkpoint_engine.calibrate import Record, errors, fit, measure_pushes, plans_to_measure, predict
+from k2rl.checkpoint_engine.cells import CELL_BYTES
 from k2rl.checkpoint_engine.local_push import LocalPushes, micro_measurements
 from k2rl.checkpoint_engine.sheets import load_sheet, write_sheet
 from k2rl.checkpoint_engine.topology import Topology
@@ -65,6 +66,19 @@ def test_a_local_push_is_measured() -> None:
     with LocalPushes() as local:
         for plan in (*plans, plans[0]):
             assert 0 < local.push(plan) < 30
+
+
+def test_a_local_delta_is_what_has_changed() -> None:
+    full = plans_to_measure(2 * MIB)[0][4]
+    name = full.tensors[0].name
+    with LocalPushes() as local:
+        local.push(full)
+        for changed, nbytes in (({name: [(CELL_BYTES + 1, CELL_BYTES + 3)]}, CELL_BYTES), ({}, 0)):
+            seconds, plan = local.push_changed(full, changed)
+            assert 0 < seconds < 30
+            assert (plan.strategy, plan.nbytes) == ("delta", nbytes)
+        everything = {name: [(0, full.tensors[0].rows)]}
+        assert local.push_changed(full, everything)[1] == full
 
 
 def test_micro_measurements_give_a_sheet_that_can_be_written_and_read(tmp_path: Path) -> None:

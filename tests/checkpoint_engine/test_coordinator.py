@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +27,7 @@ from k2rl.checkpoint_engine.messages import (
     Commit,
     Committed,
     Deliver,
+    DeltaRefusedError,
     Failed,
     Filled,
     Finish,
@@ -38,7 +40,7 @@ from k2rl.checkpoint_engine.messages import (
     encode,
     read_message,
 )
-from k2rl.checkpoint_engine.plan import Plan, plan_push
+from k2rl.checkpoint_engine.plan import Plan, plan_delta, plan_push
 from k2rl.checkpoint_engine.transaction import PushError, version_digest
 
 MANIFEST = Manifest.whole([TensorSpec("a", "int8", (9,)), TensorSpec("b", "int8", (300,))])
@@ -394,26 +396,58 @@ def _open_arenas() -> int:
     return len(found)
 
 
-@given(st.lists(st.tuples(st.sampled_from(["commit", "fail", "abandon"]), st.integers(1, 9), st.booleans())))
-@settings(max_examples=60, deadline=None)
+def _blocks(plan: Plan) -> list[tuple[int, int]]:
+    """First bytes and ends, in the plan's places."""
+    return [
+        (bucket.offset + block.offset, bucket.offset + block.offset + block.nbytes)
+        for bucket in plan.buckets
+        for block in bucket.blocks
+    ]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["commit", "fail", "abandon"]),
+            st.integers(1, 9),
+            st.sampled_from(["full", "ring", "delta", "delta"]),
+        )
+    )
+)
+@settings(max_examples=80, deadline=None)
 def test_the_arena_keeps_the_committed_version_and_lets_go_of_the_rest(
-    pushes: list[tuple[str, int, bool]],
+    pushes: list[tuple[str, int, str]],
 ) -> None:
-    """Whatever sizes are pushed, kept or not, and however the pushes end."""
+    """Whatever sizes are pushed, kept or not, in full or what has changed, and however the pushes end."""
     host = HostArena()
     before = _open_arenas()
-    committed = None
-    for number, (outcome, pages, ring) in enumerate(pushes):
-        specs = [TensorSpec(f"t{i}", "int8", (1000,)) for i in range(pages * 4)]
-        plan = plan_push(Manifest.whole(specs), [0], bucket_bytes=1024, slots=2 if ring else 0)
+    committed: torch.Tensor | None = None
+    version, pages_kept = -1, 0
+    for number, (outcome, pages, kind) in enumerate(pushes):
+        if kind == "delta" and committed is not None:
+            pages = pages_kept
+        manifest = Manifest.whole([TensorSpec(f"t{i}", "int8", (1000,)) for i in range(pages * 4)])
+        plan = plan_push(manifest, [0], bucket_bytes=1024, slots=2 if kind == "ring" else 0)
+        if kind == "delta":
+            plan = plan_delta(manifest, plan, {f"t{number % (pages * 4)}": [(number % 7, 500)]}, version)
+        if plan.base is not None and committed is None:
+            with pytest.raises(DeltaRefusedError, match=f"builds on version {version}"):
+                host.reserve(plan)
+            continue
         arena, base = host.reserve(plan)
         assert base + plan.arena_bytes <= arena.nbytes
-        if ring:
+        written = arena.memory[base : base + plan.arena_bytes].clone()
+        if kind == "ring":
             committed = None
-        arena.memory[base : base + plan.arena_bytes] = number % 250 + 1
+        elif plan.base is not None:
+            assert committed is not None
+            written = committed.clone()
+        for start, stop in _blocks(plan):
+            written[start:stop] = number % 250 + 1
+            arena.memory[base + start : base + stop] = number % 250 + 1
         if outcome == "commit":
-            host.commit(plan)
-            committed = None if ring else (number % 250 + 1, plan.arena_bytes)
+            host.commit(plan, number)
+            committed, version, pages_kept = None if kind == "ring" else written, number, pages
         elif outcome == "abandon":
             host.abandon()
         if committed is None:
@@ -421,7 +455,7 @@ def test_the_arena_keeps_the_committed_version_and_lets_go_of_the_rest(
         else:
             assert host.committed is not None
             kept, start = host.committed
-            assert bool((kept.memory[start : start + committed[1]] == committed[0]).all())
+            assert torch.equal(kept.memory[start : start + len(committed)], committed)
         assert _open_arenas() <= before + 2
     host.close()
     assert _open_arenas() <= before

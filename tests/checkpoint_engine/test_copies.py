@@ -64,6 +64,27 @@ def test_a_view_is_found_again_in_its_box_and_in_the_whole(case: tuple[torch.Ten
         assert sorted(piece.flatten().tolist()) == sorted(view.flatten().tolist())
 
 
+@given(views(), st.integers(0, 6), st.integers(1, 6))
+def test_of_the_rows_of_a_tensor_a_view_takes_those_that_are_its(
+    case: tuple[torch.Tensor, torch.Tensor], start: int, count: int
+) -> None:
+    """Placed from these rows alone, a target gets them and keeps the rest."""
+    tensor, view = case
+    region = locate(_view(view), tensor.shape)
+    if not region.has_rows:
+        return
+    stop = min(start + count, len(tensor))
+    piece = tensor[start:stop].clone()
+    target = torch.full(view.shape, -1)
+    expected = torch.where(torch.isin(view, piece), view, target)
+    found = region.rows(start, stop) if start < stop else None
+    if found is not None:
+        dimension, first, last, cut = found
+        place = target if dimension is None else target.narrow(dimension, first, last - first)
+        place.copy_(cut.of(piece))
+    assert torch.equal(target, expected)
+
+
 @given(views(), st.data())
 def test_a_larger_piece_holds_the_view_and_a_smaller_one_does_not(
     case: tuple[torch.Tensor, torch.Tensor], data: st.DataObject

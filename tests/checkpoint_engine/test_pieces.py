@@ -7,14 +7,24 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from k2rl.checkpoint_engine import cells as cells_module
 from k2rl.checkpoint_engine import pieces as pieces_module
+from k2rl.checkpoint_engine.cells import CellHashes, rows_in
 from k2rl.checkpoint_engine.manifest import Manifest, Shard, TensorSpec
-from k2rl.checkpoint_engine.pieces import Piece, Remembered, blocks_of, bytes_of, chunks, pieces_of
-from k2rl.checkpoint_engine.plan import Plan, plan_push
+from k2rl.checkpoint_engine.pieces import (
+    Piece,
+    Remembered,
+    blocks_of,
+    bytes_of,
+    chunks,
+    pieces_of,
+    rehoused,
+    room_for,
+)
+from k2rl.checkpoint_engine.plan import Bucket, Part, Plan, plan_push
 
 
 @st.composite
@@ -37,23 +47,35 @@ def plans(draw: st.DrawFn) -> Plan:
     )
 
 
-def digests(memory: torch.Tensor, cut: Iterable[list[Piece]]) -> dict[int, str]:
+def digests(memory: torch.Tensor, bucket: Bucket, cut: Iterable[list[Piece]]) -> dict[int, str]:
     """By owner, as senders and receivers compute them."""
-    found: dict[int, xxhash.xxh3_128] = {}
+    hashes = CellHashes()
     for chunk in cut:
-        for owner, view in bytes_of(memory, chunk):
-            found.setdefault(owner, xxhash.xxh3_128()).update(view)
-    return {owner: digest.hexdigest() for owner, digest in found.items()}
+        hashes.update(bytes_of(memory, bucket, chunk))
+    return hashes.of_owners()
+
+
+def scanned(memory: torch.Tensor, bucket: Bucket, cut: Iterable[list[Piece]]) -> dict[int, str]:
+    """The same from copies, as they are made to look for changes."""
+    hashes = CellHashes()
+    for chunk in cut:
+        room = torch.zeros(room_for(chunk), dtype=torch.uint8)
+        moved, views = rehoused(chunk, bucket, room)
+        for piece, copy in zip(chunk, moved, strict=True):
+            copy.memory.copy_(piece.memory)
+        hashes.update(views)
+    return hashes.of_owners()
 
 
 @settings(max_examples=60, deadline=None)
-@given(plans(), st.integers(1, 500), st.integers(1, 900), st.integers(1, 900))
+@given(plans(), st.integers(1, 500), st.integers(1, 300), st.integers(1, 900), st.integers(1, 900))
 def test_pieces_hold_every_byte_once_and_all_agree_on_the_digests(
-    plan: Plan, piece_bytes: int, one: int, other: int
+    plan: Plan, piece_bytes: int, cell_bytes: int, one: int, other: int
 ) -> None:
     memory = torch.randint(0, 256, (plan.arena_bytes,), dtype=torch.uint8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces_module, "CHUNK_BYTES", piece_bytes)
+        patch.setattr(cells_module, "CELL_BYTES", cell_bytes)
         for bucket in plan.buckets:
             expected = Counter(
                 (part.owner, bucket.offset + byte)
@@ -66,13 +88,55 @@ def test_pieces_hold_every_byte_once_and_all_agree_on_the_digests(
             for piece in (*read, *blocks_of(plan, bucket, memory)):
                 assert sum(stop - start for _, start, stop in piece.runs) == piece.memory.numel()
                 assert piece.memory.data_ptr() == memory.data_ptr() + piece.runs[0][1]
-            views = digests(memory, chunks(read, one))
-            assert views == digests(memory, chunks(read, other))
-            assert views == digests(memory, chunks(blocks_of(plan, bucket, memory), other))
+            views = digests(memory, bucket, chunks(read, one))
+            assert views == digests(memory, bucket, chunks(read, other))
+            assert views == digests(memory, bucket, chunks(blocks_of(plan, bucket, memory), other))
             assert views.keys() == set(bucket.owners)
             for owner in bucket.owners:
                 written = list(pieces_of(plan, bucket, memory, owner))
-                assert digests(memory, chunks(written, other)) == {owner: views[owner]}
+                assert digests(memory, bucket, chunks(written, other)) == {owner: views[owner]}
+                assert scanned(memory, bucket, chunks(written, other)) == {owner: views[owner]}
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans(), st.integers(1, 300), st.data())
+def test_a_changed_byte_is_found_in_the_rows_of_its_cell(
+    plan: Plan, cell_bytes: int, data: st.DataObject
+) -> None:
+    memory = torch.randint(0, 256, (plan.arena_bytes,), dtype=torch.uint8)
+    bucket = data.draw(st.sampled_from(plan.buckets))
+    block = data.draw(st.sampled_from(bucket.blocks))
+    part = data.draw(st.sampled_from(block.parts))
+    offset, nbytes = block.place(part)
+    byte = data.draw(st.integers(offset, offset + nbytes - 1))
+
+    def cells() -> dict[tuple[int, int], bytes]:
+        hashes = CellHashes()
+        for chunk in chunks(pieces_of(plan, bucket, memory)):
+            hashes.update(bytes_of(memory, bucket, chunk))
+        return hashes.digests()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cells_module, "CELL_BYTES", cell_bytes)
+        before = cells()
+        memory[bucket.offset + byte] ^= 1
+        after = cells()
+        assert [cell for cell in before if before[cell] != after[cell]] == [(part.owner, byte // cell_bytes)]
+        rows = list(rows_in(bucket, part.owner, [byte // cell_bytes]))
+        row = part.start + (byte - offset) // (nbytes // (part.stop - part.start))
+        assert any(tensor == block.tensor and start <= row < stop for tensor, start, stop in rows)
+        for tensor, start, stop in rows:
+            # Nothing but what lies in the cell, in rows of the same owner.
+            for number in range(start, stop):
+                ((first, size),) = (
+                    found.place(Part(part.owner, number, number + 1))
+                    for found in bucket.blocks
+                    for held in found.parts
+                    if found.tensor == tensor
+                    and held.owner == part.owner
+                    and held.start <= number < held.stop
+                )
+                assert first // cell_bytes <= byte // cell_bytes <= (first + size - 1) // cell_bytes
 
 
 def test_the_last_two_are_remembered() -> None:

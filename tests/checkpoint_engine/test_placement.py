@@ -157,6 +157,42 @@ def test_tensors_that_do_not_fit_are_refused(learned: ModelLoader) -> None:
         learned.load_boxes([("decay.weight", ((0, 2),), torch.zeros(2))])
 
 
+def test_a_partial_update_leaves_the_rest_as_it_is(model: Toy, learned: ModelLoader) -> None:
+    """Rows of what takes copies; whole, together, what loaders take."""
+    assert set(learned.together) == {("decay.weight", "unused")}
+    weights, other = _weights(0), _weights(5)
+    for name, rows in (("gate", (3, 6)), ("up", (0, 2)), ("head.weight", (4, 5))):
+        weights[name][slice(*rows)] = other[name][slice(*rows)]
+        learned.begin(partial=True)
+        learned.load_boxes([(name, (rows, (0, 3)), other[name][slice(*rows)])])
+        learned.finish()
+        assert _holds(model, weights)
+    for name in ("decay.weight", "unused"):
+        weights[name] = other[name]
+    learned.begin(partial=True)
+    learned.load((name, other[name]) for name in ("decay.weight", "unused"))
+    learned.finish()
+    assert _holds(model, weights)
+    learned.begin(partial=True)
+    learned.finish()
+    assert _holds(model, weights)
+    _update(learned, _weights(6))
+    assert _holds(model, _weights(6))
+
+
+def test_a_partial_update_needs_a_whole_one_that_is_in_place(model: Toy, learned: ModelLoader) -> None:
+    with pytest.raises(TransferError, match="needs a complete one before it"):
+        _loader(model).begin(partial=True)
+    learned.begin(partial=True)
+    learned.load([("decay.weight", _weights(1)["decay.weight"])])
+    with pytest.raises(TransferError, match="1 parameters were not updated: unused"):
+        learned.finish()
+    with pytest.raises(TransferError, match="needs a complete one before it"):
+        learned.begin(partial=True)
+    _update(learned, _weights(2))
+    assert _holds(model, _weights(2))
+
+
 def test_the_first_update_takes_whole_tensors(model: Toy) -> None:
     loader = _loader(model)
     loader.begin()

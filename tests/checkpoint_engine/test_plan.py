@@ -22,12 +22,15 @@ from k2rl.checkpoint_engine.manifest import (
 )
 from k2rl.checkpoint_engine.plan import (
     ALIGNMENT,
+    MOST_CHANGED,
     Block,
     Box,
+    Part,
     Plan,
     PlanError,
     fit_bucket,
     largest_unit,
+    plan_delta,
     plan_push,
     whole,
 )
@@ -225,6 +228,77 @@ def test_a_shard_aware_push_brings_each_receiver_what_it_needs_once(
         assert set(got) == expected
         assert set(got.values()) <= {1}
         assert all(len(buckets) == 1 for buckets in units.values()), "units are never split"
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data(), manifests(), st.sampled_from([0, 2]))
+def test_a_delta_brings_what_has_changed_and_in_an_arena_each_row_to_its_place(
+    data: st.DataObject, manifest: Manifest, slots: int
+) -> None:
+    names = [spec.name for spec in manifest.tensors]
+    changed = {
+        spec.name: data.draw(st.lists(st.tuples(st.integers(0, spec.rows), st.integers(0, spec.rows))))
+        for spec in manifest.tensors
+        if data.draw(st.booleans())
+    }
+    together = data.draw(st.lists(st.sets(st.sampled_from(names), min_size=1), max_size=2))
+    size = largest_unit(manifest).nbytes
+    full = plan_push(manifest, RECEIVERS, bucket_bytes=size, slots=slots)
+    plan = plan_delta(manifest, full, changed, 4, together)
+    wanted = {
+        (spec.name, row)
+        for spec in manifest.tensors
+        for start, stop in changed.get(spec.name, ())
+        for row in range(start, stop)
+        if spec.nbytes
+    }
+    if plan.strategy == "broadcast":
+        assert plan == full
+        assert wanted
+        return
+    assert (plan.strategy, plan.base) == ("delta", 4)
+    assert plan.nbytes <= MOST_CHANGED * manifest.nbytes
+    places = _places(full)
+    got = _places(plan)
+    assert wanted <= got.keys()
+    assert plan.nbytes == sum(nbytes for _, nbytes, _ in got.values()), "no row twice"
+    touched = {name for name, _ in got}
+    for group in together:
+        if touched & group:
+            assert {place for place in places if place[0] in group} <= got.keys()
+    if not wanted:
+        assert not plan.buckets
+    if slots:
+        check_layout(plan, manifest, size)
+    else:
+        assert plan.arena_bytes == full.arena_bytes
+        assert got.items() <= places.items()
+        assert [bucket.index for bucket in plan.buckets] == list(range(len(plan.buckets)))
+
+
+def _places(plan: Plan) -> dict[tuple[str, int], tuple[int, int, int]]:
+    """By tensor and row: first byte in the arena, number of bytes, and the owner."""
+    return {
+        (plan.tensors[block.tensor].name, row): (
+            bucket.offset + block.place(Part(0, row, row + 1))[0],
+            block.place(Part(0, row, row + 1))[1],
+            part.owner,
+        )
+        for bucket in plan.buckets
+        for block in bucket.blocks
+        for part in block.parts
+        for row in range(part.start, part.stop)
+    }
+
+
+def test_a_delta_is_of_tensors_that_are_sent_to_everyone() -> None:
+    manifest = Manifest.whole([TensorSpec("a", "int8", (4, 2))])
+    full = plan_push(manifest, [0], bucket_bytes=256)
+    with pytest.raises(PlanError, match="b changed, which nobody sends"):
+        plan_delta(manifest, full, {"b": [(0, 1)]}, 1)
+    needs = {0: {"a": [((0, 4), (0, 1))]}}
+    with pytest.raises(PlanError, match="not as shard_aware"):
+        plan_delta(manifest, plan_push(manifest, [0], bucket_bytes=256, needs=needs), {}, 1)
 
 
 def test_needs_that_no_tensor_meets_are_an_error() -> None:

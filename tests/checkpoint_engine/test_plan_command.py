@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -18,7 +19,7 @@ from k2rl.composition import compose
 SMALL = ["model=glm_4_5_air", "cluster=h800", "gpus=8"]
 
 
-@pytest.mark.parametrize("strategy", ["broadcast", "shard_aware", "moonshot"])
+@pytest.mark.parametrize("strategy", ["broadcast", "shard_aware", "delta", "moonshot"])
 def test_json_is_one_line_that_says_simulated(strategy: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *SMALL, f"strategy={strategy}", "output=json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -28,6 +29,21 @@ def test_json_is_one_line_that_says_simulated(strategy: str, capsys: pytest.Capt
     assert all(0 <= seconds <= result["seconds"] for seconds in result["stages"].values())
     assert result["buckets"] > 0
     assert result["binds"]
+
+
+def test_a_delta_looks_at_everything_and_pushes_what_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    def planned(*words: str) -> dict[str, Any]:
+        assert main(["plan", *SMALL, *words, "output=json"]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    full = planned("strategy=broadcast")
+    deltas = {share: planned("strategy=delta", f"changed={share}") for share in (0.02, 0.2, 1)}
+    for share, delta in deltas.items():
+        assert delta["stages"]["scan"] == pytest.approx(full["stages"]["copy_in"], rel=0.05)
+        assert delta["pushed_bytes"] == pytest.approx(share * full["bytes"], rel=0.1)
+        assert delta["seconds"] > delta["stages"]["scan"]
+    assert deltas[0.02]["seconds"] < full["seconds"] < deltas[1]["seconds"]
 
 
 def test_text_says_simulated_what_binds_and_where_the_picture_is(
@@ -49,7 +65,7 @@ def test_text_says_simulated_what_binds_and_where_the_picture_is(
     [
         (["model=gpt5"], "model=gpt5 is not one of: kimi_k2, deepseek_v31, qwen3_235b_a22b, glm_4_5_air"),
         (["cluster=b200"], "cluster=b200 is not one of: cpu, h100, h20, h200, h800"),
-        (["strategy=magic"], "strategy=magic is not one of: broadcast, shard_aware, moonshot"),
+        (["strategy=magic"], "strategy=magic is not one of: broadcast, shard_aware, delta, moonshot"),
         (["dtype=fp4"], "dtype=fp4 is not one of: fp8, bf16"),
         (["gpus=12"], "gpus=12 must be a multiple of 8, the GPUs of a host of h20"),
         (["gpus=many"], "gpus=many: gpus is a number"),
@@ -58,6 +74,10 @@ def test_text_says_simulated_what_binds_and_where_the_picture_is(
         (["bucket_gib=0.1"], "needs a bucket of"),
         (["bucket_gib=nan"], "bucket_gib=nan must be"),
         (["slots=1"], "use at least 2"),
+        (["strategy=delta", "changed=0"], "changed=0 must be above 0 and at most 1"),
+        (["strategy=delta", "changed=1.5"], "changed=1.5 must be above 0 and at most 1"),
+        (["strategy=delta", "changed=nan"], "changed=nan must be above 0 and at most 1"),
+        (["strategy=delta", "changed=few"], "changed=few: changed is a number"),
         (["colour=red"], "colour=red: `k2rl plan` takes KEY=VALUE with KEY one of: model,"),
         (["device.speed=1"], "Key 'speed' not in 'DeviceConfig'; it has: per_host,"),
         (["device.network_gbps=-1"], "device.network_gbps=-1.0 must be a finite number, above 0"),

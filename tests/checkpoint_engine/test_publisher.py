@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from k2rl.checkpoint_engine.cells import CELL_BYTES
 from k2rl.checkpoint_engine.coordinator import Invitations, PushReport
 from k2rl.checkpoint_engine.manifest import Manifest
 from k2rl.checkpoint_engine.messages import RECEIVER, SENDER, Address, Peer
-from k2rl.checkpoint_engine.plan import Needs
+from k2rl.checkpoint_engine.plan import Needs, Plan, Rows
 from k2rl.checkpoint_engine.publisher import Publisher, TrainerRank, local_rank
 from k2rl.checkpoint_engine.receiver import Receiver, TensorTarget
 from k2rl.checkpoint_engine.sender import Sender, TensorSource
@@ -42,12 +43,16 @@ class Engine:
     def __init__(self, outcome: BaseException | None, joins: bool = True) -> None:
         self.tensors = {"a": torch.zeros(3)}
         self._outcome, self._joins = outcome, joins
+        self.restart()
+
+    def restart(self) -> None:
+        self.receiver = Receiver(0, TensorTarget(self.tensors))
 
     async def join_push(self, address: Address, version: int, deadline_s: float, first: int) -> Invitations:
         if not self._joins:
             raise ValueError("the engine sleeps")
-        receiver = Receiver(first, TensorTarget(self.tensors))
-        return {Peer(RECEIVER, first): asyncio.to_thread(receiver.receive, address, deadline_s)}
+        self.receiver.peer = Peer(RECEIVER, first)
+        return {Peer(RECEIVER, first): asyncio.to_thread(self.receiver.receive, address, deadline_s)}
 
     async def push_settled(self) -> BaseException | None:
         return self._outcome
@@ -83,6 +88,51 @@ def test_of_a_failed_push_the_engines_death_is_what_counts() -> None:
         publish(Engine(EngineDeadError("gone"), joins=False))
     with pytest.raises(ValueError, match="it: the engine sleeps"):
         publish(Engine(RuntimeError("the push failed"), joins=False))
+
+
+@pytest.mark.parametrize("memory_mib", [0, 4])
+def test_a_delta_publish_brings_what_changed_or_if_refused_everything(memory_mib: int) -> None:
+    rows = 2 * CELL_BYTES // 1024
+    engine = Engine(None)
+    engine.tensors = {"a": torch.zeros(rows, 256), "b": torch.zeros(rows, 256)}
+    engine.restart()
+    weights = {name: torch.rand(tensor.shape) for name, tensor in engine.tensors.items()}
+    expected = {name: ("float32", tuple(tensor.shape)) for name, tensor in weights.items()}
+    whole = sum(tensor.nbytes for tensor in weights.values())
+    config = CheckpointEngineConfig(strategy="delta", memory_mib=memory_mib)
+
+    async def run() -> None:
+        publisher = Publisher({"it": engine}, config, expected)
+        await publisher.start()
+        sender = Sender(0)
+
+        async def brings(version: int, nbytes: int) -> None:
+            rank = local_rank(sender, TensorSource(weights.items(), 0), asyncio.to_thread)
+            report = await publisher.publish({0: rank}, version)
+            assert (report.version, report.nbytes) == (version, nbytes)
+            assert all(torch.equal(engine.tensors[name], weights[name]) for name in weights)
+
+        try:
+            await brings(1, whole)
+            await brings(2, 0)
+            weights["b"][0, 0] += 1
+            await brings(3, CELL_BYTES)
+            weights["a"][-1, -1] += 1
+            engine.restart()
+            await brings(4, whole)
+            weights["a"][-1, -1] += 1
+            await brings(5, CELL_BYTES)
+            weights["a"] += 1
+            weights["b"][0] += 1
+            await brings(6, whole)
+            with pytest.raises(ValueError, match="not newer than 6"):
+                await brings(6, whole)
+            weights["b"][0] += 1
+            await brings(7, CELL_BYTES)
+        finally:
+            await publisher.close()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_an_engine_that_hangs_in_a_push_is_dead_at_the_deadline() -> None:
@@ -164,8 +214,11 @@ class Group:
             def send(address: Address, deadline_s: float) -> Awaitable[Any]:
                 return part.ask((address, version, fault if number else None, deadline_s))
 
+            def changes(plan: Plan, base: int, version: int) -> Awaitable[Rows]:
+                return part.ask(("changes", plan, base, version))
+
             manifest: Manifest = part.ready
-            return TrainerRank(manifest, send)
+            return TrainerRank(manifest, send, changes)
 
         ranks = {number: rank(number, part) for number, part in enumerate(self._senders)}
         return await self.publisher.publish(ranks, version)
@@ -203,6 +256,44 @@ def test_all_ranks_push_into_all_engines() -> None:
             assert await everything.second.holds(version)
 
     with_group(test)
+
+
+def test_deltas_of_all_ranks_reach_all_engines_and_after_any_trouble_everything_does() -> None:
+    """The versions differ in rows of trainer rank 0; the other is not even invited, or it would die."""
+    last_rank_dies = ("kill", 0)
+
+    async def test(everything: Group) -> None:
+        async def brings(version: int, *, delta: bool) -> None:
+            report = await everything.push(version, last_rank_dies if delta else None)
+            assert (report.nbytes < whole / 2) == delta
+            assert await everything.first.holds(version)
+            assert await everything.second.holds(version)
+
+        whole = sum(tensor.nbytes for tensor in weights(1001).values())
+        await brings(1001, delta=False)
+        await brings(1002, delta=True)
+        everything.second.fault = ("raise", 0)
+        with pytest.raises(PushError, match="^second: receiver 3 failed: RuntimeError: out of luck"):
+            await everything.push(1003)
+        everything.second.fault = None
+        await brings(1003, delta=False)
+        await brings(1004, delta=True)
+        # Nobody says that the second engine's workers are new: they refuse.
+        for part in everything.second.parts:
+            part.end()
+        everything.second.parts = [Part(serve_worker) for _ in range(2)]
+        await brings(1005, delta=False)
+        await brings(1006, delta=True)
+        for part in everything.first.parts:
+            part.end()
+        everything.first = everything.publisher.engines["first"] = ProcessEngine()
+        await brings(1007, delta=False)
+        del everything.publisher.engines["second"]
+        assert (await everything.push(1008)).nbytes == whole
+        assert (await everything.push(1009, last_rank_dies)).nbytes < whole / 2
+        assert await everything.first.holds(1009)
+
+    with_group(test, strategy="delta")
 
 
 def test_one_engines_death_is_named_and_the_others_wait_for_the_next_push() -> None:

@@ -228,7 +228,7 @@ def test_a_killed_coordinator_ends_the_trainers_push_and_leaves_nothing_behind()
 
 
 def test_nothing_grows_over_many_pushes() -> None:
-    """200 pushes: no memory, no file descriptors, no shared-memory segments."""
+    """100 pushes of everything, 100 of what changed: no memory, file descriptors, shared-memory segments."""
 
     async def test(parts: Cluster) -> None:
         members = (*parts.senders.values(), *parts.receivers.values())
@@ -241,9 +241,13 @@ def test_nothing_grows_over_many_pushes() -> None:
         for version in range(20):
             await parts.push(version)
         fds, memory, segments = usage()
-        for version in range(20, 220):
+        for version in range(20, 120):
             await parts.push(version)
-        assert await parts.holds(0, 219)
+        assert await parts.holds(0, 119)
+        await parts.push(1000)
+        for version in range(1001, 1100):
+            await parts.push(version, base=version - 1)
+        assert await parts.holds(0, 1099)
         fds_after, memory_after, segments_after = usage()
         assert all(after <= before for before, after in zip(fds, fds_after, strict=True))
         assert segments_after <= segments
@@ -262,6 +266,58 @@ def test_every_version_arrives_on_every_host(slots: int) -> None:
                 assert await parts.holds(rank, version)
 
     with_cluster(test, slots=slots, hosts=3)
+
+
+@pytest.mark.parametrize(("slots", "hosts"), [(0, 1), (3, 1), (0, 3), (3, 3)])
+def test_deltas_bring_what_has_changed(slots: int, hosts: int) -> None:
+    async def test(parts: Cluster) -> None:
+        await parts.push(1000)
+        for version in (1001, 1002, 1003):
+            report = await parts.push(version, base=version - 1)
+            assert 0 < report.nbytes < parts.plan.nbytes / 2
+            for rank in parts.receivers:
+                assert await parts.holds(rank, version)
+        if slots == 0:
+            parts.restart(RECEIVER, 1)
+            assert (await parts.join(1)).version == 1003
+            assert await parts.holds(1, 1003)
+        await parts.push(1004, base=1003)
+        for rank in parts.receivers:
+            assert await parts.holds(rank, 1004)
+
+    with_cluster(test, slots=slots, hosts=hosts)
+
+
+@pytest.mark.parametrize("culprit", [Peer(SENDER, 1), Peer(RECEIVER, 1), Peer(AGENT, 1)], ids=str)
+def test_a_part_that_dies_in_a_delta_costs_a_push_of_everything(culprit: Peer) -> None:
+    """And the version before it is still whole for those who join."""
+
+    async def test(parts: Cluster) -> None:
+        kill = {culprit.rank: ("kill", 0)}
+        await parts.push(1000)
+        await parts.push(1001, base=1000)
+        with pytest.raises(PushError) as caught:
+            await parts.push(
+                1040,  # rows of both trainer ranks
+                kill if culprit.role == SENDER else {},
+                kill if culprit.role == RECEIVER else {},
+                kill if culprit.role == AGENT else {},
+                base=1001,
+            )
+        assert caught.value.culprit == culprit
+        parts.restart(culprit.role, culprit.rank)
+        if culprit.role == RECEIVER:
+            assert (await parts.join(1)).version == 1001
+            assert await parts.holds(1, 1001)
+        if culprit.role == SENDER:
+            # It has forgotten what it sent: all of its rows have changed, which is more than a delta.
+            assert (await parts.push(1041, base=1001)).nbytes > parts.plan.nbytes / 4
+        else:
+            await parts.push(1041)
+        for rank in parts.receivers:
+            assert await parts.holds(rank, 1041)
+
+    with_cluster(test, hosts=1 if culprit.role != AGENT else 2)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])

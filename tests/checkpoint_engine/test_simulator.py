@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import ceil
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k2rl.checkpoint_engine.manifest import Manifest, Shard, TensorSpec
-from k2rl.checkpoint_engine.plan import Plan, plan_push
+from k2rl.checkpoint_engine.plan import Plan, plan_delta, plan_push
 from k2rl.checkpoint_engine.simulator import simulate
 from k2rl.checkpoint_engine.topology import NVLINK_EFFICIENCY, Topology
 from k2rl.config import DeviceConfig
@@ -100,6 +101,30 @@ def test_on_one_host_every_link_carries_the_bytes_of_the_plan(push: tuple[Plan, 
 def _on_one_host(plan: Plan, topology: Topology) -> dict[int, tuple[int, int]]:
     owners = {owner for bucket in plan.buckets for owner in bucket.owners}
     return {owner: (0, owner % topology.device.per_host) for owner in owners}
+
+
+@given(pushes(), st.floats(0.01, 1), st.sampled_from([0, 2, 3]))
+@settings(max_examples=40, deadline=None)
+def test_a_delta_waits_for_a_look_at_everything(
+    push: tuple[Plan, Topology], share: float, slots: int
+) -> None:
+    full, topology = push
+    manifest = Manifest.whole(full.tensors, owner=topology.ranks - 1)
+    size = max(spec.nbytes for spec in manifest.tensors) + 4096
+    full = plan_push(manifest, full.receivers, bucket_bytes=size, slots=slots)
+    changed = {spec.name: [(0, ceil(spec.rows * share))] for spec in manifest.tensors}
+    plan = plan_delta(manifest, full, changed, base=0)
+    result = simulate(plan, topology, scanned=full)
+    assert result.seconds >= result.floor_seconds
+    looked = [
+        (task, span) for task, span in zip(result.tasks, result.spans, strict=True) if task.stage == "scan"
+    ]
+    assert sum(task.nbytes for task, _ in looked) == manifest.nbytes
+    known = max(span.end for _, span in looked)
+    others = [span for task, span in zip(result.tasks, result.spans, strict=True) if task.stage != "scan"]
+    assert all(span.start >= known for span in others)
+    copied = sum(task.nbytes for task in result.tasks if task.stage == "copy_in")
+    assert copied == plan.nbytes
 
 
 @given(pushes(), st.sampled_from(RATES), st.floats(1.1, 10))

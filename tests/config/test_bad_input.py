@@ -45,7 +45,7 @@ CASES = {
     "not set yet": (["env.kwargs.mix.subtract=1"], "add it with a plus sign: +env.kwargs.mix.subtract=1"),
     "engine argument": (["+inference.engine_args.blok_size=16"], "did you mean block_size?"),
     "engine argument of ours": (["+inference.engine_args.load_format=auto"], "load_format cannot be set"),
-    "no such strategy": (["checkpoint_engine.strategy=p2p"], "not one of: broadcast, shard_aware"),
+    "no such strategy": (["checkpoint_engine.strategy=p2p"], "not one of: broadcast, shard_aware, delta"),
     "no room for a push": (["checkpoint_engine.memory_mib=0.1"], "checkpoint_engine.memory_mib"),
     "long chat": (["train.micro_batch_tokens=20"], "train.micro_batch_tokens=20"),
     "no curated chats": (["ptx.path=/nowhere.jsonl"], "/nowhere.jsonl"),

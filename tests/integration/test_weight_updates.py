@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,11 @@ def start_engine(path: Path, ranks: int) -> VLLMEngine:
             "worker_extension_cls": "tests.integration.push_probe.PushProbe",
         },
     )
-    return VLLMEngine(path, "float32", (), config, seed=0)
+    engine, environment = VLLMEngine(path, "float32", (), config, seed=0), dict(os.environ)
+    engine.start()
+    # The trainer computes meanwhile, and native code that reads a variable while another is set crashes.
+    assert dict(os.environ) == environment
+    return engine
 
 
 class Live:
@@ -69,6 +74,7 @@ class Live:
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         self.engine: VLLMEngine = self.run(self._start())
         self.version = -1
+        self._sender = Sender(0)
         self._ended = False
 
     async def _start(self) -> VLLMEngine:
@@ -99,7 +105,12 @@ class Live:
     async def push(self, publisher: Publisher, model: torch.nn.Module | None = None) -> PushReport:
         """Push the model as the next version."""
         self.version += 1
-        return await publisher.publish({0: rank_of(model or self.model)}, self.version)
+        return await publisher.publish({0: rank_of(model or self.model, self._sender)}, self.version)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the model."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
 
     def perturb(self) -> None:
         """Move every parameter by a good part of its own size: a stale one can't hide."""
@@ -145,8 +156,9 @@ def _gap(
     return (ours - torch.tensor(generation.logprobs)).abs()
 
 
-def rank_of(model: torch.nn.Module) -> TrainerRank:
-    return local_rank(Sender(0), TensorSource(model.named_parameters(), rank=0), asyncio.to_thread)
+def rank_of(model: torch.nn.Module, sender: Sender | None = None) -> TrainerRank:
+    source = TensorSource(model.named_parameters(), rank=0)
+    return local_rank(sender or Sender(0), source, asyncio.to_thread)
 
 
 def plan_of(publisher: Publisher) -> Plan:
@@ -197,7 +209,7 @@ def test_pushed_weights_serve_as_a_fresh_load_would(live: Live) -> None:
         async with live.publisher() as publisher:
             for _ in range(3):
                 report = await live.push(publisher)
-                assert report.nbytes == sum(parameter.nbytes for parameter in live.model.parameters())
+                assert report.nbytes == live.nbytes
                 await live.serves()
                 live.perturb()
             with pytest.raises(ValueError, match="not newer"):
@@ -285,7 +297,7 @@ def test_each_worker_gets_only_what_it_needs(live: Live) -> None:
         ]
 
     async def test() -> None:
-        whole = sum(parameter.nbytes for parameter in live.model.parameters())
+        whole = live.nbytes
         async with live.publisher() as publisher:
             await live.watch()
             await live.push(publisher)
@@ -361,6 +373,69 @@ def test_a_ring_of_buckets_brings_whole_versions(live: Live, knows: bool) -> Non
     live.run(test())
 
 
+def test_a_delta_brings_what_has_changed(live: Live) -> None:
+    """A tensor that vLLM packs with its module, and a row of one that it does not."""
+
+    async def test() -> None:
+        async with live.publisher(strategy="delta") as publisher:
+            assert (await live.push(publisher)).nbytes == live.nbytes
+            assert (await live.push(publisher)).nbytes == 0
+            await live.serves()
+            layer = live.model.model.layers[1]
+            with torch.no_grad():
+                layer.self_attn.o_proj.weight.mul_(-1.5)
+                live.model.model.embed_tokens.weight[PROMPTS[0][0]].mul_(2)
+            with pytest.raises(AssertionError):
+                await live.serves()
+            await live.watch()
+            report = await live.push(publisher)
+            assert layer.self_attn.o_proj.weight.nbytes < report.nbytes < live.nbytes / 2
+            assert await live.read_bytes() == [report.nbytes, report.nbytes]
+            await live.serves()
+
+    live.run(test())
+
+
+def test_a_delta_that_is_refused_becomes_a_push_of_everything(live: Live) -> None:
+    """In the same call, after one that was corrupted, and requests live through both."""
+
+    async def test() -> None:
+        async with live.publisher(strategy="delta") as publisher:
+
+            def flip(invitations: Invitations) -> None:
+                arena, base = publisher.coordinator.arena.being_written
+                assert publisher.coordinator._push is not None
+                bucket = publisher.coordinator._push.transaction.plan.buckets[0]
+                arena.memory[base + bucket.offset + bucket.blocks[0].offset] ^= 1
+
+            await live.push(publisher)
+            before = live.version
+            sampling = Sampling(1.0, 400, 1)
+            running = [asyncio.create_task(live.engine.generate(prompt, sampling)) for prompt in PROMPTS]
+            await live.engine.generate(PROMPTS[0], Sampling(1.0, 16))
+            with torch.no_grad():
+                live.model.model.norm.weight.mul_(1.5)
+            with joining(live.engine, flip), pytest.raises(PushError, match="arrived corrupted"):
+                await live.push(publisher)
+            await live.is_fenced()
+            # As if nobody had told it: what it builds on is torn.
+            publisher._held = before, dict(publisher.engines)
+            joined: list[Invitations] = []
+            with joining(live.engine, joined.append):
+                assert (await live.push(publisher)).nbytes == live.nbytes
+            assert len(joined) == 2
+            spans = [[version for _, version in (await task).weight_spans] for task in running]
+            assert all(versions in ([before], [before, live.version]) for versions in spans)
+            assert [before, live.version] in spans
+            await live.serves()
+            with torch.no_grad():
+                live.model.model.norm.weight.mul_(0.5)
+            assert 0 < (await live.push(publisher)).nbytes < live.nbytes / 2
+            await live.serves()
+
+    live.run(test())
+
+
 def test_what_fsdp_trains_in_two_processes_is_served(live: Live, tmp_path: Path) -> None:
     ranks = 2
     trainers = [Part(serve_fsdp_rank, rank, ranks, tmp_path / "store", live.path) for rank in range(ranks)]
@@ -369,7 +444,11 @@ def test_what_fsdp_trains_in_two_processes_is_served(live: Live, tmp_path: Path)
         return await asyncio.gather(*(trainer.ask(job) for trainer in trainers))
 
     def rank(trainer: Part, manifest: Any) -> TrainerRank:
-        return TrainerRank(manifest, lambda *push: trainer.ask(push))
+        return TrainerRank(
+            manifest,
+            lambda *push: trainer.ask(("send", *push)),
+            lambda *search: trainer.ask(("changes", *search)),
+        )
 
     async def test() -> None:
         model = AutoModelForCausalLM.from_pretrained(live.path, dtype=torch.float32)

@@ -15,7 +15,7 @@ from k2rl.checkpoint_engine.sender import Sender, TensorSource
 
 
 def serve_fsdp_rank(rank: int, ranks: int, store: Path, model_path: Path, pipe: Connection) -> None:
-    """Jobs: `train`, `manifest`, `whole` (all weights as arrays), and address and deadline of a push."""
+    """Jobs: `train`, `manifest`, `whole` (all weights as arrays); a method of `Sender`, arguments."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -46,7 +46,7 @@ def serve_fsdp_rank(rank: int, ranks: int, store: Path, model_path: Path, pipe: 
             pipe.send({name: tensor.detach().numpy() for name, tensor in whole.items()})
         else:
             try:
-                pipe.send(sender.send(source, *job))
+                pipe.send(getattr(sender, job[0])(source, *job[1:]))
             except TransferError as error:
                 pipe.send(error)
     dist.destroy_process_group()
