@@ -75,7 +75,10 @@ class VLLMEngine:
         config: InferenceConfig,
         seed: int,
     ) -> None:
-        """Configure the engine, for which vLLM changes environment variables: nothing native may run beside it.
+        """Configure the engine; `start` starts it.
+
+        vLLM sets environment variables for it: native code that reads one at that moment, in another thread,
+        crashes.
 
         Raises:
             EngineDeadError: vLLM takes no such configuration.

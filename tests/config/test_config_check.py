@@ -16,13 +16,8 @@ from k2rl.errors import ConfigError
 
 FREE = {
     *("env.kwargs", "rubric.kwargs", "rollout.drop_uniform_groups", "budget.per_kind", "optimizer.nesterov"),
-    *(
-        "optimizer.betas",
-        "warm_start.kinds",
-        "inference.enforce_eager",
-        "inference.sleep_while_training",
-        "inference.engine_args",
-    ),
+    *("optimizer.betas", "warm_start.kinds", "inference.enforce_eager", "inference.engine_args"),
+    "inference.sleep_while_training",
     *("tracking.tensorboard", "tracking.wandb", "resume"),
 }
 """Booleans, and what is checked by itself or against the environment."""
