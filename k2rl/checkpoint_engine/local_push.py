@@ -14,9 +14,10 @@ import numpy as np
 import torch
 import xxhash
 
-from k2rl.checkpoint_engine.coordinator import Coordinator, Invitations
+from k2rl.checkpoint_engine.coordinator import Coordinator
 from k2rl.checkpoint_engine.messages import RECEIVER, SENDER, Address, Peer, TransferError
 from k2rl.checkpoint_engine.plan import Plan
+from k2rl.checkpoint_engine.push import Invitations
 from k2rl.checkpoint_engine.receiver import Receiver, TensorTarget
 from k2rl.checkpoint_engine.sender import Sender, TensorSource
 from k2rl.config import DeviceConfig

@@ -7,7 +7,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from k2rl.checkpoint_engine.plan import Box, Bucket, Plan
+from k2rl.checkpoint_engine.plan import Box, Bucket
 
 #: Bytes copied before they are hashed: few enough to be in the cache still, enough to hide Python.
 CHUNK_BYTES = 1 << 19
@@ -23,11 +23,10 @@ class Piece(NamedTuple):
     runs: tuple[tuple[int, int, int], ...]
 
 
-def pieces_of(plan: Plan, bucket: Bucket, memory: Tensor, owner: int | None = None) -> Iterator[Piece]:
+def pieces_of(bucket: Bucket, memory: Tensor, owner: int | None = None) -> Iterator[Piece]:
     """The pieces of a bucket, in the order of their bytes: rows of blocks.
 
     Args:
-        plan: that the bucket belongs to.
         bucket: to take apart.
         memory: uint8, the plan's places.
         owner: only what this trainer rank writes; default: everything.
@@ -52,7 +51,7 @@ def pieces_of(plan: Plan, bucket: Bucket, memory: Tensor, owner: int | None = No
                 yield Piece(block.tensor, box, memory[origin + start * row : origin + stop * row], runs)
 
 
-def blocks_of(plan: Plan, bucket: Bucket, memory: Tensor) -> Iterator[Piece]:
+def blocks_of(bucket: Bucket, memory: Tensor) -> Iterator[Piece]:
     """The blocks of a bucket as one piece each, for those who must see them whole."""
     for block in bucket.blocks:
         start = bucket.offset + block.offset

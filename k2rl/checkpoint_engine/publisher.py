@@ -6,11 +6,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from k2rl.checkpoint_engine.coordinator import Coordinator, Invitations, PushReport
+from k2rl.checkpoint_engine.coordinator import Coordinator
 from k2rl.checkpoint_engine.disk import checkpoint_manifest
 from k2rl.checkpoint_engine.manifest import check_same_model
 from k2rl.checkpoint_engine.messages import SENDER, Address, Peer
 from k2rl.checkpoint_engine.plan import RING_SLOTS, Plan, fit_bucket, largest_unit, plan_push
+from k2rl.checkpoint_engine.push import Invitations, PushReport
 from k2rl.checkpoint_engine.sender import Sender, Source
 from k2rl.config import CheckpointEngineConfig
 from k2rl.inference.engine import EngineDeadError

@@ -82,7 +82,7 @@ class TensorTarget:
                 )
 
     def steps(self, plan: Plan, bucket: Bucket, memory: Tensor) -> list[Step]:
-        return [self._step(plan, memory, chunk) for chunk in chunks(pieces_of(plan, bucket, memory))]
+        return [self._step(plan, memory, chunk) for chunk in chunks(pieces_of(bucket, memory))]
 
     def _step(self, plan: Plan, memory: Tensor, pieces: Sequence[Piece]) -> Step:
         sources, targets = [], []

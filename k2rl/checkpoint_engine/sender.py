@@ -176,7 +176,7 @@ def _compile(plan: Plan, rank: int, source: Source, memory: Tensor) -> list[tupl
             bucket,
             [
                 (source.copier(plan, chunk), bytes_of(memory, chunk))
-                for chunk in chunks(pieces_of(plan, bucket, memory, rank))
+                for chunk in chunks(pieces_of(bucket, memory, rank))
             ],
         )
         for bucket in plan.buckets

@@ -1,4 +1,4 @@
-"""One push as a state machine: events in, messages out. Pure: sockets and clocks are the coordinator's.
+"""One push as a state machine: events in, messages out. Pure: no sockets, no clocks, no torch.
 
 begin -> (fill -> [transfer] -> deliver -> apply)* -> finish -> vote -> commit
 """
@@ -36,7 +36,6 @@ from k2rl.checkpoint_engine.messages import (
     Transferred,
 )
 from k2rl.checkpoint_engine.plan import Bucket, Plan
-from k2rl.checkpoint_engine.relay import culprits
 
 B = TypeVar("B", Begin, Prepare)
 Outgoing = tuple[Peer, Message]
@@ -384,6 +383,15 @@ class Transaction:
 
 def _without_known_plan(message: B, known: str) -> B:
     return msgspec.structs.replace(message, plan=None) if known == message.plan_digest else message
+
+
+def culprits(blamed: Mapping[int, int]) -> set[int]:
+    """Who is at fault, when each host blames the one it failed with: those that are blamed and blame nobody.
+
+    If there is none, the connections are at fault, and all that are blamed are named.
+    """
+    accused = set(blamed.values())
+    return accused - blamed.keys() or accused
 
 
 def version_digest(buckets: Iterable[Mapping[int, str]]) -> str:

@@ -54,7 +54,7 @@ class ModelTarget:
         self._loader.begin()
 
     def steps(self, plan: Plan, bucket: Bucket, memory: Tensor) -> list[Step]:
-        pieces = blocks_of(plan, bucket, memory)
+        pieces = blocks_of(bucket, memory)
         return [(bytes_of(memory, chunk), self._placer(plan, chunk)) for chunk in chunks(pieces, LOAD_BYTES)]
 
     def _placer(self, plan: Plan, pieces: list[Piece]) -> Callable[[], None]:

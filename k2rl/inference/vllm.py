@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from k2rl.checkpoint_engine.coordinator import Invitations
 from k2rl.checkpoint_engine.messages import FAREWELL_S, RECEIVER, Address, Peer
+from k2rl.checkpoint_engine.push import Invitations
 from k2rl.config import InferenceConfig
 from k2rl.inference.engine import EngineDeadError, Generation, GenerationError, Sampling
 from k2rl.types import NO_WEIGHT_VERSION

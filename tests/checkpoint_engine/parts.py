@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from k2rl.checkpoint_engine.agent import HostAgent
-from k2rl.checkpoint_engine.coordinator import Coordinator, Hosts, Invitations, PushReport
+from k2rl.checkpoint_engine.coordinator import Coordinator, Hosts
 from k2rl.checkpoint_engine.manifest import Manifest, Shard, TensorSpec, merge
 from k2rl.checkpoint_engine.messages import AGENT, RECEIVER, SENDER, Address, Peer, TransferError
 from k2rl.checkpoint_engine.pieces import Piece
 from k2rl.checkpoint_engine.plan import Bucket, Plan, plan_push
+from k2rl.checkpoint_engine.push import Invitations, PushReport
 from k2rl.checkpoint_engine.receiver import Receiver, Step, TensorTarget
 from k2rl.checkpoint_engine.relay import HostRelay
 from k2rl.checkpoint_engine.sender import Sender, TensorSource

@@ -61,17 +61,17 @@ def test_pieces_hold_every_byte_once_and_all_agree_on_the_digests(
                 for part in block.parts
                 for byte in range(block.place(part)[0], sum(block.place(part)))
             )
-            read = list(pieces_of(plan, bucket, memory))
+            read = list(pieces_of(bucket, memory))
             assert Counter((o, i) for p in read for o, a, b in p.runs for i in range(a, b)) == expected
-            for piece in (*read, *blocks_of(plan, bucket, memory)):
+            for piece in (*read, *blocks_of(bucket, memory)):
                 assert sum(stop - start for _, start, stop in piece.runs) == piece.memory.numel()
                 assert piece.memory.data_ptr() == memory.data_ptr() + piece.runs[0][1]
             views = digests(memory, chunks(read, one))
             assert views == digests(memory, chunks(read, other))
-            assert views == digests(memory, chunks(blocks_of(plan, bucket, memory), other))
+            assert views == digests(memory, chunks(blocks_of(bucket, memory), other))
             assert views.keys() == set(bucket.owners)
             for owner in bucket.owners:
-                written = list(pieces_of(plan, bucket, memory, owner))
+                written = list(pieces_of(bucket, memory, owner))
                 assert digests(memory, chunks(written, other)) == {owner: views[owner]}
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from k2rl.checkpoint_engine.coordinator import Invitations, PushReport
 from k2rl.checkpoint_engine.messages import RECEIVER, Address, Peer
 from k2rl.checkpoint_engine.publisher import Publisher
+from k2rl.checkpoint_engine.push import Invitations, PushReport
 from k2rl.checkpoint_engine.receiver import Receiver, TensorTarget
 from k2rl.checkpoint_engine.sender import TensorSource
 from k2rl.checkpoint_engine.transaction import PushError

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from k2rl.checkpoint_engine.coordinator import Invitations, PushReport
 from k2rl.checkpoint_engine.manifest import ManifestError
 from k2rl.checkpoint_engine.messages import Address
 from k2rl.checkpoint_engine.publisher import Publisher, expected_tensors
+from k2rl.checkpoint_engine.push import Invitations, PushReport
 from k2rl.checkpoint_engine.sender import TensorSource
 from k2rl.checkpoint_engine.transaction import PushError
 from k2rl.config import CheckpointEngineConfig, InferenceConfig

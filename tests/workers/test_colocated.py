@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from k2rl.checkpoint_engine.coordinator import PushReport
+from k2rl.checkpoint_engine.push import PushReport
 from k2rl.checkpoint_engine.sender import TensorSource
 from k2rl.config import CheckpointEngineConfig, InferenceConfig, OptimizerConfig
 from k2rl.training.engine import compute_with
