@@ -60,7 +60,7 @@ class OngoingPush:
         self._left: set[Peer] = set()
         self._since: dict[Peer, tuple[str, float]] = {}
         self._blamed_since = 0.0
-        self._said_alive = time.monotonic()
+        self._said_alive = self._looked = time.monotonic()
         self._changed = asyncio.Event()
 
     async def run(
@@ -185,6 +185,9 @@ class OngoingPush:
 
     def _look_for_silence(self) -> None:
         now = time.monotonic()
+        if now - self._looked < TICK_S:
+            return
+        self._looked = now
         missing = self.transaction.missing()
         since: dict[Peer, tuple[str, float]] = {}
         for peer, what in missing.items():

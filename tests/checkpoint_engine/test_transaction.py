@@ -90,9 +90,21 @@ class World:
         self.struck: Peer | None = None
         self._opened = False
         self._begun: set[Peer] = set()
+        #: Buckets in the order in which they were given to each receiver.
+        self._given: dict[Peer, list[int]] = defaultdict(list)
+        self._finish: set[Peer] = set()
+        #: Those that were told what this push is.
+        self._welcomed: set[Peer] = set()
+        self._has_prepared: set[Peer] = set()
+        self._has_voted: set[Peer] = set()
+        self._has_committed: set[Peer] = set()
+        #: Buckets in the order in which the last of their owners filled them.
+        self._complete: list[int] = []
 
     def run(self) -> None:
         while self.push.state not in (State.DONE, State.FAILED):
+            assert self.push.missing() == self.owed()
+            assert self.push.staged == self.staged()
             actions = [*self._unconnected, *(p for p in self.peers if self._can_act(p))]
             if not self._opened and (not self.plan.retains or self.push.staged):
                 self._opened = True
@@ -109,6 +121,46 @@ class World:
                 self._out(self.push.hello(peer, self._host(peer)))
             else:
                 self._act(peer)
+
+    def staged(self) -> bool:
+        """Worked out from everything that was said so far."""
+        hosts = {peer.rank for peer in self.peers if peer.role == AGENT}
+        return all(
+            self.filled[b.index] == set(b.owners) and self.transferred[b.index] >= hosts
+            for b in self.plan.buckets
+        )
+
+    def owed(self) -> dict[Peer, str]:
+        """Whose turn it is to say what, worked out from everything that was said so far."""
+        open_to = (SENDER, AGENT) if self.push.state is State.STAGING else (SENDER, AGENT, RECEIVER)
+        found = {p: self._owes(p) for p in self.peers if p.role in open_to and p not in self._unconnected}
+        found |= {p: "to connect" for p in self._unconnected if p.role in open_to}
+        return {peer: what for peer, what in found.items() if what}
+
+    def _owes(self, peer: Peer) -> str:
+        agents = [p for p in self.peers if p.role == AGENT]
+        unprepared = {p for p in agents if p not in self._has_prepared}
+        if peer.role == AGENT:
+            if peer in unprepared:
+                return "to make room and meet the other hosts"
+            left = [i for i in self._complete if peer.rank not in self.transferred[i]]
+            return f"to transfer bucket {left[0]}" if left else ""
+        if Peer(AGENT, self._host(peer)) in unprepared:
+            return ""
+        if peer.role == SENDER:
+            own = [b for b in self.plan.buckets if peer.rank in b.owners]
+            left = [b.index for b in own if peer.rank not in self.filled[b.index]]
+            return f"to fill bucket {left[0]}" if left and self._free(left[0]) else ""
+        if self.push.state is State.COMMITTING:
+            return "to commit" if peer not in {*self._has_committed, *self.push.lost} else ""
+        if peer in self._finish:
+            return "to finish loading" if peer not in self._has_voted else ""
+        left = [i for i in self._given[peer] if i not in self.applied[peer.rank]]
+        return f"to apply bucket {left[0]}" if left else ""
+
+    def _free(self, index: int) -> bool:
+        after = self.plan.buckets[index].after
+        return after < 0 or all(after in self.applied[r] for r in self.plan.buckets[after].receivers)
 
     def _host(self, peer: Peer) -> int:
         if peer.role == AGENT:
@@ -135,6 +187,8 @@ class World:
         index = self._next_fill(peer)
         if index is not None and (not self.inbox[peer] or self._choose.random() < 0.5):
             self.filled[index].add(peer.rank)
+            if self.filled[index] == set(self.plan.buckets[index].owners):
+                self._complete.append(index)
             self._say(peer, Filled(index, f"{index}/{peer.rank}"))
         elif self.inbox[peer]:
             self._answer(peer, self.inbox[peer].popleft())
@@ -165,6 +219,7 @@ class World:
         if isinstance(message, Free):
             self._freed[peer].add(message.bucket)
         elif isinstance(message, Prepare):
+            self._has_prepared.add(peer)
             self._say(peer, Prepared("", 0))
         elif isinstance(message, Transfer):
             self.transferred[message.bucket].add(peer.rank)
@@ -177,10 +232,12 @@ class World:
         elif isinstance(message, Finish):
             own = [b.index for b in self.plan.buckets if peer.rank in b.receivers]
             assert sorted(self.applied[peer.rank]) == own, "all that it needs was delivered"
+            self._has_voted.add(peer)
             self._say(peer, Finished(version_digest(self.applied[peer.rank][i] for i in own), ""))
         elif isinstance(message, Commit):
             self.committed.add(peer)
             if peer.role == RECEIVER:
+                self._has_committed.add(peer)
                 self._say(peer, Committed())
         elif isinstance(message, Begin):
             if peer.role == SENDER:
@@ -197,11 +254,18 @@ class World:
                 bucket = self.plan.buckets[message.bucket]
                 assert self.filled[bucket.index] == set(bucket.owners), "filled before it is delivered"
                 assert message.digests == {o: f"{bucket.index}/{o}" for o in bucket.owners}
+                assert peer in self._welcomed
+                self._given[peer].append(bucket.index)
                 if self.push._agents:
                     assert self.receivers[peer.rank] in self.transferred[bucket.index]
             elif isinstance(message, Free):
                 readers = self.plan.buckets[message.bucket].receivers
                 assert all(message.bucket in self.applied[rank] for rank in readers)
+            elif isinstance(message, Begin):
+                self._welcomed.add(peer)
+            elif isinstance(message, Finish):
+                assert peer in self._welcomed
+                self._finish.add(peer)
             elif isinstance(message, Commit):
                 assert self.push.state in (State.COMMITTING, State.DONE)
             self.inbox[peer].append(message)
