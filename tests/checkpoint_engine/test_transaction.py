@@ -363,3 +363,18 @@ def test_a_participant_on_an_unknown_host_is_named() -> None:
     assert push.error is not None
     assert push.error.culprit == Peer(RECEIVER, 0)
     assert "host 3" in str(push.error)
+
+
+def test_a_receiver_that_needs_nothing_is_told_to_begin_before_it_is_told_to_finish() -> None:
+    """Its host's agent comes late."""
+    needs = {0: {"a": [((0, 9),)]}, 1: {}}
+    manifest = Manifest.whole([TensorSpec("a", "int8", (9,))])
+    plan = plan_push(manifest, [0, 1], bucket_bytes=256, slots=2, needs=needs)
+    begins = dict.fromkeys((0, 1), Begin(7, plan.digest, plan, (), 0, 1.0))
+    push = Transaction(plan, begins, {0: 0, 1: 1}, prepare_for(plan, 2))
+    early, agent = Peer(RECEIVER, 1), Peer(AGENT, 1)
+    assert list(push.hello(early, 1)) == []
+    assert list(push.open_delivery()) == []
+    list(push.hello(agent, 1))
+    told = [message for _, message in push.receive(agent, Prepared("", 0))]
+    assert [type(message) for message in told] == [Begin, Finish]
