@@ -7,9 +7,10 @@ the trainer. It never touches the weights themselves.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +19,14 @@ from torch._C._distributed_c10d import TCPStore
 
 from k2rl.checkpoint_engine.arena import HostArena
 from k2rl.checkpoint_engine.messages import (
+    AGENT,
     MAX_HELLO_BYTES,
     Abort,
     Address,
     Begin,
+    Held,
     Hello,
+    Peer,
     Prepare,
     TransferError,
     encode,
@@ -35,10 +39,12 @@ from k2rl.checkpoint_engine.transaction import Digests, PushError, State, Transa
 
 
 class Hosts(NamedTuple):
-    """What a push over several hosts needs besides: the host of each trainer rank, and the agents' calls."""
+    """What a push over several hosts needs besides."""
 
+    #: Host of each trainer rank.
     of_senders: Mapping[int, int]
-    invite_agents: Callable[[], Invitations]
+    #: Makes the calls that make the agents of these hosts take part.
+    invite_agents: Callable[[Collection[int]], Invitations]
 
 
 class _Committed(msgspec.Struct, frozen=True):
@@ -73,8 +79,11 @@ class Coordinator:
         #: earlier one and is late must not bring those weights into this one.
         self.address = Address(secrets.token_hex(16), str(Path(self._folder.name) / "socket"))
         self._listen = listen
-        #: Where host agents find each other, if there are other hosts.
+        #: By which host agents find each other, if there are other hosts.
         self._store: TCPStore | None = None
+        #: Where host agents find each other: another epoch for each set of connections.
+        self._epochs = itertools.count(1)
+        #: Of the connections that agents keep from push to push.
         self._epoch = 0
         self._members: tuple[int, ...] = ()
 
@@ -152,7 +161,7 @@ class Coordinator:
                 self._committed = None
 
             def invite() -> Invitations:
-                return {**invite_senders(), **(hosts.invite_agents() if hosts else {})}
+                return {**invite_senders(), **(hosts.invite_agents(self._members) if hosts else {})}
 
             try:
                 return await self._run(push, invite, pause)
@@ -163,19 +172,25 @@ class Coordinator:
         assert begin.plan is not None
         if hosts is None:
             arena, base = self.arena.reserve(begin.plan)
-            begins = {self._host: msgspec.structs.replace(begin, arenas=(arena.path,), base=base)}
+            begins = {
+                self._host: msgspec.structs.replace(
+                    begin, arenas=(arena.path,), base=base, arena_name=arena.name
+                )
+            }
             return Transaction(begin.plan, begins, receivers)
         members = tuple(sorted({*hosts.of_senders.values(), *receivers.values()}))
         if members != self._members:
-            self._members, self._epoch = members, self._epoch + 1
+            self._members, self._epoch = members, next(self._epochs)
+        prepare = self._prepare(begin, hosts.of_senders, members, self._epoch)
+        return Transaction(begin.plan, dict.fromkeys(members, begin), receivers, prepare)
+
+    def _prepare(
+        self, begin: Begin, host_of: Mapping[int, int], hosts: tuple[int, ...], epoch: int
+    ) -> Prepare:
         if self._store is None:
             raise ValueError("a coordinator of several hosts needs an address that they can reach: `listen`")
         store = (self._listen, self._store.port)
-        of_senders = dict(hosts.of_senders)
-        prepare = Prepare(
-            begin.version, begin.plan_digest, begin.plan, of_senders, members, store, self._epoch
-        )
-        return Transaction(begin.plan, dict.fromkeys(members, begin), receivers, prepare)
+        return Prepare(begin.version, begin.plan_digest, begin.plan, dict(host_of), hosts, store, epoch)
 
     def _settle(self, push: OngoingPush, receivers: Mapping[int, int], hosts: Hosts | None) -> None:
         """Remember a push that was decided, even if it was cancelled before all had answered."""
@@ -192,33 +207,91 @@ class Coordinator:
             self.arena.abandon()
 
     async def join(
-        self, receivers: Mapping[int, int], pause: Callable[[], Awaitable[Invitations]] | None = None
+        self,
+        receivers: Mapping[int, int],
+        pause: Callable[[], Awaitable[Invitations]] | None = None,
+        hosts: Hosts | None = None,
     ) -> PushReport:
-        """Bring the committed version to receivers that are new or were restarted; nobody else takes part.
+        """Bring the committed version to receivers that are new or were restarted; nobody else is disturbed.
 
-        Waits until the push under way has ended.
+        To hosts that do not hold it, it comes from the arena of one that does, and is checked there; then
+        they hold it, too. If that fails because of the source, another is tried. Waits until the push under
+        way has ended.
 
         Args:
-            receivers: host of each; it must have taken part in the push of that version.
+            receivers: host of each.
             pause: as for `push`.
+            hosts: needed if one of them does not hold the version yet.
 
         Raises:
             PushError: it failed; only these receivers are concerned.
-            ValueError: there is no committed version, or it was not kept on these hosts.
+            ValueError: there is no committed version, none is kept, or there are no agents to bring it.
         """
         async with self._turn:
             committed = self._committed
-            if committed is None or not committed.begins.keys() >= set(receivers.values()):
-                raise ValueError("no committed version is kept that an engine could join at: push one")
-            ranks = tuple(receivers)
-            buckets = tuple(msgspec.structs.replace(b, receivers=ranks) for b in committed.plan.buckets)
-            plan = msgspec.structs.replace(committed.plan, receivers=ranks, buckets=buckets)
-            begins = {
-                host: msgspec.structs.replace(begin, plan=plan, plan_digest=plan.digest)
-                for host, begin in committed.begins.items()
-            }
-            transaction = Transaction(plan, begins, receivers, staged=committed.digests)
-            return await self._run(OngoingPush(transaction, committed.version, self.deadline_s), dict, pause)
+            if committed is None:
+                raise ValueError("no committed version is there that an engine could join at: push one")
+            if not committed.plan.retains:
+                raise ValueError(
+                    "a ring of buckets keeps no version that an engine could join at: wait for the next "
+                    "push, or set checkpoint_engine.memory_mib=0 so that versions are kept"
+                )
+            new = tuple(sorted(set(receivers.values()) - committed.begins.keys()))
+            if not new:
+                return await self._join(committed, receivers, pause)
+            if hosts is None:
+                raise ValueError(f"hosts {list(new)} do not hold the version, and no agents can bring it")
+            failures = []
+            for source in tuple(committed.begins):
+                try:
+                    return await self._join(committed, receivers, pause, hosts, (source, *new))
+                except PushError as error:
+                    if error.culprit != Peer(AGENT, source):
+                        raise
+                    failures.append(f"from host {source}: {error}")
+            raise PushError(
+                f"version {committed.version} cannot be brought to hosts {list(new)}: "
+                f"{'; '.join(failures) or 'no host holds it any more'}; the next push brings one"
+            )
+
+    async def _join(
+        self,
+        committed: _Committed,
+        receivers: Mapping[int, int],
+        pause: Callable[[], Awaitable[Invitations]] | None,
+        hosts: Hosts | None = None,
+        chain: tuple[int, ...] = (),
+    ) -> PushReport:
+        """One attempt; `chain`: a host that holds the version and those that shall."""
+        plan = _plan_for(tuple(receivers), committed.plan)
+        begins = {
+            host: msgspec.structs.replace(begin, plan=plan, plan_digest=plan.digest)
+            for host, begin in committed.begins.items()
+        }
+        prepare = None
+        if chain:
+            source, *new = chain
+            held = begins[source]
+            begins |= dict.fromkeys(new, msgspec.structs.replace(held, arenas=(), arena_name=""))
+            owners = {owner for bucket in plan.buckets for owner in bucket.owners}
+            prepare = msgspec.structs.replace(
+                self._prepare(held, dict.fromkeys(owners, source), chain, next(self._epochs)),
+                held=Held(source, held.arenas, held.base, held.arena_name),
+            )
+        transaction = Transaction(plan, begins, receivers, prepare, staged=committed.digests)
+        push = OngoingPush(transaction, committed.version, self.deadline_s)
+        try:
+            return await self._run(push, lambda: hosts.invite_agents(chain) if hosts else {}, pause)
+        except PushError as error:
+            lost = error.culprit if error.arena_lost else None
+            if lost is not None:
+                committed.begins.pop(lost.rank if lost.role == AGENT else receivers[lost.rank], None)
+            raise
+        finally:
+            if transaction.state in (State.COMMITTING, State.DONE):
+                for host in {*receivers.values()}:
+                    begin = committed.begins.get(host, transaction.begins[host])
+                    committed.begins[host] = _with_mappings(begin, transaction, receivers, host)
 
     async def _run(
         self,
@@ -253,15 +326,28 @@ class Coordinator:
             writer.close()
 
 
+def _plan_for(ranks: tuple[int, ...], plan: Plan) -> Plan:
+    """What receivers get who join: those the plan knows their buckets, others all."""
+    buckets = tuple(
+        msgspec.structs.replace(
+            bucket, receivers=tuple(r for r in ranks if r in bucket.receivers or r not in plan.receivers)
+        )
+        for bucket in plan.buckets
+    )
+    return msgspec.structs.replace(plan, receivers=ranks, buckets=buckets)
+
+
 def _kept(transaction: Transaction, receivers: Mapping[int, int]) -> dict[int, Begin]:
-    """Where the version can be found on each host: the arena's owner first, then those who map it."""
+    """Where the version can be found on each host."""
     if not transaction.plan.retains:
         return {}
     return {
-        host: msgspec.structs.replace(
-            begin,
-            arenas=begin.arenas
-            + tuple(path for rank, path in transaction.mappings.items() if receivers[rank] == host),
-        )
+        host: _with_mappings(begin, transaction, receivers, host)
         for host, begin in transaction.begins.items()
     }
+
+
+def _with_mappings(begin: Begin, transaction: Transaction, receivers: Mapping[int, int], host: int) -> Begin:
+    """What was known of a host's arena before, and the mappings of the receivers there."""
+    mapped = (path for rank, path in transaction.mappings.items() if receivers[rank] == host)
+    return msgspec.structs.replace(begin, arenas=(*begin.arenas, *mapped))

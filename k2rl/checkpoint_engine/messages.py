@@ -59,7 +59,7 @@ class Hello(Message, frozen=True):
 
 
 class Begin(Message, frozen=True):
-    """The push that everybody takes part in. `arenas`: paths under which this host's arena can be opened."""
+    """The push that everybody takes part in. `arenas`: paths under which this host's arena may be opened."""
 
     version: int
     plan_digest: str
@@ -69,6 +69,17 @@ class Begin(Message, frozen=True):
     #: First byte, in the arena, of the plan's places.
     base: int
     deadline_s: float
+    #: By which the arena is known.
+    arena_name: str = ""
+
+
+class Held(msgspec.Struct, frozen=True):
+    """A whole version in the arena of `host`, for hosts that have no part of it; fields as in `Begin`."""
+
+    host: int
+    arenas: tuple[str, ...]
+    base: int
+    arena_name: str
 
 
 class Prepare(Message, frozen=True):
@@ -83,6 +94,8 @@ class Prepare(Message, frozen=True):
     #: Where the agents find each other, and a number that is new after every failure.
     store: tuple[str, int]
     epoch: int
+    #: Where everything comes from, if not from trainer ranks.
+    held: Held | None = None
 
 
 class Prepared(Message, frozen=True):
@@ -90,6 +103,7 @@ class Prepared(Message, frozen=True):
 
     arena: str
     base: int
+    arena_name: str = ""
 
 
 class Filled(Message, frozen=True):
@@ -112,9 +126,10 @@ class Transfer(Message, frozen=True):
 
 
 class Transferred(Message, frozen=True):
-    """A host agent has the whole bucket in its arena."""
+    """A host agent has the whole bucket in its arena; its digests, if it came from an arena (`Held`)."""
 
     bucket: int
+    digests: dict[int, str] = {}
 
 
 class Deliver(Message, frozen=True):
@@ -166,6 +181,8 @@ class Failed(Message, frozen=True):
 
     reason: str
     blamed_host: int | None = None
+    #: Because none of the paths leads to the host's arena.
+    arena_lost: bool = False
 
 
 AnyMessage = (
@@ -326,7 +343,8 @@ class Channel:
         if error is not None:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             with suppress(OSError):
-                self._socket.sendall(encode(Failed(reason, getattr(error, "host", None))))
+                lost = getattr(error, "arena_lost", False)
+                self._socket.sendall(encode(Failed(reason, getattr(error, "host", None), lost)))
                 # Closing before it has answered would reset the connection, and lose what was said.
                 self._socket.settimeout(min(self._deadline_s, FAREWELL_S))
                 while self._socket.recv(1 << 16):

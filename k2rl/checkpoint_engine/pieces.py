@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
+import xxhash
 from torch import Tensor
 
 from k2rl.checkpoint_engine.plan import Box, Bucket
@@ -87,6 +88,14 @@ def bytes_of(memory: Tensor, chunk: Sequence[Piece]) -> list[tuple[int, memoryvi
             else:
                 merged.append((owner, start, stop))
     return [(owner, view[start:stop]) for owner, start, stop in merged]
+
+
+def digests_of(bucket: Bucket, memory: Tensor) -> dict[int, str]:
+    """The digest of each owner's parts, as the owner says it when it has filled the bucket."""
+    found = {owner: xxhash.xxh3_128() for owner in bucket.owners}
+    for owner, view in bytes_of(memory, list(blocks_of(bucket, memory))):
+        found[owner].update(view)
+    return {owner: digest.hexdigest() for owner, digest in found.items()}
 
 
 T = TypeVar("T")

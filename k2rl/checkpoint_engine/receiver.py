@@ -115,9 +115,9 @@ class Receiver:
         self._peer = Peer(RECEIVER, rank)
         self._target = target
         self._host = host
-        self._arena = ArenaCache(writable=False)
         self._plan = NO_PLAN
         self._compiled: Remembered[dict[int, list[Step]]] = Remembered()
+        self._arena = ArenaCache(writable=False, replaced=self._compiled.clear)
         #: The version in place; None while none is, or only parts of one.
         self.version: int | None = None
         self._newest = -1
@@ -138,7 +138,7 @@ class Receiver:
                 raise TransferError(
                     f"version {begin.version} is not newer than {self._newest}, which is in place"
                 )
-            arena = self._arena.open(begin.arenas, begin.base + plan.arena_bytes)
+            arena = self._arena.open(begin.arenas, begin.arena_name)
             self._target.begin(plan)
             self.version = None
             self._apply(begin, arena, channel)
@@ -153,7 +153,7 @@ class Receiver:
 
     def _apply(self, begin: Begin, arena: Arena, channel: Channel) -> None:
         plan = self._plan
-        compiled = self._compiled.get((plan.digest, begin.base, arena.identity), dict)
+        compiled = self._compiled.get((plan.digest, begin.base, arena.name), dict)
         memory = arena.memory[begin.base : begin.base + plan.arena_bytes]
         self._applied: dict[int, Mapping[int, str]] = {}
         while isinstance(message := channel.receive(), Deliver):
@@ -190,5 +190,4 @@ class Receiver:
         )
 
     def close(self) -> None:
-        self._compiled.clear()
         self._arena.close()

@@ -116,9 +116,9 @@ class Sender:
     def __init__(self, rank: int, host: int = 0) -> None:
         self._peer = Peer(SENDER, rank)
         self._host = host
-        self._arena = ArenaCache(writable=True)
         self._plan = NO_PLAN
         self._compiled: Remembered[list[tuple[Bucket, list[Step]]]] = Remembered()
+        self._arena = ArenaCache(writable=True, replaced=self._compiled.clear)
 
     def send(self, source: Source, address: Address, deadline_s: float) -> int:
         """Take part in the push that the coordinator at `address` is about to make.
@@ -145,9 +145,9 @@ class Sender:
 
     def _fill(self, source: Source, begin: Begin, channel: Channel) -> None:
         plan = self._plan
-        arena = self._arena.open(begin.arenas, begin.base + plan.arena_bytes)
+        arena = self._arena.open(begin.arenas, begin.arena_name)
         memory = arena.memory[begin.base : begin.base + plan.arena_bytes]
-        key = (plan.digest, begin.base, arena.identity, source.identity)
+        key = (plan.digest, begin.base, arena.name, source.identity)
         compiled = self._compiled.get(key, lambda: _compile(plan, self._peer.rank, source, memory))
         freed: set[int] = set()
         for bucket, steps in compiled:
@@ -161,7 +161,6 @@ class Sender:
             channel.send(Filled(bucket.index, digest.hexdigest()))
 
     def close(self) -> None:
-        self._compiled.clear()
         self._arena.close()
 
 

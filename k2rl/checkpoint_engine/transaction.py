@@ -54,11 +54,16 @@ class State(Enum):
 
 
 class PushError(TransferError):
-    """A push failed. `culprit` is the participant that died, hangs or reported an error, if it is one."""
+    """A push failed.
 
-    def __init__(self, reason: str, culprit: Peer | None = None) -> None:
+    `culprit` is the participant that died, hangs or reported an error, if it is one; `arena_lost`: because
+    there is no way to its host's arena any more.
+    """
+
+    def __init__(self, reason: str, culprit: Peer | None = None, *, arena_lost: bool = False) -> None:
         super().__init__(reason)
         self.culprit = culprit
+        self.arena_lost = arena_lost
 
 
 class Transaction:
@@ -80,7 +85,8 @@ class Transaction:
             receivers: host of each receiver.
             prepare: the first message to the agents of its hosts, which transfer buckets; none on a single
                 host.
-            staged: digests of a version that lies in the arenas already: nothing is filled or transferred.
+            staged: digests of a version that is held already: nothing is filled. It lies in the arenas of all
+                hosts without an agent here, and goes from `prepare.held` to those of the agents.
         """
         self.plan = plan
         self.state = State.STAGING
@@ -93,6 +99,8 @@ class Transaction:
         #: By host; complete once all agents are prepared.
         self.begins = dict(begins)
         self._prepare = prepare
+        #: The agent that has everything already.
+        self._source = Peer(AGENT, prepare.held.host) if prepare and prepare.held else None
         agents = prepare.hosts if prepare else ()
         #: Participants that wait for their host's agent: host, and the plan that they know.
         self._lobby: dict[Peer, tuple[int, str]] = {}
@@ -125,7 +133,8 @@ class Transaction:
             for rank in bucket.receivers:
                 self._reads[Peer(RECEIVER, rank)].append(bucket.index)
             if staged is not None:
-                self._is_ready(bucket.index)
+                if not self._agents:
+                    self._is_ready(bucket.index)
                 continue
             for owner in bucket.owners:
                 self._fills.setdefault(Peer(SENDER, owner), []).append(bucket.index)
@@ -217,11 +226,19 @@ class Transaction:
         """A host has room: those who wait for it may begin."""
         self._preparing.discard(peer)
         begin = self.begins[peer.rank]
-        self.begins[peer.rank] = msgspec.structs.replace(begin, arenas=(message.arena,), base=message.base)
+        self.begins[peer.rank] = msgspec.structs.replace(
+            begin, arenas=(message.arena,), base=message.base, arena_name=message.arena_name
+        )
         for waiting, (host, plan) in list(self._lobby.items()):
             if host == peer.rank:
                 del self._lobby[waiting]
                 yield from self._admit(waiting, host, plan)
+        if self._source and self._agents <= self._present and not self._preparing:
+            # Not before: whoever meets a host that will not come waits for it, and cannot be used meanwhile.
+            for bucket in self.plan.buckets:
+                self._is_ready(bucket.index)
+                for agent in sorted(self._agents):
+                    yield agent, Transfer(bucket.index)
 
     def open_delivery(self) -> Iterator[Outgoing]:
         """Receivers may be given buckets from now on, unless the push has failed already."""
@@ -246,14 +263,13 @@ class Transaction:
                 if self.blamed.keys() >= self._agents:
                     yield from self.conclude()
                 return
-            yield from self.fail(f"{peer} failed: {message.reason}", peer)
+            yield from self.fail(f"{peer} failed: {message.reason}", peer, arena_lost=message.arena_lost)
         elif isinstance(message, Filled) and self._may_fill(peer, message.bucket):
             yield from self._fill(peer, message)
         elif isinstance(message, Prepared) and peer in self._preparing:
             yield from self._prepared(peer, message)
         elif isinstance(message, Transferred) and message.bucket == self._next_transfer(peer):
-            self._transferred[peer] += 1
-            yield from self._deliver_bucket(message.bucket, peer.rank)
+            yield from self._pass_on(peer, message)
         elif isinstance(message, Applied) and message.bucket == self._next_to_apply(peer):
             yield from self._applied(peer, message)
         elif isinstance(message, Finished) and peer in self._finishing:
@@ -276,23 +292,29 @@ class Transaction:
         elif peer in self.blamed:
             return  # it has said why it leaves
         elif self.state in (State.STAGING, State.APPLYING):
-            # A sender that has filled everything may leave.
+            # A sender that has filled everything may leave, and so may a source from which all have it all.
             if peer.role == SENDER and peer in self._present and self._next_fill(peer) is None:
+                return
+            if peer == self._source and self.state is State.APPLYING:
                 return
             yield from self.fail(f"{peer} {why}", peer)
 
     def conclude(self) -> Iterator[Outgoing]:
         """End the push because agents have failed with each other; names those at fault."""
         hosts = culprits({agent.rank: host for agent, (host, _) in self.blamed.items()})
-        peer = Peer(AGENT, min(hosts))
+        # If it can be either's fault: another source can be found.
+        source = self._source
+        peer = source if source and source.rank in hosts else Peer(AGENT, min(hosts))
         reasons = "; ".join(reason for host, reason in self.blamed.values() if host in hosts)
         yield from self.fail(f"{peer} is gone, hangs or cannot be reached: {reasons}", peer)
 
-    def fail(self, reason: str, culprit: Peer | None = None) -> Iterator[Outgoing]:
+    def fail(
+        self, reason: str, culprit: Peer | None = None, *, arena_lost: bool = False
+    ) -> Iterator[Outgoing]:
         """End the push; everybody is told why."""
         if self.state in (State.STAGING, State.APPLYING):
             self.state = State.FAILED
-            self.error = PushError(reason, culprit)
+            self.error = PushError(reason, culprit, arena_lost=arena_lost)
             for peer in self._present:
                 yield peer, Abort(reason)
 
@@ -306,6 +328,18 @@ class Transaction:
                 yield agent, Transfer(bucket.index)
             if not self._agents:
                 yield from self._deliver_bucket(bucket.index)
+
+    def _pass_on(self, agent: Peer, message: Transferred) -> Iterator[Outgoing]:
+        source = self._source
+        if source and agent != source and message.digests != self.digests[message.bucket]:
+            yield from self.fail(
+                f"bucket {message.bucket} arrived corrupted on host {agent.rank}: "
+                f"not what was committed and host {source.rank} should hold",
+                source,
+            )
+            return
+        self._transferred[agent] += 1
+        yield from self._deliver_bucket(message.bucket, agent.rank)
 
     def _is_ready(self, index: int) -> None:
         self._ready_at[index] = len(self._ready)

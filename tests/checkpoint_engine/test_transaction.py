@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict, deque
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from k2rl.checkpoint_engine.messages import (
     Finish,
     Finished,
     Free,
+    Held,
     Message,
     Peer,
     Prepare,
@@ -378,3 +380,38 @@ def test_a_receiver_that_needs_nothing_is_told_to_begin_before_it_is_told_to_fin
     list(push.hello(agent, 1))
     told = [message for _, message in push.receive(agent, Prepared("", 0))]
     assert [type(message) for message in told] == [Begin, Finish]
+
+
+def test_a_source_may_leave_once_the_others_have_everything() -> None:
+    """Receivers join on host 1; what has come there is compared with what was committed."""
+    plan = plan_push(Manifest.whole([TensorSpec("a", "int8", (9,))]), [0], bucket_bytes=256)
+    begins = dict.fromkeys((0, 1), Begin(7, plan.digest, plan, (), 0, 1.0))
+    prepare = msgspec.structs.replace(prepare_for(plan, 2), held=Held(0, ("path",), 0, "name"))
+    source, other, receiver = Peer(AGENT, 0), Peer(AGENT, 1), Peer(RECEIVER, 0)
+
+    def staged(digest: str) -> Transaction:
+        push = Transaction(plan, begins, {0: 1}, prepare, staged={0: {0: "digest"}})
+        assert push.stagers == {source, other}
+        for agent in (source, other):
+            list(push.hello(agent, agent.rank))
+        assert list(push.receive(other, Prepared("", 0))) == [], "nobody waits for one that is not ready"
+        assert push.missing() == {source: "to make room and meet the other hosts"}
+        told = list(push.receive(source, Prepared("", 0)))
+        assert told == [(source, Transfer(0)), (other, Transfer(0))]
+        list(push.receive(source, Transferred(0)))
+        list(push.receive(other, Transferred(0, {0: digest})))
+        return push
+
+    push = staged("digest")
+    assert push.staged
+    list(push.open_delivery())
+    assert list(push.gone(source, "died")) == []
+    told = [message for _, message in push.hello(receiver, 1)]
+    assert told[1:] == [Deliver(0, {0: "digest"})]
+    list(push.gone(other, "died"))
+    assert push.error is not None
+    assert push.error.culprit == other
+
+    push = staged("other")
+    assert push.error is not None
+    assert push.error.culprit == source
