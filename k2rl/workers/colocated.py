@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -140,7 +141,8 @@ class ColocatedWorker:
             which nothing is generated).
         """
         version = self._trainer.step_count if self._spec.trains else 0
-        report = await self._publisher.publish(self._source(), version, self._train)
+        with self._source() as source:
+            report = await self._publisher.publish(source, version, self._train)
         return {
             "version": float(report.version),
             "bytes": float(report.nbytes),
@@ -155,13 +157,16 @@ class ColocatedWorker:
         expected = expected_tensors(Path(spec.model_path), spec.dtype)
         return Publisher(self._vllm, spec.checkpoint_engine, expected)
 
-    def _source(self) -> Source:
+    @contextmanager
+    def _source(self) -> Iterator[Source]:
         from k2rl.checkpoint_engine.sender import TensorSource
         from k2rl.checkpoint_engine.source import StoredWeights
 
         if self._spec.trains:
-            return TensorSource(self._trainer.named_weights(), rank=0)
-        return StoredWeights(Path(self._spec.model_path), self._spec.dtype)
+            yield TensorSource(self._trainer.named_weights(), rank=0)
+            return
+        with closing(StoredWeights(Path(self._spec.model_path), self._spec.dtype)) as stored:
+            yield stored
 
     async def logprob_gap(self, prompts: Sequence[list[int]], max_tokens: int, seed: int) -> dict[str, float]:
         """Sample from vLLM at temperature 1 and score the same tokens with the trainer.
