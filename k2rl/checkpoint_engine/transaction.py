@@ -256,6 +256,8 @@ class Transaction:
         """A participant's message; may end the push."""
         if self.state is State.FAILED or peer not in self.participants:
             return
+        if isinstance(message, Failed) and self._is_needed_no_more(peer):
+            return
         if isinstance(message, Failed):
             if peer.role == AGENT and message.blamed_host is not None:
                 # The other one may have been waiting itself: all who can shall say whom they waited for.
@@ -292,10 +294,10 @@ class Transaction:
         elif peer in self.blamed:
             return  # it has said why it leaves
         elif self.state in (State.STAGING, State.APPLYING):
-            # A sender that has filled everything may leave, and so may a source from which all have it all.
+            # A sender that has filled everything may leave.
             if peer.role == SENDER and peer in self._present and self._next_fill(peer) is None:
                 return
-            if peer == self._source and self.state is State.APPLYING:
+            if self._is_needed_no_more(peer):
                 return
             yield from self.fail(f"{peer} {why}", peer)
 
@@ -408,6 +410,10 @@ class Transaction:
     def _close(self) -> None:
         if not self._committing:
             self.state = State.DONE
+
+    def _is_needed_no_more(self, peer: Peer) -> bool:
+        """Whether it is the source of a join, and all have everything from it."""
+        return peer == self._source and self.state is State.APPLYING
 
     def _next_fill(self, peer: Peer) -> int | None:
         """The bucket that a sender fills next, once its place is free."""

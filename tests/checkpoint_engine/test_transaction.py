@@ -42,7 +42,7 @@ FAULTS = ("dies", "fails", "lies", "out of turn")
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> Plan:
+def plans(draw: st.DrawFn, slots: tuple[int, ...] = (0, 2, 3)) -> Plan:
     """Buckets of several owners, a ring or not, for all receivers or for some."""
     rows = draw(st.lists(st.integers(1, 6), min_size=1, max_size=6))
     owners = draw(st.integers(1, 3))
@@ -61,7 +61,7 @@ def plans(draw: st.DrawFn) -> Plan:
         Manifest(specs, shards),
         receivers,
         bucket_bytes=1024,
-        slots=draw(st.sampled_from([0, 2, 3])),
+        slots=draw(st.sampled_from(slots)),
         needs=needs if draw(st.booleans()) else None,
     )
 
@@ -71,14 +71,29 @@ def prepare_for(plan: Plan, hosts: int) -> Prepare:
 
 
 class World:
-    """Participants that do what they are told, in an order that `choose` decides, and one that does not."""
+    """Participants that do what they are told, in an order that `choose` decides, and one that does not.
 
-    def __init__(self, plan: Plan, hosts: int, choose: random.Random, fault: tuple[str, Peer, int] | None):
+    A push, or receivers that join: then host 0 holds the version already, and brings it to the others.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        hosts: int,
+        choose: random.Random,
+        fault: tuple[str, Peer, int] | None,
+        *,
+        joins: bool = False,
+    ):
         self.plan, self._choose, self._fault = plan, choose, fault
         self.receivers = {rank: rank % hosts for rank in plan.receivers}
         prepare = prepare_for(plan, hosts) if hosts > 1 else None
         begins = {host: Begin(7, plan.digest, plan, (), 0, 1.0) for host in range(hosts)}
-        self.push = Transaction(plan, begins, self.receivers, prepare)
+        self._joins = joins
+        if joins and prepare is not None:
+            prepare = msgspec.structs.replace(prepare, held=Held(0, ("path",), 0, "name"))
+        committed = {b.index: {o: f"{b.index}/{o}" for o in b.owners} for b in plan.buckets}
+        self.push = Transaction(plan, begins, self.receivers, prepare, committed if joins else None)
         self.peers = sorted(self.push.stagers | self.push.receivers)
         self._unconnected = list(self.peers)
         #: What each has yet to read.
@@ -102,6 +117,8 @@ class World:
         self._has_committed: set[Peer] = set()
         #: Buckets in the order in which the last of their owners filled them.
         self._complete: list[int] = []
+        for bucket in plan.buckets if joins else ():
+            self.filled[bucket.index] = set(bucket.owners)
 
     def run(self) -> None:
         while self.push.state not in (State.DONE, State.FAILED):
@@ -225,7 +242,8 @@ class World:
             self._say(peer, Prepared("", 0))
         elif isinstance(message, Transfer):
             self.transferred[message.bucket].add(peer.rank)
-            self._say(peer, Transferred(message.bucket))
+            came = self._joins and peer.rank != 0
+            self._say(peer, Transferred(message.bucket, self.push.digests[message.bucket] if came else {}))
         elif isinstance(message, Deliver):
             applied = self.applied[peer.rank]
             assert message.bucket not in applied, "delivered once"
@@ -265,6 +283,11 @@ class World:
                 assert all(message.bucket in self.applied[rank] for rank in readers)
             elif isinstance(message, Begin):
                 self._welcomed.add(peer)
+            elif isinstance(message, Transfer) and self._joins:
+                agents = {p for p in self.peers if p.role == AGENT}
+                assert agents <= self._has_prepared, "nobody waits for one that may not come"
+                if message.bucket not in self._complete:
+                    self._complete.append(message.bucket)
             elif isinstance(message, Finish):
                 assert peer in self._welcomed
                 self._finish.add(peer)
@@ -273,16 +296,18 @@ class World:
             self.inbox[peer].append(message)
 
 
-worlds = st.tuples(plans(), st.integers(1, 3), st.randoms(use_true_random=False))
+worlds = st.tuples(plans(), st.integers(1, 3), st.randoms(use_true_random=False), st.just(False)) | st.tuples(
+    plans(slots=(0,)), st.integers(1, 3), st.randoms(use_true_random=False), st.just(True)
+)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(worlds)
 def test_without_faults_a_push_ends_with_everything_applied_once(
-    world: tuple[Plan, int, random.Random],
+    world: tuple[Plan, int, random.Random, bool],
 ) -> None:
-    plan, hosts, choose = world
-    run = World(plan, hosts, choose, None)
+    plan, hosts, choose, joins = world
+    run = World(plan, hosts, choose, None, joins=joins)
     run.run()
     assert run.push.state is State.DONE
     assert not run.push.lost
@@ -290,17 +315,17 @@ def test_without_faults_a_push_ends_with_everything_applied_once(
         assert sorted(applied) == [b.index for b in plan.buckets if rank in b.receivers]
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(worlds, st.sampled_from(FAULTS), st.integers(0, 20), st.integers(1, 8))
 def test_one_fault_fails_the_push_by_name_or_comes_too_late(
-    world: tuple[Plan, int, random.Random], kind: str, whom: int, when: int
+    world: tuple[Plan, int, random.Random, bool], kind: str, whom: int, when: int
 ) -> None:
-    plan, hosts, choose = world
-    peers = World(plan, hosts, choose, None).peers
+    plan, hosts, choose, joins = world
+    peers = World(plan, hosts, choose, None, joins=joins).peers
     if not peers:
         return
     culprit = peers[whom % len(peers)]
-    run = World(plan, hosts, choose, (kind, culprit, when))
+    run = World(plan, hosts, choose, (kind, culprit, when), joins=joins)
     run.run()
     if run.push.state is State.DONE:
         # It had done its part, or it was after the vote.
