@@ -348,17 +348,17 @@ class Cluster:
 
     async def join(
         self,
-        rank: int,
+        *ranks: int,
         agent_faults: dict[int, Fault] | None = None,
-        receiver_fault: Fault | None = None,
+        receiver_faults: dict[int, Fault] | None = None,
     ) -> PushReport:
         async def pause() -> Invitations:
-            faults = {rank: receiver_fault} if receiver_fault else {}
-            return self._invite(RECEIVER, {rank: self.receivers[rank]}, faults)
+            joining = {rank: self.receivers[rank] for rank in ranks}
+            return self._invite(RECEIVER, joining, receiver_faults or {})
 
         self.asked_agents = []
         hosts = self._hosts(agent_faults or {})
-        return await self.coordinator.join({rank: self.host_of[rank]}, pause, hosts)
+        return await self.coordinator.join({rank: self.host_of[rank] for rank in ranks}, pause, hosts)
 
     def _hosts(self, faults: dict[int, Fault]) -> Hosts | None:
         def invite(hosts: Collection[int]) -> Invitations:
