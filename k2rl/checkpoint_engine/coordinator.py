@@ -283,6 +283,8 @@ class Coordinator:
         try:
             return await self._run(push, lambda: hosts.invite_agents(chain) if hosts else {}, pause)
         except PushError as error:
+            # Who failed may have been started anew by the next push.
+            self._members = ()
             lost = error.culprit if error.arena_lost else None
             if lost is not None:
                 committed.begins.pop(lost.rank if lost.role == AGENT else receivers[lost.rank], None)

@@ -132,6 +132,11 @@ def test_a_source_that_hangs_is_given_up_at_the_deadline() -> None:
         assert (await parts.join(2, agent_faults={0: ("stop", 1)})).version == 1
         assert parts.asked_agents == [0, 2, 1, 2]
         assert await parts.holds(2, 1)
+        # Its successor and the agent that had no trouble meet anew.
+        parts.restart(AGENT, 0)
+        await parts.push(2)
+        assert await parts.holds(0, 2)
+        assert await parts.holds(1, 2)
 
     with_cluster(test, deadline_s=SHORT_DEADLINE_S)
 
