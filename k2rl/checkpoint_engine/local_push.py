@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from multiprocessing.connection import Connection
 from typing import Any, Self
@@ -72,13 +72,20 @@ class LocalPushes:
             await self._ask(role, plan)
         version = (coordinator.version or 0) + 1
 
-        def invite(role: str) -> dict[Peer, Coroutine[Any, Any, object]]:
-            return {Peer(role, 0): self._ask(role, coordinator.address)}
+        calls: list[asyncio.Future[object]] = []
+
+        def invite(role: str) -> Invitations:
+            calls.append(asyncio.ensure_future(self._ask(role, coordinator.address)))
+            return {Peer(role, 0): asyncio.shield(calls[-1])}
 
         async def receive() -> Invitations:
             return invite(RECEIVER)
 
-        report = await coordinator.push(version, plan, {0: 0}, lambda: invite(SENDER), receive)
+        try:
+            report = await coordinator.push(version, plan, {0: 0}, lambda: invite(SENDER), receive)
+        finally:
+            # The push ends before they have answered, and two may not read from a pipe at once.
+            await asyncio.gather(*calls, return_exceptions=True)
         return report.total_s
 
     async def _ask(self, role: str, job: Plan | Address) -> object:
