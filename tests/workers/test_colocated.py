@@ -8,12 +8,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
+from k2rl.checkpoint_engine.pieces import pieces_of
+from k2rl.checkpoint_engine.plan import plan_push
 from k2rl.checkpoint_engine.push import PushReport
 from k2rl.checkpoint_engine.sender import TensorSource
 from k2rl.config import CheckpointEngineConfig, InferenceConfig, OptimizerConfig
+from k2rl.models.hub import resolve_model
 from k2rl.training.engine import compute_with
 from k2rl.workers import colocated
 from k2rl.workers.colocated import ColocatedWorker, WorkerSpec
@@ -83,3 +87,24 @@ def test_versions_count_the_optimizer_steps(worker: ColocatedWorker) -> None:
 
     assert [asyncio.run(publish(count)) for count in (7, 8)] == [7.0, 8.0]
     assert publisher.versions == [7, 8]
+
+
+def test_a_checkpoint_that_is_served_is_closed_once_it_is_pushed(worker: ColocatedWorker) -> None:
+    folder = resolve_model("tiny-qwen3")
+    file = (folder / "model.safetensors").resolve()
+
+    def is_open() -> bool:
+        return file in [Path(f"/proc/self/fd/{fd.name}").resolve() for fd in Path("/proc/self/fd").iterdir()]
+
+    class Reading(Published):
+        async def publish(self, source: Any, version: int, run: object) -> PushReport:
+            plan = plan_push(source.manifest, (0,), bucket_bytes=1 << 20)
+            memory = torch.empty(plan.arena_bytes, dtype=torch.uint8)
+            source.copier(plan, list(pieces_of(plan.buckets[0], memory)))()
+            assert is_open()
+            return await super().publish(source, version, run)
+
+    worker._spec = msgspec.structs.replace(worker._spec, model_path=str(folder), trains=False)
+    worker._publisher = Reading()  # type: ignore[assignment]
+    assert asyncio.run(worker.publish())["version"] == 0
+    assert not is_open()
