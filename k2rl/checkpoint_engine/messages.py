@@ -387,9 +387,10 @@ class Channel:
 
 
 def _failed(reason: str, error: BaseException) -> Failed:
-    if not isinstance(error, TransferError):
-        return Failed(reason)
-    return Failed(reason, getattr(error, "host", None), error.refused, error.arena_lost)
+    host = getattr(error, "host", None)
+    if isinstance(error, TransferError):
+        return Failed(reason, host, error.refused, error.arena_lost)
+    return Failed(reason, host)
 
 
 def same_token(given: str, expected: str) -> bool:
