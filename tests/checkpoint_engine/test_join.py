@@ -167,6 +167,8 @@ def test_after_a_delta_a_host_is_brought_the_whole_version() -> None:
         for host in (0, 1):
             parts.restart(AGENT, host)
             parts.restart(RECEIVER, host)
+        with pytest.raises(PushError, match="receiver 0 failed: ArenaLostError"):
+            await parts.join(0)
         await brought(parts, 1001, 0)
         assert parts.asked_agents[-2:] == [2, 0]
 
