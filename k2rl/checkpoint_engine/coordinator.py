@@ -366,13 +366,8 @@ def _updated(before: _Committed, transaction: Transaction) -> Digests:
 
 
 def _plan_for(ranks: tuple[int, ...], plan: Plan) -> Plan:
-    """What receivers get who join: those the plan knows their buckets, others all."""
-    buckets = tuple(
-        msgspec.structs.replace(
-            bucket, receivers=tuple(r for r in ranks if r in bucket.receivers or r not in plan.receivers)
-        )
-        for bucket in plan.buckets
-    )
+    """What receivers get who join: everything, since one that was restarted learns from whole tensors."""
+    buckets = tuple(msgspec.structs.replace(bucket, receivers=ranks) for bucket in plan.buckets)
     return msgspec.structs.replace(plan, receivers=ranks, buckets=buckets)
 
 
