@@ -18,10 +18,10 @@ from statistics import median
 import torch
 from transformers import AutoModelForCausalLM
 
-from k2rl.checkpoint_engine.coordinator import Invitations
 from k2rl.checkpoint_engine.messages import Address
 from k2rl.checkpoint_engine.plan import Needs
 from k2rl.checkpoint_engine.publisher import Publisher, expected_tensors, local_rank
+from k2rl.checkpoint_engine.push import Invitations
 from k2rl.checkpoint_engine.sender import Sender, TensorSource
 from k2rl.config import CheckpointEngineConfig, InferenceConfig
 from k2rl.hardware import fast_dtype

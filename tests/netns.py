@@ -6,6 +6,7 @@ however the tests end, the kernel takes everything down with them.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -13,7 +14,10 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+#: Of the kernel's: a network namespace.
+CLONE_NEWNET = 0x40000000
 #: Name of a host's end of its link.
 INTERFACE = "eth0"
 
@@ -35,6 +39,12 @@ class Host:
     def command(self, *words: str) -> list[str]:
         """`words` as a command line that runs on this host."""
         return ["nsenter", "--target", str(self.pid), "--net", "--", *words]
+
+    def enter(self) -> None:
+        """Move this thread, and those that it will start, to this host."""
+        with Path(f"/proc/{self.pid}/ns/net").open() as namespace:
+            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), "cannot enter a network namespace")
 
     def sent_bytes(self) -> int:
         """What this host's link has sent since it is up, headers included, by the kernel's counter."""

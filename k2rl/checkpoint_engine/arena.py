@@ -2,13 +2,20 @@
 
 An arena is an anonymous memory file: it has no name to collide on or leak, and the kernel frees it when the
 last process that maps it is gone, however that process ended. Every process that maps it can hand it on.
+
+It is opened by paths such as `/proc/12/fd/7`, and process ids are used again: behind such a path there may be
+another file by now. So each arena has a random name, which the kernel shows to whoever asks what is there.
+(Inode numbers may come again after a restart of the host, and a tag in the memory could only be read after
+opening whatever there is.)
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -16,50 +23,64 @@ from k2rl.checkpoint_engine.messages import DeltaRefusedError, TransferError
 from k2rl.checkpoint_engine.plan import Plan, aligned
 from k2rl.workers.memory import release
 
+#: The names of all arenas begin like this.
+PREFIX = "k2rl-weights-"
+
+
+class ArenaLostError(TransferError):
+    """None of the paths leads to the arena any more."""
+
+    arena_lost = True
+
 
 class Arena:
     """A mapping of a host's arena, as one uint8 tensor."""
 
-    def __init__(self, fd: int, writable: bool) -> None:
+    def __init__(self, fd: int, name: str, writable: bool) -> None:
         self._fd = fd
-        status = os.fstat(fd)
-        self.identity = (status.st_dev, status.st_ino, status.st_size)
+        #: Unlike any other's.
+        self.name = name
+        self.nbytes = os.fstat(fd).st_size
         # Receivers map it privately: torch wants writable memory, and the senders' bytes stay the senders'.
         flags = mmap.MAP_SHARED if writable else mmap.MAP_PRIVATE
-        self._buffer = mmap.mmap(fd, max(status.st_size, 1), flags=flags)
+        self._buffer = mmap.mmap(fd, max(self.nbytes, 1), flags=flags)
         self.memory = torch.frombuffer(self._buffer, dtype=torch.uint8)
 
     @classmethod
     def create(cls, nbytes: int) -> Arena:
         """A new one; the kernel provides its pages as they are first written."""
-        fd = os.memfd_create("k2rl-weights")
+        name = PREFIX + secrets.token_hex(8)
+        fd = os.memfd_create(name)
         os.ftruncate(fd, nbytes)
-        return cls(fd, writable=True)
+        return cls(fd, name, writable=True)
 
     @classmethod
-    def open(cls, paths: Sequence[str], nbytes: int, writable: bool) -> Arena:
+    def open(cls, paths: Sequence[str], name: str, writable: bool) -> Arena:
         """Map an existing one by the first path that leads to it.
 
+        Args:
+            paths: under which it could be opened once.
+            name: the arena's.
+            writable: shared with all who map it; otherwise what is written stays in this process.
+
         Raises:
-            TransferError: none does, or it is too small.
+            ArenaLostError: none does any more.
         """
         problems = []
         for path in paths:
             try:
+                # Before opening: a device or a pipe may do something when it is opened.
+                _check(path, name)
                 fd = os.open(path, os.O_RDWR)
+                try:
+                    _check(f"/proc/self/fd/{fd}", name)
+                except OSError:
+                    os.close(fd)
+                    raise
+                return cls(fd, name, writable)
             except OSError as error:
                 problems.append(str(error))
-                continue
-            arena = cls(fd, writable)
-            if arena.nbytes >= nbytes:
-                return arena
-            problems.append(f"{path} holds {arena.nbytes} bytes, not {nbytes}")
-            arena.close()
-        raise TransferError(f"cannot map the weights: {'; '.join(problems) or 'no path was given'}")
-
-    @property
-    def nbytes(self) -> int:
-        return self.identity[2]
+        raise ArenaLostError(f"cannot map the weights: {'; '.join(problems) or 'no path was given'}")
 
     @property
     def path(self) -> str:
@@ -81,22 +102,35 @@ class Arena:
             del self.memory, self._buffer
 
 
+def _check(path: str, name: str) -> None:
+    """Raises:
+    OSError: it is not the arena of that name which is open there.
+    """
+    found = str(Path(path).readlink())
+    if found.removesuffix(" (deleted)") != f"/memfd:{name}":
+        raise FileNotFoundError(f"{path} leads to {found} by now, and not to {name}")
+
+
 class ArenaCache:
     """A participant's mapping, kept from push to push: mapping a gigabyte anew costs its page faults anew."""
 
-    def __init__(self, writable: bool) -> None:
+    def __init__(self, writable: bool, replaced: Callable[[], None]) -> None:
+        """
+        Args:
+            writable: see `Arena.open`.
+            replaced: lets go of everything that looks into the mapping: it is about to be another.
+        """
         self._writable = writable
+        self._replaced = replaced
         self._arena: Arena | None = None
 
-    def open(self, paths: Sequence[str], nbytes: int) -> Arena:
-        """The mapping of the arena at `paths`; see `Arena.open`."""
-        fresh = Arena.open(paths, nbytes, self._writable)
-        if self._arena is not None and self._arena.identity == fresh.identity:
-            fresh.close()
-            return self._arena
-        self.close()
-        self._arena = fresh
-        return fresh
+    def open(self, paths: Sequence[str], name: str) -> Arena:
+        """The mapping of the arena of that name; see `Arena.open`."""
+        if self._arena is None or self._arena.name != name:
+            fresh = Arena.open(paths, name, self._writable)
+            self.close()
+            self._arena = fresh
+        return self._arena
 
     def unload(self) -> None:
         """Hold none of its memory until it is next read; what is mapped stays mapped."""
@@ -105,6 +139,7 @@ class ArenaCache:
 
     def close(self) -> None:
         if self._arena is not None:
+            self._replaced()
             self._arena.close()
             self._arena = None
 

@@ -7,12 +7,10 @@ the trainer. It never touches the weights themselves.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 import tempfile
-import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from contextlib import suppress
-from functools import partial
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,10 +23,9 @@ from k2rl.checkpoint_engine.messages import (
     MAX_HELLO_BYTES,
     Abort,
     Address,
-    Alive,
     Begin,
     DeltaRefusedError,
-    Failed,
+    Held,
     Hello,
     Peer,
     Prepare,
@@ -38,39 +35,17 @@ from k2rl.checkpoint_engine.messages import (
     same_token,
 )
 from k2rl.checkpoint_engine.plan import Plan
-from k2rl.checkpoint_engine.transaction import Digests, Outgoing, PushError, State, Transaction
-
-#: Of an invitation: the call that makes a participant take part. If it fails, the push does.
-Invitations = Mapping[Peer, Awaitable[object]]
-
-#: How often silent participants are looked for.
-TICK_S = 0.25
-
-
-#: How long agents that failed with each other may take to say so.
-GRACE_S = 1.0
-
-
-class PushReport(msgspec.Struct, frozen=True):
-    """What a push did and how long it took."""
-
-    version: int
-    nbytes: int
-    buckets: int
-    #: From the first participant's begin to the last bucket lying in every arena.
-    stage_s: float
-    #: From the first delivery (all engines paused) to the commit.
-    apply_s: float
-    total_s: float
-    #: Receivers that died after all had voted; the version stands without them.
-    lost: tuple[int, ...] = ()
+from k2rl.checkpoint_engine.push import Invitations, OngoingPush, PushReport
+from k2rl.checkpoint_engine.transaction import Digests, PushError, State, Transaction
 
 
 class Hosts(NamedTuple):
-    """What a push over several hosts needs besides: the host of each trainer rank, and the agents' calls."""
+    """What a push over several hosts needs besides."""
 
+    #: Host of each trainer rank.
     of_senders: Mapping[int, int]
-    invite_agents: Callable[[], Invitations]
+    #: Makes the calls that make the agents of these hosts take part.
+    invite_agents: Callable[[Collection[int]], Invitations]
 
 
 class _Committed(msgspec.Struct, frozen=True):
@@ -98,7 +73,7 @@ class Coordinator:
         self._committed: _Committed | None = None
         #: Sets of tensors that some receiver takes whole and together or not at all.
         self.together: set[tuple[str, ...]] = set()
-        self._push: _Push | None = None
+        self._push: OngoingPush | None = None
         self._turn = asyncio.Lock()
         self._connections: set[asyncio.Future[None]] = set()
         # Its mode lets nobody else reach the socket in it.
@@ -107,6 +82,11 @@ class Coordinator:
         #: earlier one and is late must not bring those weights into this one.
         self.address = Address(secrets.token_hex(16), str(Path(self._folder.name) / "socket"))
         self._listen = listen
+        #: By which host agents find each other, if there are other hosts.
+        self._store: TCPStore | None = None
+        #: Where host agents find each other: another epoch for each set of connections.
+        self._epochs = itertools.count(1)
+        #: Of the connections that agents keep from push to push.
         self._epoch = 0
         self._members: tuple[int, ...] = ()
 
@@ -134,6 +114,7 @@ class Coordinator:
             await asyncio.gather(*self._connections, return_exceptions=True)
             self.arena.close()
             self._committed = None
+            self._store = None  # it has no other way to be closed
             self._folder.cleanup()
 
     @property
@@ -185,12 +166,12 @@ class Coordinator:
                 )
             if hosts is None:
                 await self._reserve(plan)
-            push = _Push(self._transaction(begin, receivers, hosts), version, self.deadline_s)
+            push = OngoingPush(self._transaction(begin, receivers, hosts), version, self.deadline_s)
             if not plan.retains:
                 self._committed = None
 
             def invite() -> Invitations:
-                return {**invite_senders(), **(hosts.invite_agents() if hosts else {})}
+                return {**invite_senders(), **(hosts.invite_agents(self._members) if hosts else {})}
 
             try:
                 return await self._run(push, invite, pause)
@@ -215,19 +196,27 @@ class Coordinator:
         assert begin.plan is not None
         if hosts is None:
             arena, base = self.arena.being_written
-            begins = {self._host: msgspec.structs.replace(begin, arenas=(arena.path,), base=base)}
+            begins = {
+                self._host: msgspec.structs.replace(
+                    begin, arenas=(arena.path,), base=base, arena_name=arena.name
+                )
+            }
             return Transaction(begin.plan, begins, receivers)
         members = tuple(sorted({*hosts.of_senders.values(), *receivers.values()}))
         if members != self._members:
-            self._members, self._epoch = members, self._epoch + 1
-        store = (self._listen, self._store.port)
-        of_senders = dict(hosts.of_senders)
-        prepare = Prepare(
-            begin.version, begin.plan_digest, begin.plan, of_senders, members, store, self._epoch
-        )
+            self._members, self._epoch = members, next(self._epochs)
+        prepare = self._prepare(begin, hosts.of_senders, members, self._epoch)
         return Transaction(begin.plan, dict.fromkeys(members, begin), receivers, prepare)
 
-    def _settle(self, push: _Push, receivers: Mapping[int, int], hosts: Hosts | None) -> None:
+    def _prepare(
+        self, begin: Begin, host_of: Mapping[int, int], hosts: tuple[int, ...], epoch: int
+    ) -> Prepare:
+        if self._store is None:
+            raise ValueError("a coordinator of several hosts needs an address that they can reach: `listen`")
+        store = (self._listen, self._store.port)
+        return Prepare(begin.version, begin.plan_digest, begin.plan, dict(host_of), hosts, store, epoch)
+
+    def _settle(self, push: OngoingPush, receivers: Mapping[int, int], hosts: Hosts | None) -> None:
         """Remember a push that was decided, even if it was cancelled before all had answered."""
         transaction, plan, before = push.transaction, push.transaction.plan, self._committed
         if transaction.state in (State.COMMITTING, State.DONE):
@@ -246,37 +235,97 @@ class Coordinator:
             self.arena.abandon()
 
     async def join(
-        self, receivers: Mapping[int, int], pause: Callable[[], Awaitable[Invitations]] | None = None
+        self,
+        receivers: Mapping[int, int],
+        pause: Callable[[], Awaitable[Invitations]] | None = None,
+        hosts: Hosts | None = None,
     ) -> PushReport:
-        """Bring the committed version to receivers that are new or were restarted; nobody else takes part.
+        """Bring the committed version to receivers that are new or were restarted; nobody else is disturbed.
 
-        Waits until the push under way has ended.
+        To hosts that do not hold it, it comes from the arena of one that does, and is checked there; then
+        they hold it, too. If that fails because of the source, another is tried. Waits until the push under
+        way has ended.
 
         Args:
-            receivers: host of each; it must have taken part in the push of that version.
+            receivers: host of each.
             pause: as for `push`.
+            hosts: needed if one of them does not hold the version yet.
 
         Raises:
             PushError: it failed; only these receivers are concerned.
-            ValueError: there is no committed version, or it was not kept on these hosts.
+            ValueError: there is no committed version, none is kept, or there are no agents to bring it.
         """
         async with self._turn:
             committed = self._committed
-            if committed is None or not committed.begins.keys() >= set(receivers.values()):
-                raise ValueError("no committed version is kept that an engine could join at: push one")
-            ranks = tuple(receivers)
-            buckets = tuple(msgspec.structs.replace(b, receivers=ranks) for b in committed.plan.buckets)
-            plan = msgspec.structs.replace(committed.plan, receivers=ranks, buckets=buckets)
-            begins = {
-                host: msgspec.structs.replace(begin, plan=plan, plan_digest=plan.digest)
-                for host, begin in committed.begins.items()
-            }
-            transaction = Transaction(plan, begins, receivers, staged=committed.digests)
-            return await self._run(_Push(transaction, committed.version, self.deadline_s), dict, pause)
+            if committed is None:
+                raise ValueError("no committed version is there that an engine could join at: push one")
+            if not committed.plan.retains:
+                raise ValueError(
+                    "a ring of buckets keeps no version that an engine could join at: wait for the next "
+                    "push, or set checkpoint_engine.memory_mib=0 so that versions are kept"
+                )
+            new = tuple(sorted(set(receivers.values()) - committed.begins.keys()))
+            if not new:
+                return await self._join(committed, receivers, pause)
+            if hosts is None:
+                raise ValueError(f"hosts {list(new)} do not hold the version, and no agents can bring it")
+            failures = []
+            for source in tuple(committed.begins):
+                try:
+                    return await self._join(committed, receivers, pause, hosts, (source, *new))
+                except PushError as error:
+                    if error.culprit != Peer(AGENT, source):
+                        raise
+                    failures.append(f"from host {source}: {error}")
+            raise PushError(
+                f"version {committed.version} cannot be brought to hosts {list(new)}: "
+                f"{'; '.join(failures) or 'no host holds it any more'}; the next push brings one"
+            )
+
+    async def _join(
+        self,
+        committed: _Committed,
+        receivers: Mapping[int, int],
+        pause: Callable[[], Awaitable[Invitations]] | None,
+        hosts: Hosts | None = None,
+        chain: tuple[int, ...] = (),
+    ) -> PushReport:
+        """One attempt; `chain`: a host that holds the version and those that shall."""
+        plan = _plan_for(tuple(receivers), committed.plan)
+        begins = {
+            host: msgspec.structs.replace(begin, plan=plan, plan_digest=plan.digest)
+            for host, begin in committed.begins.items()
+        }
+        prepare = None
+        if chain:
+            source, *new = chain
+            held = begins[source]
+            begins |= dict.fromkeys(new, msgspec.structs.replace(held, arenas=(), arena_name=""))
+            owners = {owner for bucket in plan.buckets for owner in bucket.owners}
+            prepare = msgspec.structs.replace(
+                self._prepare(held, dict.fromkeys(owners, source), chain, next(self._epochs)),
+                held=Held(source, held.arenas, held.base, held.arena_name),
+            )
+        transaction = Transaction(plan, begins, receivers, prepare, staged=committed.digests)
+        push = OngoingPush(transaction, committed.version, self.deadline_s)
+        try:
+            return await self._run(push, lambda: hosts.invite_agents(chain) if hosts else {}, pause)
+        except PushError as error:
+            # Who failed may have been started anew by the next push.
+            self._members = ()
+            lost = error.culprit if error.arena_lost else None
+            if lost is not None:
+                committed.begins.pop(lost.rank if lost.role == AGENT else receivers[lost.rank], None)
+            raise
+        finally:
+            if transaction.state in (State.COMMITTING, State.DONE):
+                for host in {*receivers.values()}:
+                    begin = committed.begins.get(host, transaction.begins[host])
+                    committed.begins[host] = _with_mappings(begin, transaction, receivers, host)
 
     async def _run(
         self,
-        push: _Push,
+        push: OngoingPush,
         invite_senders: Callable[[], Invitations],
         pause: Callable[[], Awaitable[Invitations]] | None,
     ) -> PushReport:
@@ -316,177 +365,23 @@ def _updated(before: _Committed, transaction: Transaction) -> Digests:
     }
 
 
+def _plan_for(ranks: tuple[int, ...], plan: Plan) -> Plan:
+    """What receivers get who join: everything, since one that was restarted learns from whole tensors."""
+    buckets = tuple(msgspec.structs.replace(bucket, receivers=ranks) for bucket in plan.buckets)
+    return msgspec.structs.replace(plan, receivers=ranks, buckets=buckets)
+
+
 def _kept(transaction: Transaction, receivers: Mapping[int, int]) -> dict[int, Begin]:
-    """Where the version can be found on each host: the arena's owner first, then those who map it."""
+    """Where the version can be found on each host."""
     if not transaction.plan.retains:
         return {}
     return {
-        host: msgspec.structs.replace(
-            begin,
-            arenas=begin.arenas
-            + tuple(path for rank, path in transaction.mappings.items() if receivers[rank] == host),
-        )
+        host: _with_mappings(begin, transaction, receivers, host)
         for host, begin in transaction.begins.items()
     }
 
 
-class _Push:
-    """A push under way: its connections and clocks."""
-
-    def __init__(self, transaction: Transaction, version: int, deadline_s: float) -> None:
-        self.transaction = transaction
-        self.version = version
-        self._deadline_s = deadline_s
-        self._writers: dict[Peer, asyncio.StreamWriter] = {}
-        self._pids: dict[Peer, int] = {}
-        #: Those that certainly do nothing any more.
-        self._left: set[Peer] = set()
-        self._since: dict[Peer, tuple[str, float]] = {}
-        self._blamed_since = 0.0
-        self._said_alive = time.monotonic()
-        self._changed = asyncio.Event()
-
-    async def run(
-        self,
-        invite_senders: Callable[[], Invitations],
-        pause: Callable[[], Awaitable[Invitations]] | None,
-    ) -> PushReport:
-        transaction, plan = self.transaction, self.transaction.plan
-        started = time.monotonic()
-        watchers = self._watch(invite_senders())
-        try:
-            if plan.retains:
-                await self._until(lambda: transaction.staged)
-            staged = time.monotonic()
-            if transaction.error is None:
-                if pause is not None:
-                    watchers += await self._paused(pause)
-                self._send(transaction.open_delivery())
-                applying = time.monotonic()
-                await self._until(lambda: transaction.state is State.DONE)
-        finally:
-            self.end("the push was cancelled")
-            for watcher in watchers:
-                watcher.cancel()
-            for writer in self._writers.values():
-                writer.close()
-        if transaction.error is not None:
-            raise transaction.error
-        done = time.monotonic()
-        return PushReport(
-            self.version,
-            plan.nbytes,
-            len(plan.buckets),
-            staged - started,
-            done - applying,
-            done - started,
-            tuple(peer.rank for peer in transaction.lost),
-        )
-
-    async def _paused(self, pause: Callable[[], Awaitable[Invitations]]) -> list[asyncio.Future[object]]:
-        """Pause the engines, within the deadline; the invitations of their receivers."""
-        pausing = asyncio.ensure_future(pause())
-        pausing.add_done_callback(lambda _: self._changed.set())
-        late = time.monotonic() + self._deadline_s
-        try:
-            await self._until(lambda: pausing.done() or time.monotonic() > late)
-            if pausing.done():
-                return self._watch(pausing.result())
-            self.end(f"the engines did not pause within {self._deadline_s:g} s")
-            return []
-        finally:
-            pausing.cancel()
-
-    def end(self, reason: str) -> None:
-        """Fail the push, unless it is decided."""
-        self._send(self.transaction.fail(reason))
-
-    @property
-    def may_be_written(self) -> bool:
-        """Whether somebody may write into the arena yet, although the push has ended."""
-        return any(peer not in self._left for peer in self.transaction.unfilled)
-
-    async def take_part(
-        self, hello: Hello, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        """Serve one connection until it ends."""
-        peer = hello.peer
-        if peer in self._writers or peer not in self.transaction.participants:
-            writer.write(encode(Abort(f"{peer} takes part already, or has no part in this push")))
-            return
-        self._writers[peer], self._pids[peer] = writer, hello.pid
-        try:
-            self._send(self.transaction.hello(peer, hello.host, hello.plan))
-            while True:
-                message = await read_message(reader)
-                if isinstance(message, Failed):
-                    self._left.add(peer)
-                self._send(self.transaction.receive(peer, message))
-        except TransferError as error:
-            self._send(self.transaction.fail(f"{peer}: {error}", peer))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            # If it was us who closed the connection, the peer may be busy still.
-            if not writer.is_closing() or self.transaction.error is None:
-                self._left.add(peer)
-            self._send(self.transaction.gone(peer, f"(process {hello.pid}) died or left in the middle"))
-
-    def _send(self, messages: Iterable[Outgoing]) -> None:
-        for peer, message in messages:
-            writer = self._writers.get(peer)
-            if writer is not None and not writer.is_closing():
-                writer.write(encode(message))
-        self._changed.set()
-
-    def _watch(self, invitations: Invitations) -> list[asyncio.Future[object]]:
-        calls: list[asyncio.Future[object]] = [asyncio.ensure_future(call) for call in invitations.values()]
-        for peer, call in zip(invitations, calls, strict=True):
-            call.add_done_callback(partial(self._called, peer))
-        return calls
-
-    def _called(self, peer: Peer, call: asyncio.Future[object]) -> None:
-        """An invitation has ended; if it failed, its error is the reason for which the push fails."""
-        error = None if call.cancelled() else call.exception()
-        # What a participant raises while it is connected it has told us itself.
-        if error is not None and not (peer in self._writers and isinstance(error, TransferError)):
-            self._send(self.transaction.gone(peer, f"failed: {error}"))
-
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        """Wait until a condition holds or the push has failed; whoever owes an answer too long fails it."""
-        while not condition() and self.transaction.error is None:
-            self._changed.clear()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), TICK_S)
-            self._look_for_silence()
-            self._say_alive()
-
-    def _say_alive(self) -> None:
-        if time.monotonic() - self._said_alive > self._deadline_s / 4:
-            self._said_alive = time.monotonic()
-            for writer in self._writers.values():
-                if not writer.is_closing():
-                    writer.write(encode(Alive()))
-
-    def _look_for_silence(self) -> None:
-        now = time.monotonic()
-        missing = self.transaction.missing()
-        since: dict[Peer, tuple[str, float]] = {}
-        for peer, what in missing.items():
-            known = self._since.get(peer)
-            since[peer] = known if known is not None and known[0] == what else (what, now)
-        self._since = since
-        if self.transaction.blamed:
-            self._blamed_since = self._blamed_since or now
-            if now - self._blamed_since > GRACE_S:
-                self._send(self.transaction.conclude())
-            return
-        for peer, (what, start) in since.items():
-            # Agents that wait for another give up at the deadline, too, and say which it was.
-            patience = self._deadline_s + (2 * GRACE_S if peer.role == AGENT else 0)
-            if now - start > patience:
-                pid = f" (process {self._pids[peer]})" if peer in self._pids else ""
-                self._send(
-                    self.transaction.gone(
-                        peer, f"{pid} did not come {what} within {self._deadline_s:g} s".strip()
-                    )
-                )
-                return
+def _with_mappings(begin: Begin, transaction: Transaction, receivers: Mapping[int, int], host: int) -> Begin:
+    """What was known of a host's arena before, and the mappings of the receivers there."""
+    mapped = (path for rank, path in transaction.mappings.items() if receivers[rank] == host)
+    return msgspec.structs.replace(begin, arenas=(*begin.arenas, *mapped))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -16,10 +16,11 @@ import numpy as np
 import torch
 import xxhash
 
-from k2rl.checkpoint_engine.coordinator import Coordinator, Invitations
+from k2rl.checkpoint_engine.coordinator import Coordinator
 from k2rl.checkpoint_engine.manifest import Manifest
 from k2rl.checkpoint_engine.messages import RECEIVER, SENDER, Address, Peer, TransferError
 from k2rl.checkpoint_engine.plan import Plan, Rows, plan_delta
+from k2rl.checkpoint_engine.push import Invitations
 from k2rl.checkpoint_engine.receiver import Receiver, TensorTarget
 from k2rl.checkpoint_engine.sender import Sender, TensorSource
 from k2rl.config import DeviceConfig
@@ -98,8 +99,11 @@ class LocalPushes:
             await self._ask(role, full)
         version = (coordinator.version or 0) + 1
 
-        def invite(role: str) -> dict[Peer, Coroutine[Any, Any, object]]:
-            return {Peer(role, 0): self._ask(role, coordinator.address)}
+        calls: list[asyncio.Future[object]] = []
+
+        def invite(role: str) -> Invitations:
+            calls.append(asyncio.ensure_future(self._ask(role, coordinator.address)))
+            return {Peer(role, 0): asyncio.shield(calls[-1])}
 
         async def receive() -> Invitations:
             return invite(RECEIVER)
@@ -107,7 +111,11 @@ class LocalPushes:
         def send() -> Invitations:
             return invite(SENDER) if plan.owners else {}
 
-        report = await coordinator.push(version, plan, {0: 0}, send, receive)
+        try:
+            report = await coordinator.push(version, plan, {0: 0}, send, receive)
+        finally:
+            # The push ends before they have answered, and two may not read from a pipe at once.
+            await asyncio.gather(*calls, return_exceptions=True)
         return report.total_s
 
     async def _ask(self, role: str, job: object) -> object:

@@ -31,6 +31,8 @@ class TransferError(Exception):
 
     #: Whether it was refused because of what it builds on: a push of everything would be taken.
     refused = False
+    #: Whether there is no way to the host's arena any more.
+    arena_lost = False
 
 
 class DeltaRefusedError(TransferError):
@@ -68,7 +70,7 @@ class Hello(Message, frozen=True):
 
 
 class Begin(Message, frozen=True):
-    """The push that everybody takes part in. `arenas`: paths under which this host's arena can be opened."""
+    """The push that everybody takes part in. `arenas`: paths under which this host's arena may be opened."""
 
     version: int
     plan_digest: str
@@ -78,6 +80,17 @@ class Begin(Message, frozen=True):
     #: First byte, in the arena, of the plan's places.
     base: int
     deadline_s: float
+    #: By which the arena is known.
+    arena_name: str = ""
+
+
+class Held(msgspec.Struct, frozen=True):
+    """A whole version in the arena of `host`, for hosts that have no part of it; fields as in `Begin`."""
+
+    host: int
+    arenas: tuple[str, ...]
+    base: int
+    arena_name: str
 
 
 class Prepare(Message, frozen=True):
@@ -92,6 +105,8 @@ class Prepare(Message, frozen=True):
     #: Where the agents find each other, and a number that is new after every failure.
     store: tuple[str, int]
     epoch: int
+    #: Where everything comes from, if not from trainer ranks.
+    held: Held | None = None
 
 
 class Prepared(Message, frozen=True):
@@ -99,6 +114,7 @@ class Prepared(Message, frozen=True):
 
     arena: str
     base: int
+    arena_name: str = ""
 
 
 class Filled(Message, frozen=True):
@@ -123,9 +139,10 @@ class Transfer(Message, frozen=True):
 
 
 class Transferred(Message, frozen=True):
-    """A host agent has the whole bucket in its arena."""
+    """A host agent has the whole bucket in its arena; its digests, if it came from an arena (`Held`)."""
 
     bucket: int
+    digests: dict[int, str] = {}
 
 
 class Deliver(Message, frozen=True):
@@ -180,6 +197,8 @@ class Failed(Message, frozen=True):
     reason: str
     blamed_host: int | None = None
     refused: bool = False
+    #: Because none of the paths leads to the host's arena.
+    arena_lost: bool = False
 
 
 AnyMessage = (
@@ -368,7 +387,10 @@ class Channel:
 
 
 def _failed(reason: str, error: BaseException) -> Failed:
-    return Failed(reason, getattr(error, "host", None), isinstance(error, TransferError) and error.refused)
+    host = getattr(error, "host", None)
+    if isinstance(error, TransferError):
+        return Failed(reason, host, error.refused, error.arena_lost)
+    return Failed(reason, host)
 
 
 def same_token(given: str, expected: str) -> bool:

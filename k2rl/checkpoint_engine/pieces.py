@@ -7,8 +7,8 @@ from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from k2rl.checkpoint_engine.cells import Cell, cut
-from k2rl.checkpoint_engine.plan import Box, Bucket, Plan, aligned
+from k2rl.checkpoint_engine.cells import Cell, CellHashes, cut
+from k2rl.checkpoint_engine.plan import Box, Bucket, aligned
 
 #: Bytes copied before they are hashed: few enough to be in the cache still, enough to hide Python.
 CHUNK_BYTES = 1 << 19
@@ -24,11 +24,10 @@ class Piece(NamedTuple):
     runs: tuple[tuple[int, int, int], ...]
 
 
-def pieces_of(plan: Plan, bucket: Bucket, memory: Tensor, owner: int | None = None) -> Iterator[Piece]:
+def pieces_of(bucket: Bucket, memory: Tensor, owner: int | None = None) -> Iterator[Piece]:
     """The pieces of a bucket, in the order of their bytes: rows of blocks.
 
     Args:
-        plan: that the bucket belongs to.
         bucket: to take apart.
         memory: uint8, the plan's places.
         owner: only what this trainer rank writes; default: everything.
@@ -53,7 +52,7 @@ def pieces_of(plan: Plan, bucket: Bucket, memory: Tensor, owner: int | None = No
                 yield Piece(block.tensor, box, memory[origin + start * row : origin + stop * row], runs)
 
 
-def blocks_of(plan: Plan, bucket: Bucket, memory: Tensor) -> Iterator[Piece]:
+def blocks_of(bucket: Bucket, memory: Tensor) -> Iterator[Piece]:
     """The blocks of a bucket as one piece each, for those who must see them whole."""
     for block in bucket.blocks:
         start = bucket.offset + block.offset
@@ -115,6 +114,14 @@ def rehoused(
 def room_for(chunk: Sequence[Piece]) -> int:
     """Bytes that `rehoused` needs."""
     return sum(aligned(piece.memory.numel()) for piece in chunk)
+
+
+def digests_of(bucket: Bucket, memory: Tensor) -> dict[int, str]:
+    """The digest of each owner's parts, as the owner says it when it has filled the bucket."""
+    hashes = CellHashes()
+    for chunk in chunks(blocks_of(bucket, memory)):
+        hashes.update(bytes_of(memory, bucket, chunk))
+    return hashes.of_owners()
 
 
 T = TypeVar("T")

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from k2rl.checkpoint_engine.coordinator import Coordinator, Invitations, PushReport
+from k2rl.checkpoint_engine.coordinator import Coordinator
 from k2rl.checkpoint_engine.disk import checkpoint_manifest
 from k2rl.checkpoint_engine.manifest import Manifest, check_same_model, merge
 from k2rl.checkpoint_engine.messages import RECEIVER, SENDER, Address, DeltaRefusedError, Peer, TransferError
@@ -22,6 +22,7 @@ from k2rl.checkpoint_engine.plan import (
     plan_push,
     whole,
 )
+from k2rl.checkpoint_engine.push import Invitations, PushReport
 from k2rl.checkpoint_engine.sender import Sender, Source
 from k2rl.checkpoint_engine.transaction import PushError
 from k2rl.config import CheckpointEngineConfig
@@ -179,7 +180,7 @@ class Publisher:
                 refused = error.refused or any(
                     isinstance(why, DeltaRefusedError) for why in outcomes.values()
                 )
-                raise PushError(f"{name}: {error}", error.culprit, refused) from error
+                raise PushError(f"{name}: {error}", error.culprit, refused=refused) from error
             raise
         outcomes = await group.settled()
         self._take_out_the_dead(outcomes)

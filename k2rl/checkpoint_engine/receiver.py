@@ -90,7 +90,7 @@ class TensorTarget:
                 )
 
     def steps(self, plan: Plan, bucket: Bucket, memory: Tensor) -> list[Step]:
-        return [self._step(plan, bucket, memory, chunk) for chunk in chunks(pieces_of(plan, bucket, memory))]
+        return [self._step(plan, bucket, memory, chunk) for chunk in chunks(pieces_of(bucket, memory))]
 
     def _step(self, plan: Plan, bucket: Bucket, memory: Tensor, pieces: Sequence[Piece]) -> Step:
         sources, targets = [], []
@@ -124,9 +124,9 @@ class Receiver:
         self.peer = Peer(RECEIVER, rank)
         self._target = target
         self._host = host
-        self._arena = ArenaCache(writable=False)
         self._plan = NO_PLAN
         self._compiled: Remembered[dict[int, list[Step]]] = Remembered()
+        self._arena = ArenaCache(writable=False, replaced=self._compiled.clear)
         #: The version in place; None while none is, or only parts of one.
         self.version: int | None = None
         self._newest = -1
@@ -152,7 +152,7 @@ class Receiver:
                 raise TransferError(
                     f"version {begin.version} is not newer than {self._newest}, which is in place"
                 )
-            arena = self._arena.open(begin.arenas, begin.base + plan.arena_bytes)
+            arena = self._arena.open(begin.arenas, begin.arena_name)
             self._target.begin(plan)
             self.version = None
             self._apply(plan, begin, arena, channel)
@@ -169,7 +169,7 @@ class Receiver:
     def _apply(self, plan: Plan, begin: Begin, arena: Arena, channel: Channel) -> None:
         compiled: dict[int, list[Step]] = {}
         if plan.base is None:  # no two deltas are alike
-            compiled = self._compiled.get((plan.digest, begin.base, arena.identity), dict)
+            compiled = self._compiled.get((plan.digest, begin.base, arena.name), dict)
         memory = arena.memory[begin.base : begin.base + plan.arena_bytes]
         self._applied: dict[int, Mapping[int, str]] = {}
         while isinstance(message := channel.receive(), Deliver):
@@ -207,5 +207,4 @@ class Receiver:
         self._arena.unload()
 
     def close(self) -> None:
-        self._compiled.clear()
         self._arena.close()

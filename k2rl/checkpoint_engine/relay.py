@@ -36,7 +36,7 @@ AHEAD = 8
 class RelayError(RuntimeError):
     """A transfer between hosts that did not happen; `host` is the peer it failed with, if that is known.
 
-    That peer may itself have been waiting for another: `culprits` knows when all have been heard.
+    That peer may itself have been waiting for another: `transaction.culprits` knows when all have been heard.
     """
 
     def __init__(self, message: str, host: int | None = None) -> None:
@@ -112,15 +112,6 @@ def message_bytes(runs: Sequence[Run], hosts: int) -> int:
     """
     share = sum(run.nbytes for run in runs) // max(len({run.source for run in runs}), 1)
     return min(max(share // (8 * max(hosts - 2, 1)), SMALLEST_MESSAGE), LARGEST_MESSAGE)
-
-
-def culprits(blamed: Mapping[int, int]) -> set[int]:
-    """Who is at fault, when each host blames the one it failed with: those that are blamed and blame nobody.
-
-    If there is none, the connections are at fault, and all that are blamed are named.
-    """
-    accused = set(blamed.values())
-    return accused - blamed.keys() or accused
 
 
 class HostRelay:

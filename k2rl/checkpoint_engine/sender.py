@@ -131,9 +131,9 @@ class Sender:
     def __init__(self, rank: int, host: int = 0) -> None:
         self._peer = Peer(SENDER, rank)
         self._host = host
-        self._arena = ArenaCache(writable=True)
         self._plan = NO_PLAN
         self._compiled: Remembered[list[tuple[Bucket, list[Step]]]] = Remembered()
+        self._arena = ArenaCache(writable=True, replaced=self._compiled.clear)
         self._scans: Remembered[list[tuple[Bucket, list[Step]]]] = Remembered()
         #: By version. A push may fail: then the one before is what receivers hold.
         self._held: dict[int, _Held] = {}
@@ -204,12 +204,12 @@ class Sender:
             return begin.version
 
     def _fill(self, source: Source, plan: Plan, begin: Begin, channel: Channel) -> None:
-        arena = self._arena.open(begin.arenas, begin.base + plan.arena_bytes)
+        arena = self._arena.open(begin.arenas, begin.arena_name)
         memory = arena.memory[begin.base : begin.base + plan.arena_bytes]
         rank, held, wholes = self._peer.rank, self._held.get(begin.version), {}
         cells: list[dict[int, bytes]] = [{} for _ in plan.buckets]
         if plan.base is None:
-            key = (plan.digest, begin.base, arena.identity, source.identity)
+            key = (plan.digest, begin.base, arena.name, source.identity)
             compiled = self._compiled.get(key, lambda: _compile(plan, rank, source, memory))
             self._hold(begin.version, _Held(plan, cells))
         else:  # no two deltas are alike
@@ -231,7 +231,6 @@ class Sender:
         self._arena.unload()
 
     def close(self) -> None:
-        self._compiled.clear()
         self._scans.clear()
         self._arena.close()
 
@@ -264,7 +263,7 @@ def _compile(plan: Plan, rank: int, source: Source, memory: Tensor) -> list[tupl
             bucket,
             [
                 (source.copier(plan, chunk), bytes_of(memory, bucket, chunk))
-                for chunk in chunks(pieces_of(plan, bucket, memory, rank))
+                for chunk in chunks(pieces_of(bucket, memory, rank))
             ],
         )
         for bucket in plan.buckets
@@ -279,7 +278,7 @@ def _scan(plan: Plan, rank: int, source: Source) -> list[tuple[Bucket, list[Step
     """
     nowhere = torch.empty(1, dtype=torch.uint8).expand(plan.arena_bytes)
     parts = [
-        (bucket, list(chunks(pieces_of(plan, bucket, nowhere, rank))))
+        (bucket, list(chunks(pieces_of(bucket, nowhere, rank))))
         for bucket in plan.buckets
         if rank in bucket.owners
     ]

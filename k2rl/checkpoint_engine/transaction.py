@@ -1,10 +1,11 @@
-"""One push as a state machine: events in, messages out. Pure: sockets and clocks are the coordinator's.
+"""One push as a state machine: events in, messages out. Pure: no sockets, no clocks, no torch.
 
 begin -> (fill -> [transfer] -> deliver -> apply)* -> finish -> vote -> commit
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from typing import TypeVar
@@ -35,8 +36,7 @@ from k2rl.checkpoint_engine.messages import (
     TransferError,
     Transferred,
 )
-from k2rl.checkpoint_engine.plan import Bucket, Plan
-from k2rl.checkpoint_engine.relay import culprits
+from k2rl.checkpoint_engine.plan import Plan
 
 B = TypeVar("B", Begin, Prepare)
 Outgoing = tuple[Peer, Message]
@@ -54,12 +54,19 @@ class State(Enum):
 
 
 class PushError(TransferError):
-    """A push failed. `culprit` is the participant that died, hangs or reported an error, if it is one."""
+    """A push failed.
 
-    def __init__(self, reason: str, culprit: Peer | None = None, refused: bool = False) -> None:
+    `culprit` is the participant that died, hangs or reported an error, if it is one; `arena_lost`: because
+    there is no way to its host's arena any more.
+    """
+
+    def __init__(
+        self, reason: str, culprit: Peer | None = None, *, refused: bool = False, arena_lost: bool = False
+    ) -> None:
         super().__init__(reason)
         self.culprit = culprit
         self.refused = refused
+        self.arena_lost = arena_lost
 
 
 class Transaction:
@@ -81,7 +88,8 @@ class Transaction:
             receivers: host of each receiver.
             prepare: the first message to the agents of its hosts, which transfer buckets; none on a single
                 host.
-            staged: digests of a version that lies in the arenas already: nothing is filled or transferred.
+            staged: digests of a version that is held already: nothing is filled. It lies in the arenas of all
+                hosts without an agent here, and goes from `prepare.held` to those of the agents.
         """
         self.plan = plan
         self.state = State.STAGING
@@ -98,41 +106,52 @@ class Transaction:
         #: By host; complete once all agents are prepared.
         self.begins = dict(begins)
         self._prepare = prepare
+        #: The agent that has everything already.
+        self._source = Peer(AGENT, prepare.held.host) if prepare and prepare.held else None
         agents = prepare.hosts if prepare else ()
-        #: Participants that wait for their host's agent.
-        self._lobby: list[tuple[Peer, int, str]] = []
-        #: Buckets in the order in which all agents transfer them.
-        self._requested: list[int] = []
+        #: Participants that wait for their host's agent: host, and the plan that they know.
+        self._lobby: dict[Peer, tuple[int, str]] = {}
         self._hosts = {Peer(RECEIVER, rank): host for rank, host in receivers.items()}
         self._agents = {Peer(AGENT, host) for host in agents}
-        self._staged = staged is not None
-        # What each participant still has to do, in the order in which it should.
-        self._fill: dict[Peer, list[int]] = {}
-        self._transfer: dict[Peer, set[int]] = {agent: set() for agent in self._agents}
-        self._apply: dict[Peer, set[int]] = {receiver: set() for receiver in self._hosts}
-        self._delivered: dict[Peer, set[int]] = {receiver: set() for receiver in self._hosts}
+        # Everybody works in a known order, so a message costs the same however many buckets there are.
+        #: Buckets that each sender writes into, and how many of them it has filled.
+        self._fills: dict[Peer, list[int]] = {}
+        self._filled: dict[Peer, int] = {}
+        #: Buckets that are filled, in the order in which agents transfer them, and the place of each in it.
+        self._ready: list[int] = []
+        self._ready_at: dict[int, int] = {}
+        #: How many of those each agent has transferred.
+        self._transferred: dict[Peer, int] = dict.fromkeys(self._agents, 0)
+        #: Buckets that each receiver applies: all, those not yet delivered, and those it is to apply next.
+        self._reads: dict[Peer, list[int]] = {receiver: [] for receiver in self._hosts}
+        self._undelivered: dict[Peer, set[int]] = {}
+        self._delivered: dict[Peer, deque[int]] = {receiver: deque() for receiver in self._hosts}
+        #: By bucket, how many receivers have not applied it.
+        self._readers: dict[int, int] = {bucket.index: len(bucket.receivers) for bucket in plan.buckets}
         self._finishing: set[Peer] = set()
         self._voted: set[Peer] = set()
         self._committing: set[Peer] = set()
-        self._transferred: dict[int, set[int]] = {bucket.index: set() for bucket in plan.buckets}
         self._present: set[Peer] = set()
         self._preparing: set[Peer] = set()
         #: Agents that failed with another host: which, and how.
         self.blamed: dict[Peer, tuple[int, str]] = {}
         self._successors = {bucket.after: bucket for bucket in plan.buckets if bucket.after >= 0}
-        if not self._staged:
-            for bucket in plan.buckets:
-                for owner in bucket.owners:
-                    self._fill.setdefault(Peer(SENDER, owner), []).append(bucket.index)
         for bucket in plan.buckets:
             for rank in bucket.receivers:
-                if Peer(RECEIVER, rank) in self._apply:
-                    self._apply[Peer(RECEIVER, rank)].add(bucket.index)
+                self._reads[Peer(RECEIVER, rank)].append(bucket.index)
+            if staged is not None:
+                if not self._agents:
+                    self._is_ready(bucket.index)
+                continue
+            for owner in bucket.owners:
+                self._fills.setdefault(Peer(SENDER, owner), []).append(bucket.index)
+        self._filled = dict.fromkeys(self._fills, 0)
+        self._undelivered = {receiver: set(buckets) for receiver, buckets in self._reads.items()}
 
     @property
     def stagers(self) -> set[Peer]:
         """Who takes part before anything is applied: senders and host agents."""
-        return set(self._fill) | (set() if self._staged else self._agents)
+        return set(self._fills) | self._agents
 
     @property
     def receivers(self) -> set[Peer]:
@@ -145,12 +164,13 @@ class Transaction:
     @property
     def unfilled(self) -> set[Peer]:
         """Senders that were told to begin and have not said that they are done."""
-        return {peer for peer, todo in self._fill.items() if todo and peer in self._present}
+        return {peer for peer in self._fills if self._next_fill(peer) is not None and peer in self._present}
 
     @property
     def staged(self) -> bool:
         """Whether every bucket lies on every host."""
-        return self._staged or all(self._on_every_host(bucket) for bucket in self.plan.buckets)
+        everything = len(self.plan.buckets)
+        return len(self._ready) == everything and all(n == everything for n in self._transferred.values())
 
     def missing(self) -> dict[Peer, str]:
         """Whose answer is awaited, and what it is; empty while it is our turn."""
@@ -165,21 +185,22 @@ class Transaction:
         return owed
 
     def _owes(self, peer: Peer) -> str:
-        if any(peer == waiting for waiting, _, _ in self._lobby):
+        if peer in self._lobby:
             return ""
         if peer.role == SENDER:
-            free = [index for index in self._fill[peer] if self._may_be_written(self.plan.buckets[index])]
-            return f"to fill bucket {free[0]}" if free else ""
+            index = self._next_fill(peer)
+            return f"to fill bucket {index}" if index is not None and self._may_be_written(index) else ""
         if peer.role == AGENT:
             if peer in self._preparing:
                 return "to make room and meet the other hosts"
-            return f"to transfer bucket {self._next_transfer(peer)}" if self._transfer[peer] else ""
+            index = self._next_transfer(peer)
+            return f"to transfer bucket {index}" if index is not None else ""
         if peer in self._committing:
             return "to commit"
         if peer in self._finishing:
             return "to finish loading"
-        under_way = self._delivered[peer] & self._apply[peer]
-        return f"to apply bucket {min(under_way)}" if under_way else ""
+        index = self._next_to_apply(peer)
+        return f"to apply bucket {index}" if index is not None else ""
 
     def hello(self, peer: Peer, host: int, plan: str = "") -> Iterator[Outgoing]:
         """A participant has connected; `plan` is the digest of the plan that it knows."""
@@ -196,10 +217,10 @@ class Transaction:
             assert self._prepare is not None
             yield peer, _without_known_plan(self._prepare, plan)
             self._preparing.add(peer)
-            for index in self._requested:
-                yield from self._request_transfer(index, peer)
+            for index in self._ready:
+                yield peer, Transfer(index)
         elif Peer(AGENT, host) in self._preparing or Peer(AGENT, host) in self._agents - self._present:
-            self._lobby.append((peer, host, plan))
+            self._lobby[peer] = (host, plan)
         else:
             yield from self._admit(peer, host, plan)
 
@@ -212,11 +233,19 @@ class Transaction:
         """A host has room: those who wait for it may begin."""
         self._preparing.discard(peer)
         begin = self.begins[peer.rank]
-        self.begins[peer.rank] = msgspec.structs.replace(begin, arenas=(message.arena,), base=message.base)
-        waiting = [entry for entry in self._lobby if entry[1] == peer.rank]
-        self._lobby = [entry for entry in self._lobby if entry[1] != peer.rank]
-        for entry in waiting:
-            yield from self._admit(*entry)
+        self.begins[peer.rank] = msgspec.structs.replace(
+            begin, arenas=(message.arena,), base=message.base, arena_name=message.arena_name
+        )
+        for waiting, (host, plan) in list(self._lobby.items()):
+            if host == peer.rank:
+                del self._lobby[waiting]
+                yield from self._admit(waiting, host, plan)
+        if self._source and self._agents <= self._present and not self._preparing:
+            # Not before: whoever meets a host that will not come waits for it, and cannot be used meanwhile.
+            for bucket in self.plan.buckets:
+                self._is_ready(bucket.index)
+                for agent in sorted(self._agents):
+                    yield agent, Transfer(bucket.index)
 
     def open_delivery(self) -> Iterator[Outgoing]:
         """Receivers may be given buckets from now on, unless the push has failed already."""
@@ -227,12 +256,14 @@ class Transaction:
             # The version is kept for those who join.
             yield from self._commit()
         for peer in self._hosts:
-            if peer in self._present:
+            if peer in self._present and peer not in self._lobby:
                 yield from self._deliver(peer)
 
     def receive(self, peer: Peer, message: Message) -> Iterator[Outgoing]:
         """A participant's message; may end the push."""
         if self.state is State.FAILED or peer not in self.participants:
+            return
+        if isinstance(message, Failed) and self._is_needed_no_more(peer):
             return
         if isinstance(message, Failed):
             if peer.role == AGENT and message.blamed_host is not None:
@@ -241,16 +272,19 @@ class Transaction:
                 if self.blamed.keys() >= self._agents:
                     yield from self.conclude()
                 return
-            yield from self.fail(f"{peer} failed: {message.reason}", peer, message.refused)
+            yield from self.fail(
+                f"{peer} failed: {message.reason}",
+                peer,
+                refused=message.refused,
+                arena_lost=message.arena_lost,
+            )
         elif isinstance(message, Filled) and self._may_fill(peer, message.bucket):
-            yield from self._filled(peer, message)
+            yield from self._fill(peer, message)
         elif isinstance(message, Prepared) and peer in self._preparing:
             yield from self._prepared(peer, message)
-        elif isinstance(message, Transferred) and message.bucket in self._transfer.get(peer, ()):
-            self._transfer[peer].discard(message.bucket)
-            self._transferred[message.bucket].add(peer.rank)
-            yield from self._deliver_to_all()
-        elif isinstance(message, Applied) and message.bucket in self._delivered.get(peer, ()):
+        elif isinstance(message, Transferred) and message.bucket == self._next_transfer(peer):
+            yield from self._pass_on(peer, message)
+        elif isinstance(message, Applied) and message.bucket == self._next_to_apply(peer):
             yield from self._applied(peer, message)
         elif isinstance(message, Finished) and peer in self._finishing:
             yield from self._finished(peer, message)
@@ -273,60 +307,82 @@ class Transaction:
             return  # it has said why it leaves
         elif self.state in (State.STAGING, State.APPLYING):
             # A sender that has filled everything may leave.
-            if peer.role == SENDER and peer in self._present and not self._fill.get(peer):
+            if peer.role == SENDER and peer in self._present and self._next_fill(peer) is None:
+                return
+            if self._is_needed_no_more(peer):
                 return
             yield from self.fail(f"{peer} {why}", peer)
 
     def conclude(self) -> Iterator[Outgoing]:
         """End the push because agents have failed with each other; names those at fault."""
         hosts = culprits({agent.rank: host for agent, (host, _) in self.blamed.items()})
-        peer = Peer(AGENT, min(hosts))
+        # If it can be either's fault: another source can be found.
+        source = self._source
+        peer = source if source and source.rank in hosts else Peer(AGENT, min(hosts))
         reasons = "; ".join(reason for host, reason in self.blamed.values() if host in hosts)
         yield from self.fail(f"{peer} is gone, hangs or cannot be reached: {reasons}", peer)
 
-    def fail(self, reason: str, culprit: Peer | None = None, refused: bool = False) -> Iterator[Outgoing]:
+    def fail(
+        self, reason: str, culprit: Peer | None = None, *, refused: bool = False, arena_lost: bool = False
+    ) -> Iterator[Outgoing]:
         """End the push; everybody is told why."""
         if self.state in (State.STAGING, State.APPLYING):
             self.state = State.FAILED
-            self.error = PushError(reason, culprit, refused)
+            self.error = PushError(reason, culprit, refused=refused, arena_lost=arena_lost)
             for peer in self._present:
                 yield peer, Abort(reason)
 
-    def _filled(self, peer: Peer, message: Filled) -> Iterator[Outgoing]:
+    def _fill(self, peer: Peer, message: Filled) -> Iterator[Outgoing]:
         bucket = self.plan.buckets[message.bucket]
-        self._fill[peer].remove(message.bucket)
+        self._filled[peer] += 1
         self.digests[bucket.index][peer.rank] = message.digest
         if message.whole:
             self.wholes.setdefault(bucket.offset, {})[peer.rank] = message.whole
-        if not self._is_filled(bucket):
+        if len(self.digests[bucket.index]) == len(bucket.owners):
+            self._is_ready(bucket.index)
+            for agent in sorted(self._agents & self._present):
+                yield agent, Transfer(bucket.index)
+            if not self._agents:
+                yield from self._deliver_bucket(bucket.index)
+
+    def _pass_on(self, agent: Peer, message: Transferred) -> Iterator[Outgoing]:
+        source = self._source
+        if source and agent != source and message.digests != self.digests[message.bucket]:
+            yield from self.fail(
+                f"bucket {message.bucket} arrived corrupted on host {agent.rank}: "
+                f"not what was committed and host {source.rank} should hold",
+                source,
+            )
             return
-        self._requested.append(bucket.index)
-        for agent in sorted(self._agents & self._present):
-            yield from self._request_transfer(bucket.index, agent)
-        if not self._agents:
-            yield from self._deliver_to_all()
+        self._transferred[agent] += 1
+        yield from self._deliver_bucket(message.bucket, agent.rank)
 
-    def _request_transfer(self, index: int, agent: Peer) -> Iterator[Outgoing]:
-        self._transfer[agent].add(index)
-        yield agent, Transfer(index)
+    def _is_ready(self, index: int) -> None:
+        self._ready_at[index] = len(self._ready)
+        self._ready.append(index)
 
-    def _next_transfer(self, agent: Peer) -> int:
-        return next(index for index in self._requested if index in self._transfer[agent])
+    def _deliver_bucket(self, index: int, host: int | None = None) -> Iterator[Outgoing]:
+        """Give a bucket to its receivers, on one host or on all, that are there."""
+        if self.state is not State.APPLYING:
+            return
+        for rank in self.plan.buckets[index].receivers:
+            peer = Peer(RECEIVER, rank)
+            if peer in self._present and host in (None, self._hosts[peer]):
+                yield from self._deliver(peer, [index])
 
-    def _deliver_to_all(self) -> Iterator[Outgoing]:
-        if self.state is State.APPLYING:
-            for peer in self._hosts:
-                if peer in self._present:
-                    yield from self._deliver(peer)
-
-    def _deliver(self, peer: Peer) -> Iterator[Outgoing]:
-        for index in sorted(self._apply[peer] - self._delivered[peer]):
-            if self._lies_on(self.plan.buckets[index], self._hosts[peer]):
-                self._delivered[peer].add(index)
+    def _deliver(self, peer: Peer, buckets: Iterable[int] | None = None) -> Iterator[Outgoing]:
+        """Give a receiver what lies on its host of these buckets; default: of all that it has not got."""
+        for index in sorted(self._undelivered[peer]) if buckets is None else buckets:
+            if self._lies_on(index, self._hosts[peer]):
+                self._undelivered[peer].remove(index)
+                self._delivered[peer].append(index)
                 yield peer, Deliver(index, self.digests[index])
-        if not self._apply[peer] and peer not in self._finishing | self._voted:
+        if self._has_all(peer) and peer not in self._finishing | self._voted:
             self._finishing.add(peer)
             yield peer, Finish()
+
+    def _has_all(self, peer: Peer) -> bool:
+        return not self._undelivered[peer] and not self._delivered[peer]
 
     def _applied(self, peer: Peer, message: Applied) -> Iterator[Outgoing]:
         if message.digests != self.digests[message.bucket]:
@@ -334,12 +390,13 @@ class Transaction:
                 f"{peer} applied other bytes of bucket {message.bucket} than were sent", peer
             )
             return
-        self._apply[peer].discard(message.bucket)
-        if all(message.bucket not in todo for todo in self._apply.values()):
+        self._delivered[peer].popleft()
+        self._readers[message.bucket] -= 1
+        if not self._readers[message.bucket]:
             successor = self._successors.get(message.bucket)
             for owner in successor.owners if successor else ():
                 yield Peer(SENDER, owner), Free(message.bucket)
-        if not self._apply[peer]:
+        if self._has_all(peer):
             self._finishing.add(peer)
             yield peer, Finish()
 
@@ -363,35 +420,53 @@ class Transaction:
 
     def version_digest(self, receiver: int) -> str:
         """Of everything that a receiver applies, in the order of the buckets."""
-        return version_digest(
-            self.digests[bucket.index] for bucket in self.plan.buckets if receiver in bucket.receivers
-        )
+        return version_digest(self.digests[index] for index in self._reads[Peer(RECEIVER, receiver)])
 
     def _close(self) -> None:
         if not self._committing:
             self.state = State.DONE
 
-    def _is_filled(self, bucket: Bucket) -> bool:
-        return len(self.digests[bucket.index]) == len(bucket.owners)
+    def _is_needed_no_more(self, peer: Peer) -> bool:
+        """Whether it is the source of a join, and all have everything from it."""
+        return peer == self._source and self.state is State.APPLYING
+
+    def _next_fill(self, peer: Peer) -> int | None:
+        """The bucket that a sender fills next, once its place is free."""
+        todo, done = self._fills.get(peer, ()), self._filled.get(peer, 0)
+        return todo[done] if done < len(todo) else None
+
+    def _next_transfer(self, agent: Peer) -> int | None:
+        done = self._transferred.get(agent, len(self._ready))
+        return self._ready[done] if done < len(self._ready) else None
+
+    def _next_to_apply(self, peer: Peer) -> int | None:
+        delivered = self._delivered.get(peer)
+        return delivered[0] if delivered else None
 
     def _may_fill(self, peer: Peer, index: int) -> bool:
-        return index in self._fill.get(peer, ()) and self._may_be_written(self.plan.buckets[index])
+        return index == self._next_fill(peer) and self._may_be_written(index)
 
-    def _may_be_written(self, bucket: Bucket) -> bool:
-        return bucket.after < 0 or all(bucket.after not in todo for todo in self._apply.values())
+    def _may_be_written(self, index: int) -> bool:
+        after = self.plan.buckets[index].after
+        return after < 0 or not self._readers[after]
 
-    def _lies_on(self, bucket: Bucket, host: int) -> bool:
-        if self._staged or not self._agents:
-            return self._is_filled(bucket)
-        return host in self._transferred[bucket.index]
-
-    def _on_every_host(self, bucket: Bucket) -> bool:
-        hosts = {agent.rank for agent in self._agents}
-        return self._is_filled(bucket) and self._transferred[bucket.index] == hosts
+    def _lies_on(self, index: int, host: int) -> bool:
+        """Whether receivers on a host can read a bucket; without an agent, as soon as it is filled."""
+        done = self._transferred.get(Peer(AGENT, host), len(self._ready))
+        return index in self._ready_at and self._ready_at[index] < done
 
 
 def _without_known_plan(message: B, known: str) -> B:
     return msgspec.structs.replace(message, plan=None) if known == message.plan_digest else message
+
+
+def culprits(blamed: Mapping[int, int]) -> set[int]:
+    """Who is at fault, when each host blames the one it failed with: those that are blamed and blame nobody.
+
+    If there is none, the connections are at fault, and all that are blamed are named.
+    """
+    accused = set(blamed.values())
+    return accused - blamed.keys() or accused
 
 
 def version_digest(buckets: Iterable[Mapping[int, str]]) -> str:

@@ -56,7 +56,7 @@ class ModelTarget:
                 )
 
     def steps(self, plan: Plan, bucket: Bucket, memory: Tensor) -> list[Step]:
-        pieces = blocks_of(plan, bucket, memory)
+        pieces = blocks_of(bucket, memory)
         return [
             (bytes_of(memory, bucket, chunk), self._placer(plan, chunk))
             for chunk in chunks(pieces, LOAD_BYTES)

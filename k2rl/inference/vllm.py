@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import msgspec
 import psutil
 
-from k2rl.checkpoint_engine.coordinator import Invitations
 from k2rl.checkpoint_engine.messages import (
     FAREWELL_S,
     RECEIVER,
@@ -24,6 +23,7 @@ from k2rl.checkpoint_engine.messages import (
     TransferError,
 )
 from k2rl.checkpoint_engine.plan import Box, Needs
+from k2rl.checkpoint_engine.push import Invitations
 from k2rl.config import InferenceConfig
 from k2rl.inference.engine import EngineDeadError, Generation, GenerationError, Sampling
 from k2rl.inference.prefork import adopt, start_server

@@ -6,8 +6,9 @@ import asyncio
 import importlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -181,8 +182,9 @@ class ColocatedWorker:
         from k2rl.checkpoint_engine.publisher import local_rank
 
         version = self._trainer.step_count if self._spec.trains else 0
-        rank = local_rank(self._sender, self._source(), self._train)
-        report = await self._publisher.publish({0: rank}, version)
+        with self._source() as source:
+            rank = local_rank(self._sender, source, self._train)
+            report = await self._publisher.publish({0: rank}, version)
         return {
             "version": float(report.version),
             "bytes": float(report.nbytes),
@@ -200,13 +202,16 @@ class ColocatedWorker:
         expected = expected_tensors(Path(spec.model_path), spec.dtype)
         return Publisher({"vLLM": self._vllm}, spec.checkpoint_engine, expected)
 
-    def _source(self) -> Source:
+    @contextmanager
+    def _source(self) -> Iterator[Source]:
         from k2rl.checkpoint_engine.sender import TensorSource
         from k2rl.checkpoint_engine.source import StoredWeights
 
         if self._spec.trains:
-            return TensorSource(self._trainer.named_weights(), rank=0)
-        return StoredWeights(Path(self._spec.model_path), self._spec.dtype)
+            yield TensorSource(self._trainer.named_weights(), rank=0)
+            return
+        with closing(StoredWeights(Path(self._spec.model_path), self._spec.dtype)) as stored:
+            yield stored
 
     async def logprob_gap(self, prompts: Sequence[list[int]], max_tokens: int, seed: int) -> dict[str, float]:
         """Sample from vLLM at temperature 1 and score the same tokens with the trainer.

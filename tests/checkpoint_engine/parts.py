@@ -9,7 +9,7 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,14 +19,17 @@ import torch
 from torch import Tensor
 
 from k2rl.checkpoint_engine.agent import HostAgent
-from k2rl.checkpoint_engine.coordinator import Coordinator, Hosts, Invitations, PushReport
+from k2rl.checkpoint_engine.arena import PREFIX
+from k2rl.checkpoint_engine.coordinator import Coordinator, Hosts
 from k2rl.checkpoint_engine.manifest import Manifest, Shard, TensorSpec, merge
 from k2rl.checkpoint_engine.messages import AGENT, RECEIVER, SENDER, Address, Peer, TransferError
 from k2rl.checkpoint_engine.pieces import Piece
 from k2rl.checkpoint_engine.plan import Bucket, Plan, plan_delta, plan_push
+from k2rl.checkpoint_engine.push import Invitations, PushReport
 from k2rl.checkpoint_engine.receiver import Receiver, Step, TensorTarget
 from k2rl.checkpoint_engine.relay import HostRelay
 from k2rl.checkpoint_engine.sender import Sender, TensorSource
+from tests import netns
 
 #: Several buckets of several tensors; odd sizes, a scalar, and one tensor with a single row.
 SHAPES = {
@@ -41,7 +44,7 @@ SHAPES = {
 BUCKET_BYTES = 5376
 DTYPE = torch.bfloat16
 
-#: What goes wrong: ("kill" | "stop" | "raise", at which call of copying or placing).
+#: What goes wrong: ("kill" | "stop" | "raise" | "flip", at which call of copying, placing or transferring).
 Fault = tuple[str, int]
 
 
@@ -65,18 +68,24 @@ class Trigger:
         self.fault, self._calls = fault, 0
 
     def __call__(self) -> None:
-        if self.fault is None:
+        if self.fault is None or not self._is_time():
             return
-        kind, at = self.fault
-        self._calls += 1
-        if self._calls - 1 != at:
-            return
+        kind = self.fault[0]
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif kind == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         else:
             raise RuntimeError("out of luck")
+
+    def flips(self) -> bool:
+        """Whether a byte is to be flipped at this call."""
+        return self.fault is not None and self.fault[0] == "flip" and self._is_time()
+
+    def _is_time(self) -> bool:
+        assert self.fault is not None
+        self._calls += 1
+        return self._calls - 1 == self.fault[1]
 
 
 class ShardedSource(TensorSource):
@@ -137,6 +146,9 @@ def serve_sender(rank: int, ranks: int, host: int, pipe: Connection) -> None:
     source, sender = ShardedSource(rank, ranks, trigger), Sender(rank, host)
     pipe.send(source.manifest)
     while (job := pipe.recv()) is not None:
+        if job == "arenas":
+            pipe.send(mapped_arenas())
+            continue
         if job[0] == "changes":
             trigger.arm(None)
             source.set(job[-1])
@@ -154,6 +166,9 @@ def serve_receiver(rank: int, host: int, pipe: Connection) -> None:
     receiver = Receiver(rank, target, host)
     pipe.send(None)
     while (job := pipe.recv()) is not None:
+        if job == "arenas":
+            pipe.send(mapped_arenas())
+            continue
         if job == "state":
             fds = len(list(Path("/proc/self/fd").iterdir()))
             pipe.send((receiver.version, {k: v.float().tolist() for k, v in target.tensors.items()}, fds))
@@ -163,11 +178,20 @@ def serve_receiver(rank: int, host: int, pipe: Connection) -> None:
         pipe.send(answer_with(receiver.receive, address, deadline_s))
 
 
+def mapped_arenas() -> list[str]:
+    """Names of the arenas that this process has mapped."""
+    maps = Path("/proc/self/maps").read_text()
+    return sorted({line.split("memfd:")[1].split()[0] for line in maps.splitlines() if PREFIX in line})
+
+
 def serve_agent(host: int, pipe: Connection) -> None:
     trigger = Trigger()
     agent = FaultyAgent(host, trigger)
     pipe.send(None)
     while (job := pipe.recv()) is not None:
+        if job == "arenas":
+            pipe.send(mapped_arenas())
+            continue
         address, fault, deadline_s = job
         trigger.arm(fault)
         pipe.send(answer_with(agent.take_part, address, deadline_s))
@@ -179,7 +203,11 @@ class FaultyAgent(HostAgent):
         self._trigger = trigger
 
     def transfer(self, relay: HostRelay, memory: Tensor, bucket: Bucket, host_of: dict[int, int]) -> None:
-        self._trigger()
+        if self._trigger.flips():
+            memory = memory.clone()
+            memory[7] ^= 1
+        elif self._trigger.fault is None or self._trigger.fault[0] != "flip":
+            self._trigger()
         super().transfer(relay, memory, bucket, host_of)
 
 
@@ -214,12 +242,18 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.checkpoint_engine.parts"])
 
 
+def _at(place: netns.Host | None, serve: Callable[..., None], *arguments: Any) -> None:
+    if place is not None:
+        place.enter()
+    serve(*arguments)
+
+
 class Part:
     """One process, and a pipe to it."""
 
-    def __init__(self, serve: Callable[..., None], *arguments: Any) -> None:
+    def __init__(self, serve: Callable[..., None], *arguments: Any, place: netns.Host | None = None) -> None:
         self._pipe, theirs = _context.Pipe()
-        self.process = _context.Process(target=serve, args=(*arguments, theirs), daemon=True)
+        self.process = _context.Process(target=_at, args=(place, serve, *arguments, theirs), daemon=True)
         self.process.start()
         theirs.close()
         self.ready = self._pipe.recv()
@@ -266,24 +300,37 @@ class Part:
 class Cluster:
     """Two trainer ranks and two receivers on this host, or one of each on every one of several hosts.
 
-    These hosts are processes with an arena of their own, which gloo connects.
+    These hosts are processes with an arena of their own, which gloo connects. `spare` more hosts have a
+    receiver each, which no push reaches. With `places` each host has a network of its own.
     """
 
-    def __init__(self, coordinator: Coordinator, slots: int = 0, hosts: int = 1) -> None:
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        slots: int = 0,
+        hosts: int = 1,
+        spare: int = 0,
+        places: Sequence[netns.Host] = (),
+    ) -> None:
         self.coordinator = coordinator
         self.hosts = hosts
         self.ranks = max(hosts, 2)
-        self.host_of = {rank: rank % hosts for rank in range(self.ranks)}
+        self._places = places
+        #: Host of each receiver that pushes reach, and of all.
+        self.reached = {rank: rank % hosts for rank in range(self.ranks)}
+        self.host_of = self.reached | {self.ranks + number: hosts + number for number in range(spare)}
+        self.asked_agents: list[int] = []
         self.senders: dict[int, Part] = {}
         self.receivers: dict[int, Part] = {}
         self.agents: dict[int, Part] = {}
         for rank in range(self.ranks):
             self.restart(SENDER, rank)
+        for rank in self.host_of:
             self.restart(RECEIVER, rank)
-        for host in range(hosts) if hosts > 1 else ():
+        for host in range(hosts + spare) if hosts + spare > 1 else ():
             self.restart(AGENT, host)
         self.manifest = merge([part.ready for part in self.senders.values()])
-        self.plan = plan_push(self.manifest, tuple(self.receivers), bucket_bytes=BUCKET_BYTES, slots=slots)
+        self.plan = plan_push(self.manifest, tuple(self.reached), bucket_bytes=BUCKET_BYTES, slots=slots)
 
     async def push(
         self,
@@ -305,15 +352,13 @@ class Cluster:
                 if rank in plan.owners
             }
 
-        def invite_agents() -> Invitations:
-            return self._invite(AGENT, self.agents, agent_faults or {})
-
         async def pause() -> Invitations:
             before_delivery()
-            return self._invite(RECEIVER, self.receivers, receiver_faults or {})
+            reached = {rank: self.receivers[rank] for rank in self.reached}
+            return self._invite(RECEIVER, reached, receiver_faults or {})
 
-        hosts = Hosts(self.host_of, invite_agents) if self.agents else None
-        return await self.coordinator.push(version, plan, self.host_of, invite, pause, hosts)
+        hosts = self._hosts(agent_faults or {}) if self.hosts > 1 else None
+        return await self.coordinator.push(version, plan, self.reached, invite, pause, hosts)
 
     async def delta(self, base: int, version: int) -> Plan:
         changed: dict[str, list[tuple[int, int]]] = {}
@@ -322,11 +367,26 @@ class Cluster:
                 changed.setdefault(name, []).extend(rows)
         return plan_delta(self.manifest, self.plan, changed, base)
 
-    async def join(self, rank: int) -> PushReport:
+    async def join(
+        self,
+        *ranks: int,
+        agent_faults: dict[int, Fault] | None = None,
+        receiver_faults: dict[int, Fault] | None = None,
+    ) -> PushReport:
         async def pause() -> Invitations:
-            return self._invite(RECEIVER, {rank: self.receivers[rank]}, {})
+            joining = {rank: self.receivers[rank] for rank in ranks}
+            return self._invite(RECEIVER, joining, receiver_faults or {})
 
-        return await self.coordinator.join({rank: self.host_of[rank]}, pause)
+        self.asked_agents = []
+        hosts = self._hosts(agent_faults or {})
+        return await self.coordinator.join({rank: self.host_of[rank] for rank in ranks}, pause, hosts)
+
+    def _hosts(self, faults: dict[int, Fault]) -> Hosts | None:
+        def invite(hosts: Collection[int]) -> Invitations:
+            self.asked_agents = [*self.asked_agents, *hosts]
+            return self._invite(AGENT, {host: self.agents[host] for host in hosts}, faults)
+
+        return Hosts({rank: self.host_of[rank] for rank in self.senders}, invite) if self.agents else None
 
     def _invite(self, role: str, parts: dict[int, Part], faults: dict[int, Fault]) -> Invitations:
         return {
@@ -352,7 +412,8 @@ class Cluster:
         }[role]
         if rank in parts:
             parts[rank].end()
-        parts[rank] = Part(serve, *arguments)
+        host = rank if role == AGENT else self.host_of[rank]
+        parts[rank] = Part(serve, *arguments, place=self._places[host] if self._places else None)
 
     @property
     def address(self) -> Address:
@@ -368,9 +429,16 @@ class Cluster:
 
 
 @contextlib.asynccontextmanager
-async def cluster(deadline_s: float = 30.0, slots: int = 0, hosts: int = 1) -> Any:
-    async with Coordinator(deadline_s, listen="127.0.0.1" if hosts > 1 else "") as coordinator:
-        parts = Cluster(coordinator, slots, hosts)
+async def cluster(
+    deadline_s: float = 30.0,
+    slots: int = 0,
+    hosts: int = 1,
+    spare: int = 0,
+    places: Sequence[netns.Host] = (),
+) -> Any:
+    address = places[0].address if places else "127.0.0.1"
+    async with Coordinator(deadline_s, listen=address if hosts + spare > 1 else "") as coordinator:
+        parts = Cluster(coordinator, slots, hosts, spare, places)
         try:
             yield parts
         finally:

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from k2rl.checkpoint_engine.arena import HostArena
-from k2rl.checkpoint_engine.coordinator import Coordinator, Invitations
+from k2rl.checkpoint_engine.coordinator import Coordinator
 from k2rl.checkpoint_engine.manifest import Manifest, TensorSpec
 from k2rl.checkpoint_engine.messages import (
     RECEIVER,
@@ -41,6 +41,7 @@ from k2rl.checkpoint_engine.messages import (
     read_message,
 )
 from k2rl.checkpoint_engine.plan import Plan, plan_delta, plan_push
+from k2rl.checkpoint_engine.push import Invitations
 from k2rl.checkpoint_engine.transaction import PushError, version_digest
 
 MANIFEST = Manifest.whole([TensorSpec("a", "int8", (9,)), TensorSpec("b", "int8", (300,))])

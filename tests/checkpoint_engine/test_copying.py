@@ -93,7 +93,7 @@ def test_what_a_source_writes_a_target_reads(found: list[tuple[Tensor, Tensor]],
     memory = torch.zeros(plan.arena_bytes, dtype=torch.uint8)
     target.begin(plan)
     for bucket in plan.buckets:
-        source.copier(plan, list(pieces_of(plan, bucket, memory, owner=0)))()
+        source.copier(plan, list(pieces_of(bucket, memory, owner=0)))()
         for _, place in target.steps(plan, bucket, memory):
             place()
     for i, (sent, _) in enumerate(found):

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k2rl.checkpoint_engine import cells
-from k2rl.checkpoint_engine.coordinator import Coordinator, Invitations, PushReport
+from k2rl.checkpoint_engine.coordinator import Coordinator
 from k2rl.checkpoint_engine.manifest import merge
 from k2rl.checkpoint_engine.messages import RECEIVER, SENDER, Peer, TransferError
 from k2rl.checkpoint_engine.plan import Plan, plan_delta, plan_push
+from k2rl.checkpoint_engine.push import Invitations, PushReport
 from k2rl.checkpoint_engine.receiver import Receiver
 from k2rl.checkpoint_engine.sender import Sender
 from tests.checkpoint_engine.parts import (

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from k2rl.checkpoint_engine.coordinator import Coordinator, Invitations
+from k2rl.checkpoint_engine.coordinator import Coordinator
 from k2rl.checkpoint_engine.manifest import merge
 from k2rl.checkpoint_engine.messages import RECEIVER, SENDER, Peer
 from k2rl.checkpoint_engine.plan import plan_push
+from k2rl.checkpoint_engine.push import Invitations
 from k2rl.checkpoint_engine.receiver import Receiver, TensorTarget
 from k2rl.checkpoint_engine.sender import Sender, TensorSource
 

@@ -83,17 +83,17 @@ def test_pieces_hold_every_byte_once_and_all_agree_on_the_digests(
                 for part in block.parts
                 for byte in range(block.place(part)[0], sum(block.place(part)))
             )
-            read = list(pieces_of(plan, bucket, memory))
+            read = list(pieces_of(bucket, memory))
             assert Counter((o, i) for p in read for o, a, b in p.runs for i in range(a, b)) == expected
-            for piece in (*read, *blocks_of(plan, bucket, memory)):
+            for piece in (*read, *blocks_of(bucket, memory)):
                 assert sum(stop - start for _, start, stop in piece.runs) == piece.memory.numel()
                 assert piece.memory.data_ptr() == memory.data_ptr() + piece.runs[0][1]
             views = digests(memory, bucket, chunks(read, one))
             assert views == digests(memory, bucket, chunks(read, other))
-            assert views == digests(memory, bucket, chunks(blocks_of(plan, bucket, memory), other))
+            assert views == digests(memory, bucket, chunks(blocks_of(bucket, memory), other))
             assert views.keys() == set(bucket.owners)
             for owner in bucket.owners:
-                written = list(pieces_of(plan, bucket, memory, owner))
+                written = list(pieces_of(bucket, memory, owner))
                 assert digests(memory, bucket, chunks(written, other)) == {owner: views[owner]}
                 assert scanned(memory, bucket, chunks(written, other)) == {owner: views[owner]}
 
@@ -112,7 +112,7 @@ def test_a_changed_byte_is_found_in_the_rows_of_its_cell(
 
     def cells() -> dict[tuple[int, int], bytes]:
         hashes = CellHashes()
-        for chunk in chunks(pieces_of(plan, bucket, memory)):
+        for chunk in chunks(pieces_of(bucket, memory)):
             hashes.update(bytes_of(memory, bucket, chunk))
         return hashes.digests()
 

@@ -228,7 +228,7 @@ def _place(target: ModelTarget, plan: Plan, weights: Weights) -> None:
     memory = torch.zeros(plan.arena_bytes, dtype=torch.uint8)
     target.begin(plan)
     for bucket in plan.buckets:
-        for piece in blocks_of(plan, bucket, memory):
+        for piece in blocks_of(bucket, memory):
             cut = weights[plan.tensors[piece.tensor].name][tuple(slice(*ends) for ends in piece.box)]
             piece.memory.copy_(cut.contiguous().view(-1).view(torch.uint8))
         for _, place in target.steps(plan, bucket, memory):

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from k2rl.checkpoint_engine.cells import CELL_BYTES
-from k2rl.checkpoint_engine.coordinator import Invitations, PushReport
 from k2rl.checkpoint_engine.manifest import Manifest
 from k2rl.checkpoint_engine.messages import RECEIVER, SENDER, Address, Peer
 from k2rl.checkpoint_engine.plan import Needs, Plan, Rows
 from k2rl.checkpoint_engine.publisher import Publisher, TrainerRank, local_rank
+from k2rl.checkpoint_engine.push import Invitations, PushReport
 from k2rl.checkpoint_engine.receiver import Receiver, TensorTarget
 from k2rl.checkpoint_engine.sender import Sender, TensorSource
 from k2rl.checkpoint_engine.transaction import PushError

@@ -20,7 +20,7 @@ def read(folder: Path, dtype: str) -> dict[str, torch.Tensor]:
     source = StoredWeights(folder, dtype)
     plan = plan_push(source.manifest, (0,), bucket_bytes=1 << 12)
     memory = torch.zeros(plan.arena_bytes, dtype=torch.uint8)
-    pieces = [piece for bucket in plan.buckets for piece in pieces_of(plan, bucket, memory, owner=0)]
+    pieces = [piece for bucket in plan.buckets for piece in pieces_of(bucket, memory, owner=0)]
     source.copier(plan, pieces)()
     source.close()
     specs = {piece.tensor: plan.tensors[piece.tensor] for piece in pieces}

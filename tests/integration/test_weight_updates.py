@@ -18,7 +18,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import k2rl.inference.vllm
-from k2rl.checkpoint_engine.coordinator import Invitations, PushReport
 from k2rl.checkpoint_engine.manifest import ManifestError
 from k2rl.checkpoint_engine.messages import RECEIVER, Peer, TransferError
 from k2rl.checkpoint_engine.plan import Plan
@@ -29,6 +28,7 @@ from k2rl.checkpoint_engine.publisher import (
     expected_tensors,
     local_rank,
 )
+from k2rl.checkpoint_engine.push import Invitations, PushReport
 from k2rl.checkpoint_engine.sender import Sender, TensorSource
 from k2rl.checkpoint_engine.transaction import PushError
 from k2rl.config import CheckpointEngineConfig, InferenceConfig

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from k2rl.checkpoint_engine.coordinator import Coordinator, Invitations
+from k2rl.checkpoint_engine.coordinator import Coordinator
 from k2rl.checkpoint_engine.messages import SENDER, Peer, TransferError
 from k2rl.checkpoint_engine.plan import plan_push
+from k2rl.checkpoint_engine.push import Invitations
 from k2rl.checkpoint_engine.sender import Sender, TensorSource
 
 

@@ -8,13 +8,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
-from k2rl.checkpoint_engine.coordinator import PushReport
+from k2rl.checkpoint_engine.plan import plan_push
 from k2rl.checkpoint_engine.publisher import TrainerRank
+from k2rl.checkpoint_engine.push import PushReport
 from k2rl.checkpoint_engine.sender import Sender
 from k2rl.config import CheckpointEngineConfig, InferenceConfig, OptimizerConfig
+from k2rl.models.hub import resolve_model
 from k2rl.training.engine import compute_with
 from k2rl.workers import colocated
 from k2rl.workers.colocated import ColocatedWorker, WorkerSpec
@@ -85,3 +88,25 @@ def test_versions_count_the_optimizer_steps(worker: ColocatedWorker) -> None:
 
     assert [asyncio.run(publish(count)) for count in (7, 8)] == [7.0, 8.0]
     assert publisher.versions == [7, 8]
+
+
+def test_a_checkpoint_that_is_served_is_closed_once_it_is_pushed(worker: ColocatedWorker) -> None:
+    folder = resolve_model("tiny-qwen3")
+    file = (folder / "model.safetensors").resolve()
+
+    def is_open() -> bool:
+        return file in [Path(f"/proc/self/fd/{fd.name}").resolve() for fd in Path("/proc/self/fd").iterdir()]
+
+    class Reading(Published):
+        async def publish(self, ranks: dict[int, TrainerRank], version: int) -> PushReport:
+            plan = plan_push(ranks[0].manifest, (0,), bucket_bytes=1 << 20)
+            assert await ranks[0].changes(plan, -1, version), "all of it is read"
+            assert is_open()
+            return await super().publish(ranks, version)
+
+    worker._spec = msgspec.structs.replace(worker._spec, model_path=str(folder), trains=False)
+    worker_with_parts: Any = worker
+    worker_with_parts._publisher = Reading()
+    worker_with_parts._sender, worker_with_parts._vllm = Sender(0), SimpleNamespace(asleep=False)
+    assert asyncio.run(worker.publish())["version"] == 0
+    assert not is_open()

@@ -43,7 +43,7 @@ def test_a_mapping_of_shared_memory_keeps_what_others_wrote() -> None:
     arena = Arena.create(8 * MIB)
     arena.memory.fill_(3)
     for writable in (True, False):
-        other = Arena.open([arena.path], 8 * MIB, writable)
+        other = Arena.open([arena.path], arena.name, writable)
         assert int(other.memory[::4096].sum()) == 3 * 2048
         release([other.memory])
         assert bool((other.memory == 3).all())
