@@ -23,6 +23,7 @@ from itertools import chain
 from multiprocessing.connection import Connection
 from statistics import median
 
+import msgspec
 import torch
 
 from k2rl.checkpoint_engine.cells import CELL_BYTES
@@ -231,7 +232,8 @@ async def measure(tensor_bytes: int, total: int, count: int, bucket_mib: int, sl
     )
     async with Coordinator(DEADLINE_S) as coordinator:
         await rounds(count, plan, pipes, coordinator)
-        await deltas(max(count // 2, 1), plan, manifest, pipes, coordinator)
+        finer = msgspec.structs.replace(plan, cell_bytes=CELL_BYTES)
+        await deltas(max(count // 2, 1), finer, manifest, pipes, coordinator)
     await asyncio.wait(_answers.values())
     _answers.clear()
     for pipe in chain(*pipes.values()):

@@ -99,7 +99,9 @@ class HostAgent:
             self.transfer(relay, memory, bucket, prepare.host_of)
             # The whole version, which others may join at: receivers here check only what they apply.
             came = prepare.held is not None and prepare.held.host != self._peer.rank
-            channel.send(Transferred(bucket.index, digests_of(bucket, places) if came else {}))
+            channel.send(
+                Transferred(bucket.index, digests_of(bucket, places, self._plan.cell_bytes) if came else {})
+            )
             message = channel.receive()
         if not isinstance(message, Commit):
             raise TransferError(f"expected Commit, got {message}")

@@ -77,7 +77,9 @@ def chunks(pieces: Iterable[Piece], nbytes: int = CHUNK_BYTES) -> Iterator[list[
         yield chunk
 
 
-def bytes_of(memory: Tensor, bucket: Bucket, chunk: Sequence[Piece]) -> list[tuple[Cell, memoryview]]:
+def bytes_of(
+    memory: Tensor, bucket: Bucket, chunk: Sequence[Piece], cell_bytes: int
+) -> list[tuple[Cell, memoryview]]:
     """The bytes of these pieces of a bucket by cells, adjacent ones as one."""
     view = memory.numpy().data
     merged: list[tuple[int, int, int]] = []
@@ -90,12 +92,12 @@ def bytes_of(memory: Tensor, bucket: Bucket, chunk: Sequence[Piece]) -> list[tup
     return [
         found
         for owner, start, stop in merged
-        for found in cut(owner, start - bucket.offset, view[start:stop])
+        for found in cut(owner, start - bucket.offset, view[start:stop], cell_bytes)
     ]
 
 
 def rehoused(
-    chunk: Sequence[Piece], bucket: Bucket, room: Tensor
+    chunk: Sequence[Piece], bucket: Bucket, room: Tensor, cell_bytes: int
 ) -> tuple[list[Piece], list[tuple[Cell, memoryview]]]:
     """The same pieces with `room` (uint8, of `room_for` bytes) as their memory, and its bytes by cells."""
     moved: list[Piece] = []
@@ -106,7 +108,8 @@ def rehoused(
         moved.append(piece._replace(memory=room[at : at + nbytes]))
         first = piece.runs[0][1]
         for owner, start, stop in piece.runs:
-            views += cut(owner, start - bucket.offset, view[at + start - first : at + stop - first])
+            written = view[at + start - first : at + stop - first]
+            views += cut(owner, start - bucket.offset, written, cell_bytes)
         at += aligned(nbytes)
     return moved, views
 
@@ -116,11 +119,11 @@ def room_for(chunk: Sequence[Piece]) -> int:
     return sum(aligned(piece.memory.numel()) for piece in chunk)
 
 
-def digests_of(bucket: Bucket, memory: Tensor) -> dict[int, str]:
+def digests_of(bucket: Bucket, memory: Tensor, cell_bytes: int) -> dict[int, str]:
     """The digest of each owner's parts, as the owner says it when it has filled the bucket."""
-    hashes = CellHashes()
+    hashes = CellHashes(cell_bytes)
     for chunk in chunks(blocks_of(bucket, memory)):
-        hashes.update(bytes_of(memory, bucket, chunk))
+        hashes.update(bytes_of(memory, bucket, chunk, cell_bytes))
     return hashes.of_owners()
 
 

@@ -66,6 +66,10 @@ class Block(msgspec.Struct, frozen=True):
         return self.offset + (part.start - start) * row, (part.stop - part.start) * row
 
 
+#: For `Plan.cell_bytes`: more than a bucket can have.
+WHOLE_BUCKET = 1 << 62
+
+
 class Bucket(msgspec.Struct, frozen=True, dict=True):
     """What is transferred, applied and acknowledged at once; it lies at `offset` of the arena."""
 
@@ -97,6 +101,8 @@ class Plan(msgspec.Struct, frozen=True, dict=True):
     receivers: tuple[int, ...]
     #: Of a delta: the version that receivers, and arenas that retain it, must hold exactly.
     base: int | None = None
+    #: Bytes of the windows of a bucket that are hashed each for itself; see `cells.py`.
+    cell_bytes: int = WHOLE_BUCKET
 
     @cached_property
     def digest(self) -> str:
@@ -130,6 +136,7 @@ def plan_push(
     bucket_bytes: int,
     slots: int = 0,
     needs: Mapping[int, Needs] | None = None,
+    cell_bytes: int = WHOLE_BUCKET,
 ) -> Plan:
     """Plan a push of everything to `receivers`.
 
@@ -140,6 +147,7 @@ def plan_push(
         slots: bucket places used in turn, at least 2; 0 gives every bucket its own, so that the arena keeps
             the version (`Plan.retains`).
         needs: of each receiver, for the strategy `shard_aware`. Default: `broadcast`, everything to everyone.
+        cell_bytes: how finely changes are found, if deltas will follow. Small cells make hashing slower.
 
     Raises:
         PlanError: a unit is larger than a bucket; says the size that is needed. Or a receiver needs what
@@ -151,7 +159,7 @@ def plan_push(
         raise PlanError(
             "one slot cannot overlap filling and applying: use at least 2, or 0 to keep everything"
         )
-    builder = _Builder(manifest, bucket_bytes, slots)
+    builder = _Builder(manifest, bucket_bytes, slots, cell_bytes)
     if needs is not None:
         _check_needs(manifest, needs)
     for audience, boxes in _audiences(manifest, receivers, needs):
@@ -187,7 +195,8 @@ def plan_delta(
     if full.strategy != "broadcast":
         raise PlanError(f"a delta goes to all receivers alike, and not as {full.strategy}")
     boxes = _changed_boxes(manifest, changed, together)
-    builder = _Builder(manifest, max((bucket.nbytes for bucket in full.buckets), default=0), full.slots)
+    bucket_bytes = max((bucket.nbytes for bucket in full.buckets), default=0)
+    builder = _Builder(manifest, bucket_bytes, full.slots, full.cell_bytes)
     nbytes = sum(_nbytes(manifest.tensors[index], box) for index, several in boxes.items() for box in several)
     if nbytes > MOST_CHANGED * manifest.nbytes:
         return full
@@ -240,10 +249,11 @@ def largest_unit(manifest: Manifest, needs: Mapping[int, Needs] | None = None) -
 class _Builder:
     """Packs units into buckets in the order in which they come."""
 
-    def __init__(self, manifest: Manifest, bucket_bytes: int, slots: int) -> None:
+    def __init__(self, manifest: Manifest, bucket_bytes: int, slots: int, cell_bytes: int) -> None:
         self._manifest = manifest
         self._bucket_bytes = bucket_bytes // ALIGNMENT * ALIGNMENT
         self._slots = slots
+        self._cell_bytes = cell_bytes
         self._buckets: list[Bucket] = []
         self._end = 0
         self._load: dict[int, int] = {}
@@ -298,7 +308,14 @@ class _Builder:
 
     def plan(self, strategy: Strategy, receivers: tuple[int, ...], base: int | None = None) -> Plan:
         return Plan(
-            strategy, self._manifest.tensors, self._end, self._slots, tuple(self._buckets), receivers, base
+            strategy,
+            self._manifest.tensors,
+            self._end,
+            self._slots,
+            tuple(self._buckets),
+            receivers,
+            base,
+            self._cell_bytes,
         )
 
 
@@ -353,7 +370,16 @@ def _in_place(full: Plan, boxes: Mapping[int, Sequence[Box]], base: int) -> Plan
             buckets.append(
                 Bucket(len(buckets), bucket.offset, bucket.nbytes, bucket.receivers, tuple(blocks))
             )
-    return Plan("delta", full.tensors, full.arena_bytes, 0, tuple(buckets), full.receivers, base)
+    return Plan(
+        "delta",
+        full.tensors,
+        full.arena_bytes,
+        0,
+        tuple(buckets),
+        full.receivers,
+        base,
+        full.cell_bytes,
+    )
 
 
 def _rows_of(block: Block, box: Box) -> Block:

@@ -7,12 +7,14 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from k2rl.checkpoint_engine.cells import CELL_BYTES
 from k2rl.checkpoint_engine.coordinator import Coordinator
 from k2rl.checkpoint_engine.disk import checkpoint_manifest
 from k2rl.checkpoint_engine.manifest import Manifest, check_same_model, merge
 from k2rl.checkpoint_engine.messages import RECEIVER, SENDER, Address, DeltaRefusedError, Peer, TransferError
 from k2rl.checkpoint_engine.plan import (
     RING_SLOTS,
+    WHOLE_BUCKET,
     Needs,
     Plan,
     Rows,
@@ -215,7 +217,14 @@ class Publisher:
             if slots:
                 budget = int(self._config.memory_mib * MIB)
                 bucket_bytes = min(bucket_bytes, fit_bucket(manifest, budget, slots, boxes))
-            plan = plan_push(manifest, tuple(receivers), bucket_bytes=bucket_bytes, slots=slots, needs=boxes)
+            plan = plan_push(
+                manifest,
+                tuple(receivers),
+                bucket_bytes=bucket_bytes,
+                slots=slots,
+                needs=boxes,
+                cell_bytes=CELL_BYTES if self._config.strategy == "delta" else WHOLE_BUCKET,
+            )
             self._plan = (key, plan)
         return self._plan[1]
 

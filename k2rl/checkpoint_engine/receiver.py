@@ -108,7 +108,7 @@ class TensorTarget:
             copy()
             self._updated.update(names)
 
-        return bytes_of(memory, bucket, pieces), place
+        return bytes_of(memory, bucket, pieces, plan.cell_bytes), place
 
     def finish(self) -> None:
         missing = sorted(self._tensors.keys() - self._updated)
@@ -177,7 +177,7 @@ class Receiver:
             steps = compiled.get(bucket.index)
             if steps is None:
                 steps = compiled[bucket.index] = self._target.steps(plan, bucket, memory)
-            digests = self._place(steps)
+            digests = self._place(steps, plan.cell_bytes)
             if digests != message.digests:
                 owner = next(o for o, digest in digests.items() if message.digests.get(o) != digest)
                 raise TransferError(
@@ -189,9 +189,9 @@ class Receiver:
             raise TransferError(f"expected Finish, got {message}")
 
     @staticmethod
-    def _place(steps: Iterable[Step]) -> dict[int, str]:
+    def _place(steps: Iterable[Step], cell_bytes: int) -> dict[int, str]:
         """Hash, then place while the bytes are in the cache still; the digest of each owner's parts."""
-        hashes = CellHashes()
+        hashes = CellHashes(cell_bytes)
         for views, place in steps:
             hashes.update(views)
             place()

@@ -150,8 +150,8 @@ class Sender:
             version: under which these weights will be pushed.
 
         Returns:
-            By tensor name, ranges of rows: those in the cells (`CELL_BYTES`) of a bucket that are not as they
-            were.
+            By tensor name, ranges of rows: those in the cells (`Plan.cell_bytes`) of a bucket that are not as
+            they were.
 
         Raises:
             ValueError: the version is not newer.
@@ -161,14 +161,16 @@ class Sender:
         key = (plan.digest, source.identity)
         cells: list[dict[int, bytes]] = [{} for _ in plan.buckets]
         for bucket, steps in self._scans.get(key, lambda: _scan(plan, self._peer.rank, source)):
-            _, cells[bucket.index] = _fill(steps)
+            _, cells[bucket.index] = _fill(steps, plan.cell_bytes)
         held = self._held.get(base)
         self._hold(version, _Held(plan, cells))
         before = held.cells if held and held.plan.digest == plan.digest else [{} for _ in plan.buckets]
         changed: dict[str, list[tuple[int, int]]] = {}
         for bucket, now, then in zip(plan.buckets, cells, before, strict=True):
             different = [number for number, digest in now.items() if then.get(number) != digest]
-            for tensor, start, stop in rows_in(bucket, self._peer.rank, different) if different else ():
+            if not different:
+                continue
+            for tensor, start, stop in rows_in(bucket, self._peer.rank, different, plan.cell_bytes):
                 changed.setdefault(plan.tensors[tensor].name, []).append((start, stop))
         return changed
 
@@ -222,7 +224,7 @@ class Sender:
         for bucket, steps in compiled:
             while bucket.after >= 0 and bucket.after not in freed:
                 freed.add(channel.expect(Free).bucket)
-            digest, cells[bucket.index] = _fill(steps)
+            digest, cells[bucket.index] = _fill(steps, plan.cell_bytes)
             whole = digest_of(wholes[bucket.offset]) if bucket.offset in wholes else ""
             channel.send(Filled(bucket.index, digest, whole))
 
@@ -246,9 +248,9 @@ class _Held(NamedTuple):
 Step = tuple[Callable[[], None], list[tuple[Cell, memoryview]]]
 
 
-def _fill(steps: list[Step]) -> tuple[str, dict[int, bytes]]:
+def _fill(steps: list[Step], cell_bytes: int) -> tuple[str, dict[int, bytes]]:
     """Copy and hash; one owner's digest of the bucket, and of its cells."""
-    hashes = CellHashes()
+    hashes = CellHashes(cell_bytes)
     for copy, written in steps:
         copy()
         hashes.update(written)
@@ -262,7 +264,7 @@ def _compile(plan: Plan, rank: int, source: Source, memory: Tensor) -> list[tupl
         (
             bucket,
             [
-                (source.copier(plan, chunk), bytes_of(memory, bucket, chunk))
+                (source.copier(plan, chunk), bytes_of(memory, bucket, chunk, plan.cell_bytes))
                 for chunk in chunks(pieces_of(bucket, memory, rank))
             ],
         )
@@ -286,6 +288,6 @@ def _scan(plan: Plan, rank: int, source: Source) -> list[tuple[Bucket, list[Step
     room = torch.empty(size, dtype=torch.uint8)
     scan = []
     for bucket, several in parts:
-        moved = [rehoused(chunk, bucket, room) for chunk in several]
+        moved = [rehoused(chunk, bucket, room, plan.cell_bytes) for chunk in several]
         scan.append((bucket, [(source.copier(plan, pieces), views) for pieces, views in moved]))
     return scan

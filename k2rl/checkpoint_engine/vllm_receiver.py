@@ -58,7 +58,7 @@ class ModelTarget:
     def steps(self, plan: Plan, bucket: Bucket, memory: Tensor) -> list[Step]:
         pieces = blocks_of(bucket, memory)
         return [
-            (bytes_of(memory, bucket, chunk), self._placer(plan, chunk))
+            (bytes_of(memory, bucket, chunk, plan.cell_bytes), self._placer(plan, chunk))
             for chunk in chunks(pieces, LOAD_BYTES)
         ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from k2rl.checkpoint_engine.calibrate import Record, errors, fit, measure_pushes, plans_to_measure, predict
@@ -69,7 +70,7 @@ def test_a_local_push_is_measured() -> None:
 
 
 def test_a_local_delta_is_what_has_changed() -> None:
-    full = plans_to_measure(2 * MIB)[0][4]
+    full = msgspec.structs.replace(plans_to_measure(2 * MIB)[0][4], cell_bytes=CELL_BYTES)
     name = full.tensors[0].name
     with LocalPushes() as local:
         local.push(full)

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k2rl.checkpoint_engine import cells
 from k2rl.checkpoint_engine.coordinator import Coordinator
 from k2rl.checkpoint_engine.manifest import merge
 from k2rl.checkpoint_engine.messages import RECEIVER, SENDER, Peer, TransferError
@@ -55,7 +54,7 @@ class Pushes:
         self.targets = {rank: FaultyTarget(self.triggers[RECEIVER, rank]) for rank in RANKS}
         self.receivers = {rank: Receiver(rank, self.targets[rank]) for rank in RANKS}
         self.manifest = merge([source.manifest for source in self.sources.values()])
-        self.full = plan_push(self.manifest, RANKS, bucket_bytes=BUCKET_BYTES, slots=slots)
+        self.full = plan_push(self.manifest, RANKS, bucket_bytes=BUCKET_BYTES, slots=slots, cell_bytes=512)
         self.base: int | None = None
 
     def change(self, rows: list[tuple[str, int]]) -> None:
@@ -150,11 +149,6 @@ steps = st.builds(
     st.booleans(),
     st.booleans(),
 )
-
-
-@pytest.fixture(autouse=True)
-def small_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cells, "CELL_BYTES", 512)
 
 
 @pytest.mark.parametrize("slots", [0, 3])
