@@ -82,10 +82,32 @@ class BudgetConfig:
 
 @dataclass
 class ObjectiveConfig:
-    #: The policy objective: `k2`.
+    #: The policy loss: `k2` (squared, by sequences), `k2_token` (by tokens), `k2_5` (masked tokens),
+    #: `clipped` (PPO's: GRPO, Dr. GRPO, DAPO), `gspo`, `cispo`, `reinforce` (RLOO). What one does not use of
+    #: the following must be null.
     name: str = "k2"
-    #: Regularisation towards the behaviour policy; does not scale the learning rate.
-    tau: float = 0.1
+    #: What is subtracted from rewards: `mean` of the group, `leave_one_out`, `normalised` (mean, divided by
+    #: the standard deviation) or `exponential` (`tau log mean exp(r / tau)`).
+    baseline: str = "mean"
+    #: Of `k2`, `k2_token`, `k2_5`: regularisation towards the behaviour policy; does not scale the learning
+    #: rate.
+    tau: float | None = 0.1
+    #: Of `k2_5`: log-ratio of policy and behaviour (nats, below 0) under which a token teaches nothing.
+    log_ratio_min: float | None = None
+    #: The same from above (above 0).
+    log_ratio_max: float | None = None
+    #: Of `clipped`, `gspo`, `cispo`: the ratio of policy and policy before the step is cut at 1 minus this.
+    clip_low: float | None = None
+    #: And at 1 plus this.
+    clip_high: float | None = None
+    #: Of `clipped`, `cispo`, `reinforce`: `tokens` (all count alike), `sequences` (by the mean of their
+    #: tokens) or `sums` (by the sum of their tokens).
+    average_over: str | None = None
+    #: Of the same: importance weights for the mismatch of trainer and inference engine, `truncated` or
+    #: `masked` (0 where they are too far from 1).
+    correction: str | None = None
+    #: Largest importance weight of that, above 1.
+    correction_cap: float | None = None
 
 
 @dataclass

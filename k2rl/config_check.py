@@ -8,6 +8,7 @@ from typing import Any
 
 from k2rl.config import Config
 from k2rl.errors import ConfigError
+from k2rl.objective.parameters import PARAMETERS, check_objective
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ BOUNDS = {
     "budget.default": FROM_1,
     "budget.penalty": FROM_0,
     "objective.tau": ABOVE_0,
+    "objective.log_ratio_min": Bound(-100, 0, open_high=True),
+    "objective.log_ratio_max": ABOVE_0,
+    "objective.clip_low": SHARE,
+    "objective.clip_high": FROM_0,
+    "objective.correction_cap": Bound(1, open_low=True),
     "optimizer.lr": ABOVE_0,
     "optimizer.momentum": DECAY,
     "optimizer.ns_steps": FROM_1,
@@ -108,7 +114,10 @@ BOUNDS = {
 CHOICES = {
     "model.dtype": ("auto", "bfloat16", "float32"),
     "temperature.schedule": ("constant", "linear", "cosine"),
-    "objective.name": ("k2",),
+    "objective.name": tuple(PARAMETERS),
+    "objective.baseline": ("mean", "leave_one_out", "normalised", "exponential"),
+    "objective.average_over": (None, "tokens", "sequences", "sums"),
+    "objective.correction": (None, "truncated", "masked"),
     "optimizer.name": ("muon", "adamw"),
     "checkpoint_engine.strategy": ("broadcast", "shard_aware", "delta"),
     "tracking.live": ("auto", "on", "off"),
@@ -144,17 +153,19 @@ def check(config: Config) -> None:
         ConfigError: one line that says what is wrong and how to mend it.
     """
     for key, bound in BOUNDS.items():
-        if not bound.holds(value := _value(config, key)):
+        value = _value(config, key)
+        if value is not None and not bound.holds(value):
             raise ConfigError(f"{key}={value} must be {bound}")
     for key, choices in CHOICES.items():
         if (value := _value(config, key)) not in choices:
-            raise ConfigError(f"{key}={value!r} is not one of: {', '.join(choices)}")
+            raise ConfigError(f"{key}={value!r} is not one of: {', '.join(map(str, choices))}")
     for key in NOT_EMPTY:
         if not _value(config, key).strip():
             raise ConfigError(f"{key} is empty; leave it out for its default")
     betas = config.optimizer.betas
     if len(betas) != 2 or not all(map(DECAY.holds, betas)):
         raise ConfigError(f"optimizer.betas={betas} must be two numbers, each at least 0 and below 1")
+    check_objective(config.objective)
     _check_budgets(config)
     _check_engine_args(config)
     request, episode = config.deadlines.generate_s, config.rollout.episode_deadline_s

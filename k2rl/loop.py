@@ -16,7 +16,7 @@ from k2rl.rollouts.scheduler import check_failures
 from k2rl.run import Run, uninterrupted
 from k2rl.seeds import derive_seed
 from k2rl.tracking import phases
-from k2rl.training.batch import TrainSequence
+from k2rl.training.batch import BatchTotals, TrainSequence
 from k2rl.types import Task, Trajectory
 
 
@@ -49,16 +49,18 @@ async def learn(run: Run, step: int, trajectories: list[Trajectory], metrics: di
     """Train on a step's trajectories, publish the new weights and record the step."""
     config, tracker = run.config, run.tracker
     run.settled = False
-    groups, num_sequences = policy_batch(config, trajectories)
+    groups, totals = policy_batch(config, trajectories)
     if groups:
         with tracker.phase(phases.TRAIN, step):
             ptx, temperature = run.ptx.sample(step), metrics["rollout/temperature"]
-            learned = await run.worker.policy_step(groups, config, temperature, ptx, num_sequences)
+            learned = await run.worker.policy_step(groups, config, temperature, ptx, totals)
         with tracker.phase(phases.PUBLISH, step):
             published = await run.worker.publish()
         metrics |= train_metrics(learned, published)
     else:
-        why = "every group's rewards are all equal" if num_sequences else "no group has two scored responses"
+        why = (
+            "every group's rewards are all equal" if totals.sequences else "no group has two scored responses"
+        )
         tracker.note(f"step {step}: {why}; nothing to learn")
     metrics["rollout/informative_groups"] = len(groups) / config.rollout.tasks_per_step
     run.finished_steps = step
@@ -94,8 +96,10 @@ def attempts(
     ]
 
 
-def policy_batch(config: Config, trajectories: Sequence[Trajectory]) -> tuple[list[list[TrainSequence]], int]:
-    """The groups to learn from, with advantages, and how many responses the loss is averaged over.
+def policy_batch(
+    config: Config, trajectories: Sequence[Trajectory]
+) -> tuple[list[list[TrainSequence]], BatchTotals]:
+    """The groups to learn from, with advantages, and what the loss is averaged over.
 
     Failed episodes are left out; a group needs two scored ones. Groups whose rewards are all equal
     have no gradient on policy: they count in the average and cost no computation.
@@ -104,17 +108,18 @@ def policy_batch(config: Config, trajectories: Sequence[Trajectory]) -> tuple[li
     for trajectory in trajectories:
         if not trajectory.failed and trajectory.num_sampled:
             by_group[trajectory.group_id].append(trajectory)
-    groups, num_sequences = [], 0
+    groups, num_sequences, num_tokens = [], 0, 0
     for members in by_group.values():
         if len(members) < 2:
             continue
         num_sequences += len(members)
+        num_tokens += sum(member.num_sampled for member in members)
         rewards = [penalised_reward(t.reward, t.stop_reason, config.budget) for t in members]
         if config.rollout.drop_uniform_groups and is_uniform(rewards):
             continue
-        advantages = group_advantages(rewards)
+        advantages = group_advantages(rewards, config.objective.baseline, config.objective.tau)
         groups.append([TrainSequence.from_trajectory(t, a) for t, a in zip(members, advantages, strict=True)])
-    return groups, num_sequences
+    return groups, BatchTotals(num_sequences, num_tokens)
 
 
 def rollout_metrics(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from k2rl.config import Config
 from k2rl.errors import RunError
 from k2rl.loop import attempts, policy_batch, rollout_metrics
+from k2rl.training.batch import BatchTotals
 from k2rl.types import Segment, StopReason, Task, Trajectory, Verdict
 
 
@@ -43,14 +44,14 @@ def batch(trajectories: Sequence[Trajectory], **rollout: bool) -> tuple[list[dic
     config = Config()
     for name, value in rollout.items():
         setattr(config.rollout, name, value)
-    groups, num_sequences = policy_batch(config, trajectories)
-    return [{sequence.id: sequence.advantage for sequence in group} for group in groups], num_sequences
+    groups, totals = policy_batch(config, trajectories)
+    return [{sequence.id: sequence.advantage for sequence in group} for group in groups], totals.sequences
 
 
 def test_the_better_response_gets_the_greater_advantage_and_keeps_its_tokens() -> None:
     trajectories = [episode(0, 0, 1.0), episode(0, 1, 0.0), episode(0, 2, 0.5)]
-    groups, num_sequences = policy_batch(Config(), trajectories)
-    assert num_sequences == 3
+    groups, totals = policy_batch(Config(), trajectories)
+    assert totals == BatchTotals(sequences=3, tokens=6)
     assert [sequence.advantage for sequence in groups[0]] == [0.5, -0.5, 0.0]
     for sequence, trajectory in zip(groups[0], trajectories, strict=True):
         assert list(sequence.token_ids) == trajectory.token_ids

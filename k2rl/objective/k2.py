@@ -5,7 +5,7 @@ Kimi k1.5 (arXiv 2501.12599, section 2.3.2) and Kimi K2 (arXiv 2507.20534, secti
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from k2rl.objective.base import PolicyLossInputs, PolicyLossOutput
 
@@ -36,20 +36,35 @@ def k2_loss(inputs: PolicyLossInputs, tau: float) -> PolicyLossOutput:
     """
     if not tau > 0:
         raise ValueError(f"tau={tau} must be greater than 0")
-    log_ratio = sequence_log_ratio(inputs)
+    log_ratio = inputs.sequence_sum(inputs.logprobs - inputs.behaviour_logprobs)
     residual = inputs.advantages - tau * log_ratio
     loss = residual.square().sum() / (2 * tau * inputs.num_sequences_total)
+    return PolicyLossOutput(loss, _metrics(log_ratio, tau, inputs.num_sequences_total))
+
+
+def k2_token_loss(inputs: PolicyLossInputs, tau: float) -> PolicyLossOutput:
+    r"""The same square for each token by itself, averaged over all T tokens of the batch.
+
+    With `d_t = log pi_theta(y_t) - log pi_old(y_t)` and its sequence's advantage A,
+
+        loss = 1 / (2 tau T) * sum_t (A - tau d_t)^2
+
+    The pull back to the behaviour policy no longer grows with a sequence's length; what it bounds is each
+    token's log-ratio, not the sequence's. Ours: neither report has it.
+
+    Args and errors as `k2_loss`; the metrics are means over tokens.
+    """
+    if not tau > 0:
+        raise ValueError(f"tau={tau} must be greater than 0")
+    log_ratio = inputs.logprobs - inputs.behaviour_logprobs
+    residual = inputs.token_advantages - tau * log_ratio
+    loss = residual.square().sum() / (2 * tau * inputs.num_tokens_total)
+    return PolicyLossOutput(loss, _metrics(log_ratio, tau, inputs.num_tokens_total))
+
+
+def _metrics(log_ratio: Tensor, tau: float, total: int) -> dict[str, Tensor]:
     detached = log_ratio.detach()
-    return PolicyLossOutput(
-        loss=loss,
-        metrics={
-            "behaviour_kl": -detached.sum() / inputs.num_sequences_total,
-            "regulariser": 0.5 * tau * detached.square().sum() / inputs.num_sequences_total,
-        },
-    )
-
-
-def sequence_log_ratio(inputs: PolicyLossInputs) -> torch.Tensor:
-    """[S] float32: log pi_theta(y)/pi_old(y) of each sequence, summed over its sampled tokens."""
-    token_log_ratio = inputs.logprobs - inputs.behaviour_logprobs
-    return torch.zeros_like(inputs.advantages).index_add(0, inputs.sequence_index, token_log_ratio)
+    return {
+        "behaviour_kl": -detached.sum() / total,
+        "regulariser": 0.5 * tau * detached.square().sum() / total,
+    }

@@ -4,14 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
+
+from torch import Tensor
 
 from k2rl.config import ObjectiveConfig
-from k2rl.errors import ConfigError
-from k2rl.objective.base import PolicyLoss
-from k2rl.objective.k2 import k2_loss
+from k2rl.objective.base import PolicyLoss, PolicyLossOutput
+from k2rl.objective.cispo import cispo_loss
+from k2rl.objective.clipped import clipped_loss
+from k2rl.objective.correction import masked, truncated
+from k2rl.objective.gspo import gspo_loss
+from k2rl.objective.k2 import k2_loss, k2_token_loss
+from k2rl.objective.k2_5 import k2_5_loss
+from k2rl.objective.parameters import PARAMETERS, check_objective
+from k2rl.objective.reinforce import reinforce_loss
 
-_BUILDERS: dict[str, Callable[[ObjectiveConfig], PolicyLoss]] = {
-    "k2": lambda config: partial(k2_loss, tau=config.tau),
+_LOSSES: dict[str, Callable[..., PolicyLossOutput]] = {
+    "k2": k2_loss,
+    "k2_token": k2_token_loss,
+    "k2_5": k2_5_loss,
+    "clipped": clipped_loss,
+    "gspo": gspo_loss,
+    "cispo": cispo_loss,
+    "reinforce": reinforce_loss,
+}
+
+_CORRECTIONS: dict[str, Callable[..., tuple[Tensor, dict[str, Tensor]]]] = {
+    "truncated": truncated,
+    "masked": masked,
 }
 
 
@@ -19,8 +39,11 @@ def build_policy_loss(config: ObjectiveConfig) -> PolicyLoss:
     """The loss that `config` names, with its parameters bound.
 
     Raises:
-        ConfigError: if there is no loss of that name.
+        ConfigError: see `check_objective`.
     """
-    if config.name not in _BUILDERS:
-        raise ConfigError(f"objective.name={config.name!r} is not one of: {', '.join(_BUILDERS)}")
-    return _BUILDERS[config.name](config)
+    check_objective(config)
+    parameters: dict[str, Any] = {name: getattr(config, name) for name in PARAMETERS[config.name]}
+    cap = parameters.pop("correction_cap", None)
+    if config.correction is not None:
+        parameters["correction"] = partial(_CORRECTIONS[config.correction], cap=cap)
+    return partial(_LOSSES[config.name], **parameters)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from k2rl.types import Trajectory
 
@@ -20,6 +20,14 @@ class LabelledSequence(Protocol):
 
     @property
     def label_mask(self) -> tuple[bool, ...]: ...
+
+
+class BatchTotals(NamedTuple):
+    """What a policy loss is averaged over: a step's scored responses, also those left out of the batch."""
+
+    sequences: int
+    #: Sampled ones.
+    tokens: int
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from k2rl.objective.losses import build_policy_loss
 from k2rl.objective.mismatch import Mismatch
 from k2rl.objective.ptx import ptx_loss
 from k2rl.optim.muon import MuonAdamW, build_optimizer
-from k2rl.training.batch import LabelledSequence, SupervisedSequence, TrainSequence
+from k2rl.training.batch import BatchTotals, LabelledSequence, SupervisedSequence, TrainSequence
 from k2rl.training.checkpoint import read_state, replaced_folder, write_checkpoint
 from k2rl.training.loading import copy_companions, load_causal_lm, packed_logprobs
 from k2rl.training.masters import MasterWeights
@@ -89,7 +89,7 @@ class TrainEngine:
         ptx_sequences: Sequence[SupervisedSequence] = (),
         ptx_weight: float = 0.0,
         updates: int = 1,
-        num_sequences: int | None = None,
+        totals: BatchTotals | None = None,
     ) -> dict[str, float]:
         """Update the policy on a rollout batch.
 
@@ -103,8 +103,8 @@ class TrainEngine:
             ptx_sequences: curated texts for the auxiliary next-token loss (temperature 1).
             ptx_weight: of that loss; 0 leaves it out.
             updates: optimizer steps on this batch.
-            num_sequences: responses that the loss is averaged over; default: those given. Pass the number
-                before groups without signal were left out, so that leaving them out changes no gradient.
+            totals: what the loss is averaged over; default: what is given. Pass the numbers before groups
+                without signal were left out, so that leaving them out changes no gradient.
 
         Returns:
             Means over the updates: `loss`, `ptx_loss` and the policy loss's own metrics. Of the last
@@ -124,14 +124,21 @@ class TrainEngine:
             raise ValueError(f"policy_step with {tokens} sampled tokens and {updates} updates")
         batches = self._pack(groups)
         policy = _PolicyPass(
-            sequences, build_policy_loss(objective), temperature, num_sequences or len(sequences)
+            sequences,
+            build_policy_loss(objective),
+            temperature,
+            totals or BatchTotals(len(sequences), tokens),
+            proximal={},
         )
         use_ptx = ptx_weight > 0 and bool(ptx_sequences)
         metrics: dict[str, float] = {"loss": 0.0, "ptx_loss": 0.0}
         clock = _Clock()
         self._weights.drop_gradients()  # of a call that ended early
         for update in range(updates):
-            sums = [self._policy_backward(policy, batch, measure=update == 0) for batch in batches]
+            sums = [
+                self._policy_backward(policy, number, batch, measure=update == 0)
+                for number, batch in enumerate(batches)
+            ]
             for name in sums[0]:
                 metrics[name] = metrics.get(name, 0.0) + sum(share[name] for share in sums) / updates
             if use_ptx:
@@ -250,21 +257,26 @@ class TrainEngine:
     def _floats(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device)
 
-    def _policy_backward(self, policy: _PolicyPass, batch: MicroBatch, measure: bool) -> dict[str, float]:
-        """Add a micro-batch's gradient; returns its share of `loss` and of the loss's metrics."""
+    def _policy_backward(
+        self, policy: _PolicyPass, number: int, batch: MicroBatch, measure: bool
+    ) -> dict[str, float]:
+        """Add the gradient of micro-batch `number`; returns its share of `loss` and of the loss's metrics."""
         members = [policy.sequences[index] for index in batch.sequences]
         scored = packed_logprobs(self._model, batch, policy.temperature)
         behaviour = self._floats([value for member in members for value in member.behaviour_logprobs])
         if measure:
             policy.mismatch.add(scored.logprobs, behaviour)
             policy.entropy_sum += float(scored.entropy.sum())
+            policy.proximal[number] = scored.logprobs.detach()
         output = policy.loss(
             PolicyLossInputs(
                 logprobs=scored.logprobs,
                 behaviour_logprobs=behaviour,
+                proximal_logprobs=policy.proximal[number],
                 sequence_index=batch.sequence_index,
                 advantages=self._floats([member.advantage for member in members]),
-                num_sequences_total=policy.num_sequences,
+                num_sequences_total=policy.totals.sequences,
+                num_tokens_total=policy.totals.tokens,
             )
         )
         self._require_finite("policy loss", output.loss, scored.logprobs, batch, members)
@@ -335,12 +347,19 @@ class _PolicyPass:
     """What all micro-batches of one `policy_step` share, and what they measure together."""
 
     def __init__(
-        self, sequences: Sequence[TrainSequence], loss: PolicyLoss, temperature: float, num_sequences: int
+        self,
+        sequences: Sequence[TrainSequence],
+        loss: PolicyLoss,
+        temperature: float,
+        totals: BatchTotals,
+        proximal: dict[int, Tensor],
     ) -> None:
         self.sequences = sequences
         self.loss = loss
         self.temperature = temperature
-        self.num_sequences = num_sequences
+        self.totals = totals
+        #: Log-probs before the first update, by micro-batch.
+        self.proximal = proximal
         self.mismatch = Mismatch()
         self.entropy_sum = 0.0
 

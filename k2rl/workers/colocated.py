@@ -20,7 +20,7 @@ from k2rl.config import CheckpointEngineConfig, InferenceConfig, ObjectiveConfig
 from k2rl.hardware import fast_dtype
 from k2rl.inference.engine import Generation, Sampling
 from k2rl.inference.prefork import start_server
-from k2rl.training.batch import SupervisedSequence, TrainSequence
+from k2rl.training.batch import BatchTotals, SupervisedSequence, TrainSequence
 from k2rl.workers.memory import resident, trim
 from k2rl.workers.process import redirect_output
 
@@ -116,7 +116,7 @@ class ColocatedWorker:
         ptx_sequences: Sequence[SupervisedSequence],
         ptx_weight: float,
         updates: int,
-        num_sequences: int,
+        totals: BatchTotals,
     ) -> dict[str, float]:
         """See `TrainEngine.policy_step`; also the seconds and memory of the switch, see `_to_training`."""
         switch = await self._to_training()
@@ -128,7 +128,7 @@ class ColocatedWorker:
             ptx_sequences=ptx_sequences,
             ptx_weight=ptx_weight,
             updates=updates,
-            num_sequences=num_sequences,
+            totals=totals,
         )
         return learned | switch
 

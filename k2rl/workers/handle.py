@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from k2rl.config import ClusterConfig, Config, DeadlineConfig
 from k2rl.errors import ConfigError, RunError
 from k2rl.inference.engine import EngineDeadError, Generation, GenerationError, Sampling
-from k2rl.training.batch import SupervisedSequence, TrainSequence
+from k2rl.training.batch import BatchTotals, SupervisedSequence, TrainSequence
 from k2rl.workers.colocated import WorkerSpec, create_actor
 from k2rl.workers.process import last_lines
 
@@ -68,7 +68,7 @@ class Worker:
         config: Config,
         temperature: float,
         ptx_sequences: Sequence[SupervisedSequence],
-        num_sequences: int,
+        totals: BatchTotals,
     ) -> dict[str, float]:
         """See `TrainEngine.policy_step`."""
         reference = self._actor.policy_step.remote(
@@ -78,7 +78,7 @@ class Worker:
             ptx_sequences,
             config.ptx.weight,
             config.train.updates_per_step,
-            num_sequences,
+            totals,
         )
         return await self._call("training", reference, "train_s")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from statistics import fmean, stdev
 
 import pytest
 import torch
@@ -116,3 +117,30 @@ def test_only_the_budget_is_penalised() -> None:
     assert penalised_reward(1.0, "token_budget", config) == 0.75
     for stop_reason in ("env_done", "env_truncated", "max_turns", "context", "failed"):
         assert penalised_reward(1.0, stop_reason, config) == 1.0
+
+
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=8), st.floats(0.05, 5))
+def test_baselines_are_their_definitions(rewards: list[float], tau: float) -> None:
+    if is_uniform(rewards):
+        for baseline in ("leave_one_out", "normalised", "exponential"):
+            assert group_advantages(rewards, baseline, tau) == [0.0] * len(rewards)
+        return
+    others = [fmean(rewards[:i] + rewards[i + 1 :]) for i in range(len(rewards))]
+    expected = [reward - other for reward, other in zip(rewards, others, strict=True)]
+    assert group_advantages(rewards, "leave_one_out") == pytest.approx(expected, abs=1e-9)
+    value = tau * math.log(fmean(math.exp(reward / tau) for reward in rewards))
+    assert group_advantages(rewards, "exponential", tau) == pytest.approx(
+        [r - value for r in rewards], abs=1e-9
+    )
+    # Rewards that differ in their last bit only leave nothing else to tell them apart by.
+    if max(rewards) - min(rewards) > 1e-6:
+        normalised = group_advantages(rewards, "normalised")
+        assert stdev(normalised) == pytest.approx(1)
+        assert fmean(normalised) == pytest.approx(0, abs=1e-6)
+
+
+def test_baselines_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="tau"):
+        group_advantages([0.0, 1.0], "exponential")
+    with pytest.raises(ValueError, match="median"):
+        group_advantages([0.0, 1.0], "median")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from k2rl.config import ObjectiveConfig, OptimizerConfig
 from k2rl.errors import ConfigError, RunError
-from k2rl.training.batch import SupervisedSequence, TrainSequence
+from k2rl.training.batch import BatchTotals, SupervisedSequence, TrainSequence
 from k2rl.training.engine import TrainEngine
 
 OBJECTIVE = ObjectiveConfig(tau=0.2)
@@ -190,10 +190,11 @@ def test_leaving_out_groups_without_signal_changes_nothing(
     probe = make_engine(llama_path)
     silent = [[replace(s, advantage=0.0) for s in group] for group in on_policy(probe, random_groups(8, 1))]
     results = []
-    for given, total in ((groups + silent, None), (groups, 12)):
+    tokens = sum(sum(s.sampled_mask) for group in groups + silent for s in group)
+    for given, totals in ((groups + silent, None), (groups, BatchTotals(12, tokens))):
         engine = make_engine(llama_path)
         captured = capture_gradients(engine, monkeypatch)
-        engine.policy_step(given, objective=OBJECTIVE, temperature=1.0, num_sequences=total)
+        engine.policy_step(given, objective=OBJECTIVE, temperature=1.0, totals=totals)
         results.append(captured)
     for name, gradient in results[0].items():
         torch.testing.assert_close(gradient, results[1][name], rtol=1e-4, atol=1e-5)
