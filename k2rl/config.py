@@ -62,12 +62,14 @@ class RolloutConfig:
 
 @dataclass
 class TemperatureConfig:
-    #: `constant`, `linear` or `cosine`.
+    #: `constant`, `linear`, `cosine` or `step` (all at once, at `step_at`).
     schedule: str = "linear"
     #: Sampling temperature of the first step, at least 0.01.
     start: float = 1.0
     #: Sampling temperature of the last step, at least 0.01.
     end: float = 0.8
+    #: Share of the run after which the schedule `step` goes from start to end.
+    step_at: float = 0.5
 
 
 @dataclass
@@ -78,6 +80,20 @@ class BudgetConfig:
     per_kind: dict[str, int] = field(default_factory=dict)
     #: Subtracted from the reward of an episode that was truncated at its budget.
     penalty: float = 0.5
+    #: Reward above which a response counts as correct, for the following.
+    correct_above: float = 0.5
+    #: Weight of k1.5's length reward, which is between 0.5 (the shortest of its group, if correct) and -0.5
+    #: (the longest); 0 switches it off.
+    length_weight: float = 0.0
+    #: Steps before the length reward begins.
+    length_warmup_steps: int = 0
+    #: K2.5's Toggle: in turn so many steps in which correct responses longer than the others of their group
+    #: earn nothing, and as many in which they do; 0 switches it off.
+    toggle_steps: int = 0
+    #: Percentile of the group's correct lengths that may not be exceeded.
+    toggle_percentile: float = 50.0
+    #: Share of a group that must be correct for that.
+    toggle_accuracy: float = 0.5
 
 
 @dataclass

@@ -69,6 +69,12 @@ BOUNDS = {
     "temperature.end": Bound(0.01),
     "budget.default": FROM_1,
     "budget.penalty": FROM_0,
+    "budget.length_weight": FROM_0,
+    "budget.length_warmup_steps": FROM_0,
+    "budget.toggle_steps": FROM_0,
+    "budget.toggle_percentile": Bound(0, 100),
+    "budget.toggle_accuracy": SHARE,
+    "temperature.step_at": SHARE,
     "objective.tau": ABOVE_0,
     "objective.log_ratio_min": Bound(-100, 0, open_high=True),
     "objective.log_ratio_max": ABOVE_0,
@@ -113,7 +119,7 @@ BOUNDS = {
 
 CHOICES = {
     "model.dtype": ("auto", "bfloat16", "float32"),
-    "temperature.schedule": ("constant", "linear", "cosine"),
+    "temperature.schedule": ("constant", "linear", "cosine", "step"),
     "objective.name": tuple(PARAMETERS),
     "objective.baseline": ("mean", "leave_one_out", "normalised", "exponential"),
     "objective.average_over": (None, "tokens", "sequences", "sums"),

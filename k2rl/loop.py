@@ -9,7 +9,7 @@ from statistics import fmean
 from k2rl.config import Config
 from k2rl.errors import ConfigError, RunError
 from k2rl.objective.advantages import group_advantages, is_uniform
-from k2rl.objective.budget import penalised_reward
+from k2rl.objective.budget import shaped_rewards
 from k2rl.objective.temperature import temperature_at
 from k2rl.rollouts.episode import Attempt
 from k2rl.rollouts.scheduler import check_failures
@@ -49,7 +49,9 @@ async def learn(run: Run, step: int, trajectories: list[Trajectory], metrics: di
     """Train on a step's trajectories, publish the new weights and record the step."""
     config, tracker = run.config, run.tracker
     run.settled = False
-    groups, totals = policy_batch(config, trajectories)
+    groups, totals, shaped = policy_batch(config, trajectories, step)
+    if shaped is not None:
+        metrics["reward/shaped_mean"] = shaped
     if groups:
         with tracker.phase(phases.TRAIN, step):
             ptx, temperature = run.ptx.sample(step), metrics["rollout/temperature"]
@@ -97,9 +99,9 @@ def attempts(
 
 
 def policy_batch(
-    config: Config, trajectories: Sequence[Trajectory]
-) -> tuple[list[list[TrainSequence]], BatchTotals]:
-    """The groups to learn from, with advantages, and what the loss is averaged over.
+    config: Config, trajectories: Sequence[Trajectory], step: int
+) -> tuple[list[list[TrainSequence]], BatchTotals, float | None]:
+    """The groups to learn from, with advantages, what the loss is averaged over, and the mean shaped reward.
 
     Failed episodes are left out; a group needs two scored ones. Groups whose rewards are all equal
     have no gradient on policy: they count in the average and cost no computation.
@@ -108,18 +110,22 @@ def policy_batch(
     for trajectory in trajectories:
         if not trajectory.failed and trajectory.num_sampled:
             by_group[trajectory.group_id].append(trajectory)
-    groups, num_sequences, num_tokens = [], 0, 0
+    groups, num_tokens = [], 0
+    shaped: list[float] = []
     for members in by_group.values():
         if len(members) < 2:
             continue
-        num_sequences += len(members)
-        num_tokens += sum(member.num_sampled for member in members)
-        rewards = [penalised_reward(t.reward, t.stop_reason, config.budget) for t in members]
+        lengths = [t.num_sampled for t in members]
+        num_tokens += sum(lengths)
+        rewards = shaped_rewards(
+            [t.reward for t in members], lengths, [t.stop_reason for t in members], config.budget, step
+        )
+        shaped += rewards
         if config.rollout.drop_uniform_groups and is_uniform(rewards):
             continue
         advantages = group_advantages(rewards, config.objective.baseline, config.objective.tau)
         groups.append([TrainSequence.from_trajectory(t, a) for t, a in zip(members, advantages, strict=True)])
-    return groups, BatchTotals(num_sequences, num_tokens)
+    return groups, BatchTotals(len(shaped), num_tokens), fmean(shaped) if shaped else None
 
 
 def rollout_metrics(

@@ -44,13 +44,14 @@ def batch(trajectories: Sequence[Trajectory], **rollout: bool) -> tuple[list[dic
     config = Config()
     for name, value in rollout.items():
         setattr(config.rollout, name, value)
-    groups, totals = policy_batch(config, trajectories)
+    groups, totals, _ = policy_batch(config, trajectories, step=1)
     return [{sequence.id: sequence.advantage for sequence in group} for group in groups], totals.sequences
 
 
 def test_the_better_response_gets_the_greater_advantage_and_keeps_its_tokens() -> None:
     trajectories = [episode(0, 0, 1.0), episode(0, 1, 0.0), episode(0, 2, 0.5)]
-    groups, totals = policy_batch(Config(), trajectories)
+    groups, totals, shaped = policy_batch(Config(), trajectories, step=1)
+    assert shaped == 0.5
     assert totals == BatchTotals(sequences=3, tokens=6)
     assert [sequence.advantage for sequence in groups[0]] == [0.5, -0.5, 0.0]
     for sequence, trajectory in zip(groups[0], trajectories, strict=True):

@@ -15,7 +15,7 @@ def temperature_at(config: TemperatureConfig, step: int, total: int) -> float:
     """The sampling temperature of RL step `step` of `total`, the first being 0.
 
     `linear` and `cosine` go from `start` at step 0 to `end` at the last step; `constant` stays at
-    `start`. A run of one step uses `start`.
+    `start`; `step` is at `end` from the share `step_at` of the steps on. A run of one step uses `start`.
 
     Raises:
         ValueError: if the step is outside [0, total).
@@ -30,6 +30,10 @@ def temperature_at(config: TemperatureConfig, step: int, total: int) -> float:
         weight = progress
     elif config.schedule == "cosine":
         weight = 0.5 * (1 - math.cos(math.pi * progress))
+    elif config.schedule == "step":
+        weight = float(step >= max(config.step_at * total, 1))
     else:
-        raise ConfigError(f"temperature.schedule={config.schedule!r} is not one of: constant, linear, cosine")
+        raise ConfigError(
+            f"temperature.schedule={config.schedule!r} is not one of: constant, linear, cosine, step"
+        )
     return config.start * (1 - weight) + config.end * weight

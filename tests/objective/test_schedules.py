@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean, stdev
 
@@ -14,9 +15,10 @@ from hypothesis import strategies as st
 from k2rl.config import BudgetConfig, TemperatureConfig
 from k2rl.errors import ConfigError
 from k2rl.objective.advantages import group_advantages, is_uniform
-from k2rl.objective.budget import budget_for, penalised_reward
+from k2rl.objective.budget import budget_for, length_rewards, penalised_reward, shaped_rewards
 from k2rl.objective.mismatch import Mismatch
 from k2rl.objective.temperature import temperature_at
+from k2rl.types import StopReason
 
 rewards = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=16)
 temperatures = st.floats(0.01, 5.0)
@@ -100,8 +102,8 @@ def test_cosine_is_flat_at_its_ends() -> None:
 
 
 def test_bad_schedules_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"temperature\.schedule='step'"):
-        temperature_at(TemperatureConfig(schedule="step"), 0, 2)
+    with pytest.raises(ConfigError, match=r"temperature\.schedule='stair'"):
+        temperature_at(TemperatureConfig(schedule="stair"), 0, 2)
     with pytest.raises(ValueError, match="step 2"):
         temperature_at(TemperatureConfig(), 2, 2)
 
@@ -144,3 +146,46 @@ def test_baselines_that_cannot_be_are_refused() -> None:
         group_advantages([0.0, 1.0], "exponential")
     with pytest.raises(ValueError, match="median"):
         group_advantages([0.0, 1.0], "median")
+
+
+def test_a_step_is_taken_once() -> None:
+    config = TemperatureConfig("step", 1.0, 0.5, step_at=0.4)
+    assert [temperature_at(config, step, 5) for step in range(5)] == [1.0, 1.0, 0.5, 0.5, 0.5]
+    assert temperature_at(replace(config, step_at=0.0), 0, 1) == 1.0
+
+
+@given(st.lists(st.tuples(st.integers(1, 99), st.booleans()), min_size=1, max_size=9))
+def test_length_rewards_prefer_short_and_correct(group: list[tuple[int, bool]]) -> None:
+    lengths, correct = zip(*group, strict=True)
+    rewards = length_rewards(lengths, correct)
+    for (length, right), reward in zip(group, rewards, strict=True):
+        assert -0.5 <= reward <= (0.5 if right else 0)
+        for (other, also), theirs in zip(group, rewards, strict=True):
+            if length < other and right >= also:
+                assert reward >= theirs
+    if len(set(lengths)) == 1:
+        assert rewards == [0.0] * len(group)
+    elif all(correct):
+        assert (max(rewards), min(rewards)) == (0.5, -0.5)
+
+
+def shaped(config: BudgetConfig, step: int, rewards: list[float] | None = None) -> list[float]:
+    """Of four responses of 10 to 40 tokens, the third of which was cut off."""
+    ends: list[StopReason] = ["env_done", "env_done", "token_budget", "env_done"]
+    return shaped_rewards(rewards or [1.0, 1.0, 1.0, 0.0], [10, 20, 30, 40], ends, config, step)
+
+
+def test_the_length_reward_begins_after_its_warm_up() -> None:
+    config = BudgetConfig(penalty=0.25, length_weight=0.6, length_warmup_steps=3)
+    assert shaped(config, 3) == [1.0, 1.0, 0.75, 0.0]
+    assert shaped(config, 4) == pytest.approx([1.3, 1.1, 0.65, -0.3])
+
+
+def test_toggle_takes_turns_and_binds_only_where_enough_is_correct() -> None:
+    config = BudgetConfig(penalty=0.0, toggle_steps=2, toggle_percentile=50, toggle_accuracy=0.75)
+    assert [shaped(config, step) for step in (1, 2, 5)] == [[1.0, 1.0, 0.0, 0.0]] * 3
+    assert [shaped(config, step) for step in (3, 4)] == [[1.0, 1.0, 1.0, 0.0]] * 2
+    assert shaped(config, 1, [1.0, 0.0, 0.0, 1.0]) == [1.0, 0.0, 0.0, 1.0]
+    assert shaped(config, 1, [1.0, 1.0, -1.0, 1.0]) == [1.0, 1.0, -1.0, 0.0]
+    assert shaped(replace(config, toggle_percentile=0), 1) == [1.0, 0.0, 0.0, 0.0]
+    assert shaped(replace(config, toggle_accuracy=0), 1, [0.1, 0.2, 0.3, 0.4]) == [0.1, 0.2, 0.3, 0.4]
