@@ -182,6 +182,8 @@ class TrainConfig:
     #: Save a resumable checkpoint every so many steps (and always before the first and after the last, on
     #: Ctrl-C and when a run fails); 0: only then.
     checkpoint_every: int = 5
+    #: How many checkpoints are kept: should the newest be damaged on disk, the one before it is resumed.
+    keep_checkpoints: int = 2
     #: Evaluate on the held-out tasks every so many steps; 0: only before and after.
     eval_every: int = 0
     #: CPU threads of the trainer; 0 means all cores of the machine.

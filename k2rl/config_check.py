@@ -96,6 +96,7 @@ BOUNDS = {
     "train.updates_per_step": FROM_1,
     "train.micro_batch_tokens": FROM_1,
     "train.checkpoint_every": FROM_0,
+    "train.keep_checkpoints": FROM_1,
     "train.eval_every": FROM_0,
     "train.num_threads": FROM_0,
     "inference.max_model_len": Bound(32),

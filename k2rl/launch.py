@@ -27,7 +27,15 @@ from k2rl.tracking.live import LiveView
 from k2rl.tracking.report import write_report
 from k2rl.tracking.summary import Summary, write_summary
 from k2rl.tracking.tracker import Tracker
-from k2rl.training.checkpoint import FORMAT, checkpoint_folder, checkpoints, read_about, remove_leftovers
+from k2rl.training.checkpoint import (
+    FORMAT,
+    checkpoint_folder,
+    checkpoints,
+    is_sound,
+    read_about,
+    remove_leftovers,
+    set_aside,
+)
 from k2rl.training.supervised import PTXCorpus
 from k2rl.workers.colocated import WorkerSpec
 from k2rl.workers.handle import Worker
@@ -92,9 +100,10 @@ def resume_step(prepared: Preflight) -> int | None:
     if config.resume is None:
         return None
     found = checkpoints(Path(config.resume).expanduser())
-    if not found:
+    sound = next(((step, folder) for step, folder in reversed(found) if is_sound(folder)), None)
+    if sound is None:
         raise ConfigError(f"resume={config.resume}: there is no whole checkpoint in its checkpoints/")
-    step, folder = found[-1]
+    step, folder = sound
     about = read_about(folder)
     assert about is not None
     if about.format != FORMAT:
@@ -116,11 +125,16 @@ def resume_step(prepared: Preflight) -> int | None:
 
 async def _execute(prepared: Preflight, run_dir: Path, record: Callable[[], None]) -> None:
     step = resume_step(prepared)
+    damaged: list[Path] = []
     if step is None:
         record()
     else:
         remove_leftovers(run_dir)
+        damaged = [folder for number, folder in checkpoints(run_dir) if number > step]
     async with started(prepared, run_dir, step, trains=True) as run:
+        for folder in damaged:
+            set_aside(folder)
+            run.tracker.note(f"{folder.name} is damaged and was set aside; going on from step {step}")
         await carry_out(run, step, record)
 
 

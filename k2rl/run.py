@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 from collections.abc import Awaitable
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from k2rl.training.supervised import PTXCorpus
 from k2rl.workers.handle import Worker
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -56,12 +59,25 @@ class Run:
         """Checkpoint and evaluate when it is time."""
         train = self.config.train
         if train.checkpoint_every and step % train.checkpoint_every == 0 and step < train.steps:
-            await self.checkpoint()
+            await self._due_checkpoint()
         if train.eval_every and step % train.eval_every == 0 and step < train.steps:
             await self.evaluate(f"step_{step}")
 
+    async def _due_checkpoint(self) -> None:
+        """A checkpoint that cannot be written (a full disk) must not end a run that is well otherwise."""
+        try:
+            await self.checkpoint()
+        except RunError as error:
+            if self.worker.lost:
+                raise
+            logger.error("the checkpoint of step %d was not written", self.finished_steps, exc_info=error)
+            found = checkpoints(self.run_dir)
+            kept = f"the last one is of step {found[-1][0]}" if found else "there is none yet"
+            reason = str(error).splitlines()[0]
+            self.tracker.note(f"no checkpoint of step {self.finished_steps} was written, {kept}: {reason}")
+
     async def checkpoint(self) -> None:
-        """Save what resuming needs, unless it is saved already; the others go once the new one is whole.
+        """Save what resuming needs, unless it is saved already; then the oldest go.
 
         An interruption waits until it is written.
         """
@@ -75,9 +91,8 @@ class Run:
             await self.worker.save(folder)
         if read_about(folder) is None:
             raise RunError(f"the worker wrote {folder}, but it is not there; the two must share this storage")
-        for _, other in checkpoints(self.run_dir):
-            if other != folder:
-                shutil.rmtree(other)
+        for _, other in checkpoints(self.run_dir)[: -self.config.train.keep_checkpoints]:
+            shutil.rmtree(other)
 
 
 async def uninterrupted(work: Awaitable[T]) -> T:

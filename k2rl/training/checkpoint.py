@@ -6,6 +6,7 @@ which says without torch what it is. torch is imported only where the state itse
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import re
@@ -16,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import xxhash
 
 from k2rl.errors import ConfigError
 
 STATE_FILE = "trainer.pt"
 ABOUT_FILE = "checkpoint.json"
-FORMAT = 1
+FORMAT = 2
 
 _OURS = re.compile(r"step_\d+|\.(model|step_\d+)\.\d+\.(new|old)")
 
@@ -31,6 +33,8 @@ class About(msgspec.Struct, frozen=True):
 
     format: int
     state_bytes: int
+    #: xxh3-128 of the state's file.
+    state_digest: str
     optimizer: str
     #: Folder of the model that was trained.
     model: str
@@ -60,6 +64,20 @@ def read_about(folder: Path) -> About | None:
     return about if size == about.state_bytes else None
 
 
+def is_sound(folder: Path) -> bool:
+    """Whether the checkpoint in `folder` is whole and its bytes are those that were written."""
+    about = read_about(folder)
+    return about is not None and file_digest(folder / STATE_FILE) == about.state_digest
+
+
+def set_aside(folder: Path) -> None:
+    """Rename a damaged checkpoint, so that it counts no more and is not lost either."""
+    target = folder.with_name(f"{folder.name}.damaged")
+    if target.exists():
+        shutil.rmtree(target)
+    folder.rename(target)
+
+
 def remove_leftovers(run_dir: Path) -> None:
     """Remove what a killed process left half-written; the caller must own the run's folder."""
     whole = {path for _, path in checkpoints(run_dir)}
@@ -74,7 +92,8 @@ def write_checkpoint(folder: Path, state: dict[str, Any], optimizer: str, model:
 
     with replaced_folder(folder) as target:
         torch.save({"format": FORMAT, **state}, target / STATE_FILE)
-        about = About(FORMAT, (target / STATE_FILE).stat().st_size, optimizer, str(model), shapes)
+        file = target / STATE_FILE
+        about = About(FORMAT, file.stat().st_size, file_digest(file), optimizer, str(model), shapes)
         (target / ABOUT_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(about)) + b"\n")
 
 
@@ -120,6 +139,13 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(outdated, ignore_errors=True)
+
+
+def file_digest(path: Path) -> str:
+    """xxh3-128 of a file's bytes."""
+    with path.open("rb") as file:
+        digest: str = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+    return digest
 
 
 def _sync(path: Path) -> None:

@@ -21,7 +21,7 @@ from k2rl.preflight import Preflight, preflight
 from k2rl.rollouts.episode import Attempt
 from k2rl.run import Run
 from k2rl.tracking.tracker import Tracker
-from k2rl.training.checkpoint import ABOUT_FILE, FORMAT, STATE_FILE, About, replaced_folder
+from k2rl.training.checkpoint import ABOUT_FILE, FORMAT, STATE_FILE, About, file_digest, replaced_folder
 from k2rl.training.supervised import PTXCorpus
 from k2rl.types import Segment, Trajectory, Verdict
 
@@ -97,7 +97,8 @@ class FakeWorker:
         with replaced_folder(folder) as target:
             (target / STATE_FILE).write_text(str(self.weights))
             size = (target / STATE_FILE).stat().st_size
-            about = msgspec.structs.replace(self.about, state_bytes=size)
+            digest = file_digest(target / STATE_FILE)
+            about = msgspec.structs.replace(self.about, state_bytes=size, state_digest=digest)
             (target / ABOUT_FILE).write_bytes(msgspec.json.encode(about))
 
     async def load(self, folder: Path) -> None:
@@ -144,14 +145,19 @@ class Story:
     recorded: int = 0
 
     def play(
-        self, trouble: dict[str, Trouble] | None = None, checkpoint_every: int = 1, resume: bool = False
+        self,
+        trouble: dict[str, Trouble] | None = None,
+        checkpoint_every: int = 1,
+        resume: bool = False,
+        keep: int = 1,
     ) -> FakeWorker:
         """Run to the end; raises what the run raises. `self.worker` is the worker, also afterwards."""
         prepared = replace(self.prepared, config=copy.deepcopy(self.prepared.config))
         prepared.config.train.checkpoint_every = checkpoint_every
+        prepared.config.train.keep_checkpoints = keep
         prepared.config.resume = str(self.run_dir) if resume else None
         shapes = launch.shapes_fingerprint(prepared.model_path)
-        self.worker = FakeWorker(About(FORMAT, 0, "muon", "tiny", shapes), trouble or {})
+        self.worker = FakeWorker(About(FORMAT, 0, "", "muon", "tiny", shapes), trouble or {})
 
         @asynccontextmanager
         async def started(*arguments: Any, **_: object) -> AsyncIterator[Run]:

@@ -17,10 +17,12 @@ from k2rl.errors import ConfigError
 from k2rl.training.checkpoint import (
     checkpoint_folder,
     checkpoints,
+    is_sound,
     read_about,
     read_state,
     remove_leftovers,
     replaced_folder,
+    set_aside,
     write_checkpoint,
 )
 
@@ -38,7 +40,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "state cut off": truncate,
     "state missing": lambda folder: (folder / "trainer.pt").unlink(),
     "description missing": lambda folder: (folder / "checkpoint.json").unlink(),
-    "description cut off": lambda folder: (folder / "checkpoint.json").write_text('{"format": 1'),
+    "description cut off": lambda folder: (folder / "checkpoint.json").write_text('{"format": 2'),
 }
 
 
@@ -53,6 +55,44 @@ def test_a_damaged_checkpoint_is_none(tmp_path: Path, damage: str) -> None:
     remove_leftovers(tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == [older]
     assert torch.equal(read_state(older)["value"], torch.arange(1000))
+
+
+def test_a_byte_that_has_changed_is_found(tmp_path: Path) -> None:
+    folder = checkpoint_folder(tmp_path, 1)
+    write(folder, value=torch.arange(1000))
+    assert is_sound(folder)
+    state = bytearray((folder / "trainer.pt").read_bytes())
+    state[len(state) // 2] ^= 1
+    (folder / "trainer.pt").write_bytes(state)
+    assert checkpoints(tmp_path) == [(1, folder)]
+    assert not is_sound(folder)
+    for _ in range(2):
+        set_aside(folder)
+        assert checkpoints(tmp_path) == []
+        write(folder, value=torch.arange(1000))
+    remove_leftovers(tmp_path)
+    assert {path.name for path in folder.parent.iterdir()} == {"step_000001", "step_000001.damaged"}
+
+
+def test_a_full_disk_leaves_the_older_one(tmp_path: Path) -> None:
+    """The kernel refuses to let the file grow, as it does on a full disk."""
+    older = checkpoint_folder(tmp_path, 1)
+    write(older, value=1)
+    code = (
+        "import resource\n"
+        "from pathlib import Path\n"
+        "import torch\n"
+        "from k2rl.training.checkpoint import write_checkpoint\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
+        f"folder = Path({str(checkpoint_folder(tmp_path, 2))!r})\n"
+        "write_checkpoint(folder, {'value': torch.zeros(1 << 20)}, 'muon', Path('m'), 's')\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], check=False, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "Error" in done.stderr.splitlines()[-1]
+    assert [path.name for path in older.parent.iterdir()] == ["step_000001"]
+    assert is_sound(older)
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
