@@ -297,8 +297,20 @@ class TrackingConfig:
     wandb: bool = False
     #: Weights & Biases project.
     wandb_project: str = "k2rl"
+    #: Keep every step's trajectories, token by token: a resumed run uses those of steps that were not saved yet
+    #: again, and `debug=train_only` trains on them.
+    record_rollouts: bool = True
     #: Sample trajectories written as text at each step.
     samples_per_step: int = 4
+
+
+@dataclass
+class DebugConfig:
+    #: `none`; `rollout_only`: play the steps' rollouts with the model as it is, and record them; `train_only`: train
+    #: on the rollouts that another run has recorded, without an inference engine.
+    mode: str = "none"
+    #: Of `train_only`: the folder of the run that has recorded them.
+    rollouts: str | None = None
 
 
 @dataclass
@@ -321,6 +333,7 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
     #: Name of the run's folder under `outputs/`.
     name: str = "run"
     #: Seeds tasks, sampling and initialisation.

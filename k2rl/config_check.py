@@ -127,6 +127,7 @@ CHOICES = {
     "objective.correction": (None, "truncated", "masked"),
     "optimizer.name": ("muon", "adamw"),
     "checkpoint_engine.strategy": ("broadcast", "shard_aware", "delta"),
+    "debug.mode": ("none", "rollout_only", "train_only"),
     "tracking.live": ("auto", "on", "off"),
 }
 
@@ -173,6 +174,7 @@ def check(config: Config) -> None:
     if len(betas) != 2 or not all(map(DECAY.holds, betas)):
         raise ConfigError(f"optimizer.betas={betas} must be two numbers, each at least 0 and below 1")
     check_objective(config.objective)
+    _check_debug(config)
     _check_budgets(config)
     _check_engine_args(config)
     request, episode = config.deadlines.generate_s, config.rollout.episode_deadline_s
@@ -181,6 +183,18 @@ def check(config: Config) -> None:
             f"deadlines.generate_s={request:g} must be below rollout.episode_deadline_s={episode:g}: else an "
             "engine that hangs looks like episodes that fail"
         )
+
+
+def _check_debug(config: Config) -> None:
+    mode, rollouts = config.debug.mode, config.debug.rollouts
+    if mode == "train_only" and rollouts is None:
+        raise ConfigError("debug=train_only needs debug.rollouts=<folder of a run that has recorded its rollouts>")
+    if mode != "train_only" and rollouts is not None:
+        raise ConfigError(f"debug.rollouts={rollouts} does nothing with debug={mode}; set debug=train_only")
+    if mode == "rollout_only" and config.resume is not None:
+        raise ConfigError("debug=rollout_only trains nothing, so that there is nothing to resume")
+    if mode == "rollout_only" and not config.tracking.record_rollouts:
+        raise ConfigError("debug=rollout_only is there to record rollouts; leave tracking.record_rollouts=true")
 
 
 def _check_budgets(config: Config) -> None:

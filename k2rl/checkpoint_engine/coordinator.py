@@ -234,6 +234,12 @@ class Coordinator:
         if hosts is None and push.may_be_written:
             self.arena.abandon()
 
+    @property
+    def digest(self) -> str:
+        """Of the committed version's bytes; empty if there is none. Equal for equal weights in equal plans."""
+        committed = self._committed
+        return version_digest(committed.digests[index] for index in sorted(committed.digests)) if committed else ""
+
     async def join(
         self,
         receivers: Mapping[int, int],
