@@ -10,7 +10,6 @@ import psutil
 from torch import Tensor
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_MADV_DONTNEED = 4
 
 
 def release(tensors: Iterable[Tensor]) -> int:
@@ -36,10 +35,19 @@ def release(tensors: Iterable[Tensor]) -> int:
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         length = (start + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
         if length > 0:
-            if _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _MADV_DONTNEED):
-                raise OSError(ctypes.get_errno(), "madvise")
+            advise(first, length, mmap.MADV_DONTNEED)
             released += length
     return released
+
+
+def advise(start: int, nbytes: int, advice: int) -> None:
+    """`madvise` for whole pages.
+
+    Raises:
+        OSError: the system refused.
+    """
+    if _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), advice):
+        raise OSError(ctypes.get_errno(), "madvise")
 
 
 def trim() -> None:
