@@ -110,6 +110,7 @@ CHOICES = {
     "temperature.schedule": ("constant", "linear", "cosine"),
     "objective.name": ("k2",),
     "optimizer.name": ("muon", "adamw"),
+    "train.offload": ("none", "file"),
     "checkpoint_engine.strategy": ("broadcast", "shard_aware", "delta"),
     "tracking.live": ("auto", "on", "off"),
 }
@@ -157,6 +158,11 @@ def check(config: Config) -> None:
         raise ConfigError(f"optimizer.betas={betas} must be two numbers, each at least 0 and below 1")
     _check_budgets(config)
     _check_engine_args(config)
+    if config.train.offload != "none" and config.cluster.gpus_per_worker:
+        raise ConfigError(
+            f"train.offload={config.train.offload} is for a trainer on CPU; with "
+            f"cluster.gpus_per_worker={config.cluster.gpus_per_worker:g} it must be none"
+        )
     request, episode = config.deadlines.generate_s, config.rollout.episode_deadline_s
     if request >= episode:
         raise ConfigError(

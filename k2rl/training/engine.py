@@ -96,8 +96,9 @@ class TrainEngine:
             yield from (("optimizer", value) for value in state.values() if isinstance(value, Tensor))
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes of `parameters` (masters and compute copies) and of `optimizer` state."""
+        """Bytes of `parameters` (masters, compute copies), `optimizer` state, and `gradients` in a step."""
         totals = {"parameters": 0, "optimizer": 0}
+        totals["gradients"] = sum(master.nbytes for _, master in self._weights.named_masters())
         for kind, tensor in self._state():
             totals[kind] += tensor.nbytes
         return totals

@@ -41,9 +41,9 @@ class StateFiles:
         self._maps: list[tuple[int, int, weakref.ref[mmap.mmap]]] = []
 
     def adopt(self, tensors: Iterable[Tensor]) -> None:
-        """Move those of these tensors into a file that are in none yet; the tensors stay the objects they are.
+        """Move those tensors into a file that are in none yet; they stay the same objects.
 
-        Tensors of less than a page, not contiguous or on other devices are left where they are.
+        Those of less than a page, not contiguous or on other devices are left where they are.
 
         Raises:
             RunError: the disk has no room for them.
