@@ -2,8 +2,8 @@
 
 SmolLM2-135M with a KV cache of 2 GiB, all of it in use. A round is what a step does: a full batch is
 generated, of sequences of different lengths, vLLM gives its memory back, the trainer takes an optimizer
-step, new weights are pushed. Resident memory is what the kernel says of each process, shared memory included. The
-trainer's process, which hosts vLLM's front end too, is measured after each push.
+step, new weights are pushed. Resident memory is what the kernel says of each process, shared memory
+included. The trainer's process, which hosts vLLM's front end too, is measured after each push.
 
     make bench-swap                                           fifty rounds
     make bench-swap ARGS="--offload file --model tiny-qwen3"  the trainer gives its memory back, too
