@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -75,7 +74,6 @@ class ColocatedVLLMWorker(PlatformWorker):
             tensors += list(model.parameters())
             discard_packed(model)
         release(tensors)
-        gc.collect()
         if "weight_receiver" in self.__dict__:
             self.weight_receiver.unload()
         trim()
