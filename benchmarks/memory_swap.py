@@ -1,32 +1,39 @@
 """What trainer and vLLM hold while the other works, what a switch costs, and whether fifty of them leak.
 
-SmolLM2-135M with a KV cache of 2 GiB, all of it in use. A round is what a step does: vLLM gives its memory
-back, the trainer takes an optimizer step, new weights are pushed. Resident memory is what the kernel says of
-each process, shared memory included.
+SmolLM2-135M with a KV cache of 2 GiB, all of it in use. A round is what a step does: a full batch is
+generated, of sequences of different lengths, vLLM gives its memory back, the trainer takes an optimizer
+step, new weights are pushed. Resident memory is what the kernel says of each process, shared memory
+included. The trainer's process, which hosts vLLM's front end too, is measured after each push.
 
-    make bench-swap                       fifty rounds
+    make bench-swap                                           fifty rounds
+    make bench-swap ARGS="--offload file --model tiny-qwen3"  the trainer gives its memory back, too
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import random
+import tempfile
 import time
+from pathlib import Path
 from statistics import median
 from typing import Any
+
+import torch
 
 from k2rl.checkpoint_engine.publisher import Publisher, expected_tensors, local_rank
 from k2rl.checkpoint_engine.sender import Sender, TensorSource
 from k2rl.config import CheckpointEngineConfig, InferenceConfig, OptimizerConfig
 from k2rl.hardware import fast_dtype
+from k2rl.inference.engine import Sampling
 from k2rl.inference.prefork import start_server
 from k2rl.inference.vllm import VLLMEngine
 from k2rl.models.hub import resolve_model
 from k2rl.training.engine import TrainEngine
 from k2rl.training.supervised import SupervisedSequence
-from k2rl.workers.memory import resident, trim
+from k2rl.workers.memory import GIB, resident, trim
 
-GIB = 1 << 30
 KV_GIB = 2.0
 LENGTH = 256
 
@@ -41,8 +48,30 @@ class FillCache:
             cache.fill_(0)
 
 
-async def play(rounds: int) -> None:
-    path, dtype = resolve_model("smollm2-135m"), fast_dtype(gpu=False)
+async def generate(engine: VLLMEngine, seed: int) -> None:
+    """As episodes do: batches of every size, from full to empty."""
+    rng = random.Random(seed)
+
+    async def sample(number: int) -> None:
+        prompt = [rng.randrange(5, 200) for _ in range(rng.randint(20, 120))]
+        await engine.generate(prompt, Sampling(1.0, rng.randint(1, 24), number))
+
+    await asyncio.gather(*(sample(number) for number in range(128)))
+
+
+def memcpy_gbps(nbytes: int) -> float:
+    """Bytes copied a second, of which as many are read."""
+    source, target = torch.ones(nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - began)
+    return nbytes / median(seconds) / 1e9
+
+
+async def play(model: str, rounds: int, offload: Path | None) -> None:
+    path, dtype = resolve_model(model), fast_dtype(gpu=False)
     config = InferenceConfig(
         kv_cache_gib=KV_GIB, engine_args={"worker_extension_cls": "memory_swap.FillCache"}
     )
@@ -50,7 +79,7 @@ async def play(rounds: int) -> None:
     publisher = Publisher({"vLLM": engine}, CheckpointEngineConfig(), expected_tensors(path, dtype))
     await publisher.start()
     trainer_base = resident()
-    trainer = TrainEngine(path, dtype, OptimizerConfig(lr=1e-6))
+    trainer = TrainEngine(path, dtype, OptimizerConfig(lr=1e-6), offload_folder=offload)
     sender = Sender(0)
     text = SupervisedSequence(tuple(range(5, 5 + LENGTH)), (False,) + (True,) * (LENGTH - 1))
 
@@ -61,14 +90,20 @@ async def play(rounds: int) -> None:
     try:
         held: list[tuple[float, ...]] = []
         seconds: list[float] = []
+        moved: list[float] = []
         for number in range(rounds + 1):
             began = time.perf_counter()
-            sender.unload()
+            trainer.offload()
+            moved.append(time.perf_counter() - began)
             trim()
             if engine.asleep:
                 await engine.wake_up()
             woken = time.perf_counter() - began
             await push(number)
+            sender.unload()
+            trainer.offload()
+            trim()
+            await generate(engine, number)
             await engine._llm.collective_rpc("fill_cache")
             serving, base = await engine.resident_memory()
             trainer_idle = resident()
@@ -81,10 +116,22 @@ async def play(rounds: int) -> None:
             await engine.sleep()
             seconds.append(time.perf_counter() - began + woken)
             asleep, _ = await engine.resident_memory()
+            began = time.perf_counter()
+            trainer.reload()
+            moved[-1] += time.perf_counter() - began
             trainer.sft_step([text])
             held.append(tuple(value / GIB for value in (base, serving, asleep, trainer_idle, resident())))
-        print(f"trainer before its model {trainer_base / GIB:.2f} GiB")
         first, last = held[1], held[-1]
+        share = last[3] * GIB / trainer_base
+        print(f"trainer before its model {trainer_base / GIB:.2f} GiB; while vLLM serves {share:.2f} of it")
+        if offload:
+            state = trainer.state_bytes()
+            nbytes = state["parameters"] + state["optimizer"]
+            rate, copying = 2 * nbytes / median(moved[1:]) / 1e9, memcpy_gbps(nbytes)
+            print(
+                f"offload and reload of {nbytes / GIB:.2f} GiB: {rate:.1f} GB/s, {rate / copying:.2f} of a "
+                f"copy in memory ({copying:.1f} GB/s)"
+            )
         for name, row in (("second round", first), ("last round", last)):
             print(
                 f"{name}, GiB: vLLM without a model {row[0]:.2f}, serving {row[1]:.2f}, asleep "
@@ -105,7 +152,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=50)
     start_server()
-    asyncio.run(play(parser.parse_args().rounds))
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--offload", choices=["none", "file"], default="none")
+    arguments = parser.parse_args()
+    # Beside the other outputs: a temporary folder may be memory.
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        offload = Path(folder) if arguments.offload == "file" else None
+        asyncio.run(play(arguments.model, arguments.rounds, offload))
 
 
 if __name__ == "__main__":

@@ -188,6 +188,10 @@ class TrainConfig:
     eval_every: int = 0
     #: CPU threads of the trainer; 0 means all cores of the machine.
     num_threads: int = 0
+    #: Where weights and optimizer state of a trainer on CPU are while the engine generates: `none` (they stay
+    #: in memory), or `file` (in files of the run's folder, which have no names and vanish with the process;
+    #: the worker gives their memory back).
+    offload: str = "none"
 
 
 @dataclass

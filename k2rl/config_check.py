@@ -126,6 +126,7 @@ CHOICES = {
     "objective.average_over": (None, "tokens", "sequences", "sums"),
     "objective.correction": (None, "truncated", "masked"),
     "optimizer.name": ("muon", "adamw"),
+    "train.offload": ("none", "file"),
     "checkpoint_engine.strategy": ("broadcast", "shard_aware", "delta"),
     "debug.mode": ("none", "rollout_only", "train_only"),
     "tracking.live": ("auto", "on", "off"),
@@ -177,6 +178,11 @@ def check(config: Config) -> None:
     _check_debug(config)
     _check_budgets(config)
     _check_engine_args(config)
+    if config.train.offload != "none" and config.cluster.gpus_per_worker:
+        raise ConfigError(
+            f"train.offload={config.train.offload} is for a trainer on CPU; with "
+            f"cluster.gpus_per_worker={config.cluster.gpus_per_worker:g} it must be none"
+        )
     request, episode = config.deadlines.generate_s, config.rollout.episode_deadline_s
     if request >= episode:
         raise ConfigError(

@@ -204,6 +204,7 @@ async def started(
         inference=config.inference,
         checkpoint_engine=config.checkpoint_engine,
         trains=trains,
+        offload=config.train.offload,
     )
     whole = msgspec.to_builtins(config)
     with Tracker(run_dir, config.tracking, config.train.steps, resume_step, whole) as tracker:

@@ -171,13 +171,10 @@ def train_metrics(learned: dict[str, float], published: dict[str, float]) -> dic
         "logprob_gap_max": "mismatch/max_abs_gap",
         "ratio_min": "mismatch/ratio_min",
         "ratio_max": "mismatch/ratio_max",
-        "switch_s": "memory/to_training_s",
-        "vllm_resident_gib": "memory/vllm_while_training_gib",
-        "vllm_base_gib": "memory/vllm_without_model_gib",
     }
-    metrics = {renamed.get(name, f"train/{name}"): value for name, value in learned.items()}
-    to_serving = {
-        "switch_s": "memory/to_serving_s",
-        "trainer_resident_gib": "memory/trainer_while_serving_gib",
-    }
-    return metrics | {to_serving.get(name, f"publish/{name}"): value for name, value in published.items()}
+    metrics = {renamed.get(name, _in_group("train", name)): value for name, value in learned.items()}
+    return metrics | {_in_group("publish", name): value for name, value in published.items()}
+
+
+def _in_group(group: str, name: str) -> str:
+    return name if name.startswith("memory/") else f"{group}/{name}"

@@ -5,21 +5,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from k2rl.config import Config
-from k2rl.errors import RunError
+from k2rl.errors import ConfigError, RunError
 from k2rl.evaluation.results import EvaluationResult, summarise
+from k2rl.models.hub import shapes_fingerprint
 from k2rl.preflight import Preflight
 from k2rl.rollouts.episode import Attempt
+from k2rl.rollouts.recording import read_recording, recorded_steps, settings_of, write_recording
 from k2rl.rollouts.scheduler import RolloutScheduler, check_failures
 from k2rl.tracking import phases
 from k2rl.tracking.tracker import Tracker
 from k2rl.training.checkpoint import checkpoint_folder, checkpoints, read_about
 from k2rl.training.supervised import PTXCorpus
+from k2rl.types import Trajectory
 from k2rl.workers.handle import Worker
 
 T = TypeVar("T")
@@ -41,6 +44,48 @@ class Run:
     finished_steps: int = 0
     #: Whether the trainer is exactly where the record says; a checkpoint at another time would lie.
     settled: bool = False
+
+    @property
+    def trains(self) -> bool:
+        return self.config.debug.mode != "rollout_only"
+
+    @property
+    def serves(self) -> bool:
+        """Whether there is an inference engine."""
+        return self.config.debug.mode != "train_only"
+
+    async def recorded(self, step: int) -> list[Trajectory] | None:
+        """The step's trajectories, if they need not be sampled.
+
+        They are another run's with `debug=train_only`. Else they are those that this run had recorded, but not
+        learned from and saved, before it was stopped: if they are of the very weights and settings of now.
+        """
+        if not self.serves:
+            return read_recording(Path(self.config.debug.rollouts or "").expanduser(), step).trajectories
+        if step not in recorded_steps(self.run_dir):
+            return None
+        try:
+            recording = read_recording(self.run_dir, step)
+        except ConfigError as error:
+            logger.warning("the rollouts of step %d are sampled again", step, exc_info=error)
+            return None
+        known = (recording.model, recording.settings, recording.weights)
+        if known != (self._model, settings_of(self.config), await self.worker.weights_digest()):
+            return None
+        self.tracker.note(f"step {step}: its rollouts were recorded with these weights and are used again")
+        return recording.trajectories
+
+    async def record_rollouts(self, step: int, trajectories: Sequence[Trajectory]) -> None:
+        """Keep the step's trajectories, if the configuration says so."""
+        if not self.config.tracking.record_rollouts:
+            return
+        weights = await self.worker.weights_digest()
+        settings = settings_of(self.config)
+        write_recording(self.run_dir, step, self._model, settings, weights, trajectories)
+
+    @property
+    def _model(self) -> str:
+        return shapes_fingerprint(self.prepared.model_path)
 
     async def evaluate(self, name: str) -> EvaluationResult:
         """Greedy episodes on the held-out tasks; saved as `evaluations/<name>.json`."""

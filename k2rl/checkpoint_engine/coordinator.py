@@ -36,7 +36,7 @@ from k2rl.checkpoint_engine.messages import (
 )
 from k2rl.checkpoint_engine.plan import Plan
 from k2rl.checkpoint_engine.push import Invitations, OngoingPush, PushReport
-from k2rl.checkpoint_engine.transaction import Digests, PushError, State, Transaction
+from k2rl.checkpoint_engine.transaction import Digests, PushError, State, Transaction, version_digest
 
 
 class Hosts(NamedTuple):
@@ -237,8 +237,10 @@ class Coordinator:
     @property
     def digest(self) -> str:
         """Of the committed version's bytes; empty if there is none. Equal for equal weights in equal plans."""
-        committed = self._committed
-        return version_digest(committed.digests[index] for index in sorted(committed.digests)) if committed else ""
+        if self._committed is None:
+            return ""
+        digests = self._committed.digests
+        return version_digest(digests[index] for index in sorted(digests))
 
     async def join(
         self,

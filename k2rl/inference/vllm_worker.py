@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from torch import Tensor
+from vllm import _custom_ops
 from vllm.config import set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -23,10 +26,31 @@ else:
 logger = init_logger(__name__)
 
 
+#: Kernels kept for each shape of weights; a step uses one of them, for its number of tokens.
+_KERNELS_KEPT = 2
+
+
+def limit_kernel_caches() -> None:
+    """Before the first product: keep few of the kernels that oneDNN compiles for each number of tokens.
+
+    A batch that grows and shrinks has many, a quarter of a MiB each, and nothing frees them: oneDNN keeps
+    1024, vLLM beside it 32 for each shape of weights. Compiling one again takes about a millisecond.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
+    create = _custom_ops.create_onednn_mm
+
+    def create_with_few(weight: Tensor, primitive_cache_size: int = _KERNELS_KEPT) -> Any:
+        return create(weight, min(primitive_cache_size, _KERNELS_KEPT))
+
+    _custom_ops.create_onednn_mm = create_with_few
+
+
 class ColocatedVLLMWorker(PlatformWorker):
     """A vLLM worker that shares its host (and devices) with the trainer."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
+        if current_platform.is_cpu():
+            limit_kernel_caches()
         self._resident_before = resident()
         super().load_model(*args, **kwargs)
 
@@ -44,6 +68,8 @@ class ColocatedVLLMWorker(PlatformWorker):
             super().sleep(level)
             return
         model, tensors = self.model_runner.get_model(), list(self.model_runner.kv_caches)
+        # Written before it is read, and by models alone that take more than token ids.
+        tensors.append(self.model_runner.inputs_embeds.cpu)
         if level > 1:
             tensors += list(model.parameters())
             discard_packed(model)

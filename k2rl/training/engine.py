@@ -23,6 +23,7 @@ from k2rl.training.batch import BatchTotals, LabelledSequence, SupervisedSequenc
 from k2rl.training.checkpoint import read_state, replaced_folder, write_checkpoint
 from k2rl.training.loading import copy_companions, load_causal_lm, packed_logprobs
 from k2rl.training.masters import MasterWeights
+from k2rl.training.offload import StateFiles
 from k2rl.training.packing import MicroBatch, pack
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -43,6 +44,7 @@ class TrainEngine:
         seed: int = 0,
         num_threads: int = 0,
         device: str = "cpu",
+        offload_folder: Path | None = None,
     ) -> None:
         """Load the model and its master weights.
 
@@ -55,6 +57,7 @@ class TrainEngine:
             num_threads: CPU threads of the calling thread, which should then make all further calls; 0
                 means all cores it may run on.
             device: `cpu` or `cuda`, where weights, optimizer state and computation live.
+            offload_folder: where weights and optimizer state are kept in files; default: in memory alone.
 
         Raises:
             ConfigError: if the model cannot be loaded or trained, or the dtype is unknown.
@@ -75,6 +78,41 @@ class TrainEngine:
         self.step_count = 0
         self._optimizer: MuonAdamW
         self.reset_optimizer(self._optimizer_config.lr)
+        self._files = StateFiles(offload_folder) if offload_folder else None
+        self._keep_state()
+
+    def _keep_state(self) -> None:
+        """Put what the optimizer or a checkpoint made into files, too."""
+        if self._files:
+            self._files.adopt(tensor for _, tensor in self._state())
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors that outlive a step, each once, after what they are: `parameters` or `optimizer`."""
+        masters = [master for _, master in self._weights.named_masters()]
+        compute = list(self._model.parameters())
+        for parameter in {id(tensor): tensor for tensor in (*masters, *compute)}.values():
+            yield "parameters", parameter
+        for state in self._optimizer.state.values():
+            yield from (("optimizer", value) for value in state.values() if isinstance(value, Tensor))
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of `parameters` (masters, compute copies), `optimizer` state, and `gradients` in a step."""
+        totals = {"parameters": 0, "optimizer": 0}
+        totals["gradients"] = sum(master.nbytes for _, master in self._weights.named_masters())
+        for kind, tensor in self._state():
+            totals[kind] += tensor.nbytes
+        return totals
+
+    def offload(self) -> None:
+        """Give the memory of what lives in files back; whoever touches it takes its pages again."""
+        self._weights.drop_gradients()
+        if self._files:
+            self._files.offload()
+
+    def reload(self) -> None:
+        """Take the memory again, all at once."""
+        if self._files:
+            self._files.reload()
 
     def reset_optimizer(self, lr: float) -> None:
         """Forget momentum and go on with another learning rate (k1.5 does so at each iteration)."""
@@ -238,6 +276,7 @@ class TrainEngine:
         # Its state alone: the checkpoint's own learning rate and such would undo overrides of a resumed run.
         settings = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({**state["optimizer"], "param_groups": settings})
+        self._keep_state()
         self.step_count = state["step_count"]
         torch.set_rng_state(state["rng"])
 
@@ -310,6 +349,7 @@ class TrainEngine:
             )
         before = self._weights.sample()
         self._optimizer.step()
+        self._keep_state()
         moved = torch._foreach_sub(self._weights.sample(), before)
         self._weights.drop_gradients()
         self._weights.publish()

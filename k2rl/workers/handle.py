@@ -91,6 +91,10 @@ class Worker:
     async def publish(self) -> dict[str, float]:
         return await self._call("publishing weights", self._actor.publish.remote(), "publish_s")
 
+    async def weights_digest(self) -> str:
+        """See `ColocatedWorker.weights_digest`."""
+        return await self._call("naming its weights", self._actor.weights_digest.remote(), "publish_s")
+
     async def logprob_gap(self, prompts: Sequence[list[int]], max_tokens: int, seed: int) -> dict[str, float]:
         reference = self._actor.logprob_gap.remote(prompts, max_tokens, seed)
         return await self._call("comparing log-probs", reference, "generate_s")

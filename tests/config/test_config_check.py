@@ -88,6 +88,14 @@ def test_what_is_wrong_is_said(key: str, value: Any, expected: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_a_trainer_on_a_gpu_has_no_files() -> None:
+    config = changed("train.offload", "file")
+    check(config)
+    config.cluster.gpus_per_worker = 1
+    with pytest.raises(ConfigError, match=r"train\.offload=file is for a trainer on CPU"):
+        check(config)
+
+
 @pytest.mark.parametrize("name", OWN_ENGINE_ARGS)
 def test_what_the_engine_rests_on_cannot_be_overridden(name: str) -> None:
     with pytest.raises(ConfigError, match=f"inference.engine_args.{name} cannot be set here"):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 FIRST, SECOND = "first", "second"
+SWITCHES = 5
 PROMPTS = [[5, 9, 17, 33, 60 + index] for index in range(4)]
 
 Weights = dict[str, Any]
@@ -150,6 +151,13 @@ def _try(engine: Any, folder: Path) -> dict[str, Any]:
     found["weights asleep"] = engine.collective_rpc("largest_weight")
     engine.wake_up()
     note("after sleep", SECOND)
+    found["asleep"] = []
+    for _ in range(SWITCHES):
+        engine.sleep(2)
+        found["asleep"].append(engine.collective_rpc("resident_memory"))
+        engine.wake_up()
+        update(SECOND)
+        _answers(engine)
     return found
 
 

@@ -94,3 +94,5 @@ def _check(found: dict[str, Any]) -> None:
     assert all(given > 0.9 * CACHE_BYTES for given in found["bytes given back"])
     assert found["weights asleep"] == [0.0] * len(found["weights asleep"])
     assert not any(found["with loaders"])
+    for (first, _), (last, _) in zip(found["asleep"][1], found["asleep"][-1], strict=True):
+        assert last < 1.02 * first, "what is held asleep grows with every switch"

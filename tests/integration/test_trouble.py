@@ -66,7 +66,7 @@ def _shared_memory(command: Command) -> set[Path]:
 
 
 def test_a_run_killed_resumed_interrupted_and_resumed(start: Start, tmp_path: Path) -> None:
-    command, run_dir = _start_long_run(start, tmp_path, "train.checkpoint_every=1")
+    command, run_dir = _start_long_run(start, tmp_path, "train.checkpoint_every=1", "train.offload=file")
     wait_for(lambda: _newest(run_dir) >= 1, "a checkpoint")
     command.look()
     command.process.kill()

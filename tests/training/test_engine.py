@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import random_groups, random_texts
+from tiny_models import random_groups, random_texts, save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -418,3 +418,36 @@ def test_calls_without_sense_are_refused(
 def test_unknown_dtype_is_refused(llama_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.dtype='float16'"):
         make_engine(llama_path, "float16")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_state_in_files_changes_no_bit(optimizer: str, dtype: str, tmp_path: Path) -> None:
+    path = save_model("llama", tmp_path / "model")
+
+    def final(offload: Path | None) -> dict[str, Tensor]:
+        settings = {"optimizer": OptimizerConfig(name=optimizer, lr=1e-2), "offload_folder": offload}
+        engine = make_engine(path, dtype, **settings)
+
+        def rest() -> None:
+            engine.offload()
+            engine.reload()
+
+        for seed in range(3):
+            engine.sft_step(random_texts(seed))
+            rest()
+        engine.save(tmp_path / "checkpoint")
+        engine.sft_step(random_texts(9))
+        other = make_engine(path, dtype, **settings)
+        other.load(tmp_path / "checkpoint")
+        other.offload()
+        other.sft_step(random_texts(9))
+        assert_same_bits(weights(engine), weights(other))
+        engine.reset_optimizer(1e-3)
+        rest()
+        engine.sft_step(random_texts(4))
+        engine.offload()
+        return weights(engine)
+
+    assert_same_bits(final(None), final(tmp_path / "state"))
+    assert list((tmp_path / "state").iterdir()) == []

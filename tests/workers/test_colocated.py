@@ -78,9 +78,11 @@ def test_versions_count_the_optimizer_steps(worker: ColocatedWorker) -> None:
     """So they go on where a resumed trainer does."""
     publisher, trainer = Published(), SimpleNamespace(step_count=0)
     trainer.named_weights = lambda: iter([("weight", torch.ones(3))])
+    trainer.offload = lambda: None
     worker_with_parts: Any = worker
     worker_with_parts._publisher, worker_with_parts._trainer = publisher, trainer
     worker_with_parts._sender, worker_with_parts._vllm = Sender(0), SimpleNamespace(asleep=False)
+    worker_with_parts._vllm_bytes, worker_with_parts._resident_before = {}, 0
 
     async def publish(step_count: int) -> float:
         trainer.step_count = step_count
@@ -108,5 +110,6 @@ def test_a_checkpoint_that_is_served_is_closed_once_it_is_pushed(worker: Colocat
     worker_with_parts: Any = worker
     worker_with_parts._publisher = Reading()
     worker_with_parts._sender, worker_with_parts._vllm = Sender(0), SimpleNamespace(asleep=False)
+    worker_with_parts._vllm_bytes, worker_with_parts._resident_before = {}, 0
     assert asyncio.run(worker.publish())["version"] == 0
     assert not is_open()

@@ -1,10 +1,14 @@
 import subprocess
 import sys
 
+import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from k2rl.checkpoint_engine.arena import Arena
-from k2rl.workers.memory import release
+from k2rl.errors import RunError
+from k2rl.workers.memory import Engine, MemoryLedger, release
 
 MIB = 1 << 20
 
@@ -50,3 +54,37 @@ def test_a_mapping_of_shared_memory_keeps_what_others_wrote() -> None:
         other.close()
     assert bool((arena.memory == 3).all())
     arena.close()
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["trainer", "vllm"]), st.integers(0, 3), st.booleans()), max_size=20)
+)
+def test_only_one_engine_holds_what_takes_turns(moves: list[tuple[Engine, int, bool]]) -> None:
+    """Against a plain account: whatever the engines try, it refuses exactly what would be both at once."""
+    ledger, held = MemoryLedger(), {"trainer": 0, "vllm": 0}
+    for engine, nbytes, begins in moves:
+        other: Engine = "vllm" if engine == "trainer" else "trainer"
+        if begins and held[other]:
+            with pytest.raises(RunError, match=f"turn of {engine}, but {other} still holds"):
+                ledger.begin(engine)
+            ledger.give_up(other)
+            held[other] = 0
+        if begins:
+            ledger.begin(engine)
+        elif nbytes and ledger.turn == other:
+            with pytest.raises(RunError, match=f"{engine} takes .* turn of {other}"):
+                ledger.hold(engine, "weights", nbytes)
+        else:
+            ledger.hold(engine, "weights", nbytes)
+            held[engine] = nbytes
+        assert {name: ledger.held(name) for name in ("trainer", "vllm")} == held
+        assert ledger.turn is None or not held["vllm" if ledger.turn == "trainer" else "trainer"]
+
+
+def test_what_takes_no_turns_stays_in_the_ledger() -> None:
+    ledger = MemoryLedger()
+    ledger.hold("trainer", "parameters", 1 << 30, takes_turns=False)
+    ledger.hold("trainer", "gradients", 1 << 29)
+    ledger.give_up("trainer")
+    ledger.begin("vllm")
+    assert ledger.gib() == {"trainer_parameters_gib": 1.0}
