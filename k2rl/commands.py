@@ -14,10 +14,11 @@ from typing import TextIO
 from k2rl import composition
 from k2rl.config import Config
 from k2rl.errors import ConfigError, RunError
-from k2rl.launch import Interrupted, execute, execute_evaluation, resume_step
+from k2rl.launch import Interrupted, check_recordings, execute, execute_evaluation, resume_step
 from k2rl.models import hub
 from k2rl.ownership import owned
 from k2rl.preflight import preflight
+from k2rl.rollouts.recording import FOLDER
 
 INTERRUPTED_EXIT_CODE = 130
 
@@ -34,6 +35,7 @@ def train(overrides: Sequence[str], multirun: bool) -> int:
         for job in composition.jobs(overrides, multirun):
             with closing(preflight(composition.compose(job))) as prepared:
                 resume_step(prepared)
+                check_recordings(prepared)
     return composition.run_jobs(overrides, multirun, _reporting_errors(_train))
 
 
@@ -56,7 +58,10 @@ def _train(config: Config, run_dir: Path) -> None:
         summary = execute(prepared, run_dir, record)
     _say(f"report:  {run_dir / 'report.html'}")
     _say(f"summary: {run_dir / 'summary.json'}")
-    _say(f"model:   {run_dir / 'model'}")
+    if (run_dir / "model").exists():
+        _say(f"model:   {run_dir / 'model'}")
+    if (run_dir / FOLDER).exists():
+        _say(f"rollouts: {run_dir / FOLDER}")
     for name, result in (("before RL", summary.eval_before), ("after RL", summary.eval_after)):
         if result is not None and result.reward is not None and result.ci95 is not None:
             _say(f"{name:<10} held-out reward {_estimate(result.reward, result.ci95)}, n={result.n}")

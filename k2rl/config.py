@@ -301,8 +301,8 @@ class TrackingConfig:
     wandb: bool = False
     #: Weights & Biases project.
     wandb_project: str = "k2rl"
-    #: Keep every step's trajectories, token by token: a resumed run uses those of steps that were not saved yet
-    #: again, and `debug=train_only` trains on them.
+    #: Keep every step's trajectories, token by token: a resumed run uses those of steps that were not saved
+    #: yet again, and `debug=train_only` trains on them.
     record_rollouts: bool = True
     #: Sample trajectories written as text at each step.
     samples_per_step: int = 4
@@ -310,8 +310,8 @@ class TrackingConfig:
 
 @dataclass
 class DebugConfig:
-    #: `none`; `rollout_only`: play the steps' rollouts with the model as it is, and record them; `train_only`: train
-    #: on the rollouts that another run has recorded, without an inference engine.
+    #: `none`; `rollout_only`: play the steps' rollouts with the model as it is, and record them;
+    #: `train_only`: train on the rollouts that another run has recorded, without an inference engine.
     mode: str = "none"
     #: Of `train_only`: the folder of the run that has recorded them.
     rollouts: str | None = None

@@ -194,13 +194,13 @@ def check(config: Config) -> None:
 def _check_debug(config: Config) -> None:
     mode, rollouts = config.debug.mode, config.debug.rollouts
     if mode == "train_only" and rollouts is None:
-        raise ConfigError("debug=train_only needs debug.rollouts=<folder of a run that has recorded its rollouts>")
+        raise ConfigError("debug=train_only needs debug.rollouts=<folder of a run that recorded rollouts>")
     if mode != "train_only" and rollouts is not None:
         raise ConfigError(f"debug.rollouts={rollouts} does nothing with debug={mode}; set debug=train_only")
     if mode == "rollout_only" and config.resume is not None:
         raise ConfigError("debug=rollout_only trains nothing, so that there is nothing to resume")
     if mode == "rollout_only" and not config.tracking.record_rollouts:
-        raise ConfigError("debug=rollout_only is there to record rollouts; leave tracking.record_rollouts=true")
+        raise ConfigError("debug=rollout_only records rollouts; leave tracking.record_rollouts=true")
 
 
 def _check_budgets(config: Config) -> None:

@@ -20,6 +20,7 @@ from k2rl.evaluation.results import EvaluationResult
 from k2rl.loop import train
 from k2rl.models.hub import shapes_fingerprint
 from k2rl.preflight import Preflight
+from k2rl.rollouts.recording import read_recording
 from k2rl.rollouts.scheduler import RolloutScheduler
 from k2rl.run import Run
 from k2rl.tracking import phases
@@ -88,6 +89,26 @@ def _write_up(run_dir: Path) -> Summary:
 def execute_evaluation(prepared: Preflight, run_dir: Path) -> EvaluationResult:
     """Evaluate the configured checkpoint; raises as `execute` does."""
     return asyncio.run(_execute_evaluation(prepared, run_dir))
+
+
+def check_recordings(prepared: Preflight) -> None:
+    """With `debug=train_only`, check that there is something to train on.
+
+    Raises:
+        ConfigError: a step's recording is missing or damaged, or of another model.
+    """
+    config = prepared.config
+    if config.debug.mode != "train_only":
+        return
+    folder = Path(config.debug.rollouts or "").expanduser()
+    model = shapes_fingerprint(prepared.model_path)
+    for step in range(1, config.train.steps + 1):
+        recording = read_recording(folder, step)
+        if recording.model != model:
+            raise ConfigError(
+                f"debug.rollouts={config.debug.rollouts} was recorded with another model than "
+                f"model.path={config.model.path}: its weights have other shapes"
+            )
 
 
 def resume_step(prepared: Preflight) -> int | None:
@@ -203,7 +224,8 @@ async def started(
         num_threads=config.train.num_threads,
         inference=config.inference,
         checkpoint_engine=config.checkpoint_engine,
-        trains=trains,
+        trains=trains and config.debug.mode != "rollout_only",
+        serves=config.debug.mode != "train_only",
         offload=config.train.offload,
     )
     whole = msgspec.to_builtins(config)
@@ -254,22 +276,29 @@ async def _work(run: Run, resume_step: int | None, record: Callable[[], None]) -
         record()
         run.settled = True
     await _publish(run)
-    await _self_check(run)
+    if not run.trains:
+        await train(run)
+        return
+    if run.serves:
+        await _self_check(run)
     if resume_step is None:
         await _warm_start(run)
         run.settled = True
         await run.checkpoint()
-    if run.finished_steps == 0:
+    if run.serves and run.finished_steps == 0:
         await run.evaluate("before")
     await train(run)
     await run.checkpoint()
-    await run.evaluate("after")
+    if run.serves:
+        await run.evaluate("after")
     # Last: a run is over when its model is there.
     with run.tracker.phase(phases.SAVE, run.finished_steps):
         await run.worker.save_pretrained(run.run_dir / "model")
 
 
 async def _publish(run: Run) -> None:
+    if not run.serves:
+        return
     with run.tracker.phase(phases.PUBLISH):
         await run.worker.publish()
 
@@ -300,7 +329,8 @@ async def _warm_start(run: Run) -> None:
     """Supervised steps on demonstrations, evaluated apart: the gain claimed later is RL's alone."""
     settings, worker = run.config.warm_start, run.worker
     if run.prepared.warm_start:
-        await run.evaluate("base")
+        if run.serves:
+            await run.evaluate("base")
         await worker.reset_optimizer(settings.lr)
         with run.tracker.phase(phases.WARM_START):
             for done, batch in enumerate(run.prepared.warm_start, start=1):

@@ -29,35 +29,59 @@ async def train(run: Run) -> None:
     Raises:
         RunError: a dead worker, too many failed episodes or a loss that is not finite.
     """
-    config, tracker = run.config, run.tracker
-    for step in range(run.finished_steps + 1, config.train.steps + 1):
-        temperature = temperature_at(config.temperature, step - 1, config.train.steps)
-
-        with tracker.phase(phases.ROLLOUT, step):
-            tasks = await _tasks(run, step)
-            responses = attempts(tasks, config.rollout.group_size, config.seed, step, temperature)
-            trajectories = await run.scheduler.run(responses, tracker.progress)
-        check_failures(trajectories, config.rollout.max_failed_share, f"step {step}")
-        rollout_seconds = tracker.timeline.of_step(step)[-1].seconds
-        metrics = rollout_metrics(trajectories, temperature, rollout_seconds)
+    for step in range(run.finished_steps + 1, run.config.train.steps + 1):
+        trajectories, seconds = await roll_out(run, step)
+        check_failures(trajectories, run.config.rollout.max_failed_share, f"step {step}")
+        metrics = rollout_metrics(trajectories, seconds)
         # From here on the weights change: an interruption waits until step and record agree again.
         await uninterrupted(learn(run, step, trajectories, metrics))
         await run.after_step(step)
 
 
-async def learn(run: Run, step: int, trajectories: list[Trajectory], metrics: dict[str, float]) -> None:
-    """Train on a step's trajectories, publish the new weights and record the step."""
+async def roll_out(run: Run, step: int) -> tuple[list[Trajectory], float | None]:
+    """A step's judged trajectories, and the seconds it took to sample them; None if they were recorded."""
     config, tracker = run.config, run.tracker
-    run.settled = False
+    with tracker.phase(phases.ROLLOUT, step):
+        if (recorded := await run.recorded(step)) is not None:
+            return recorded, None
+        temperature = temperature_at(config.temperature, step - 1, config.train.steps)
+        tasks = await _tasks(run, step)
+        responses = attempts(tasks, config.rollout.group_size, config.seed, step, temperature)
+        trajectories = await run.scheduler.run(responses, tracker.progress)
+        await run.record_rollouts(step, trajectories)
+    return trajectories, tracker.timeline.of_step(step)[-1].seconds
+
+
+async def learn(run: Run, step: int, trajectories: list[Trajectory], metrics: dict[str, float]) -> None:
+    """Train on a step's trajectories, publish the new weights and record the step.
+
+    The two halves that `debug` may leave out are left out.
+    """
+    tracker = run.tracker
+    if run.trains:
+        run.settled = False
+        metrics |= await _learned(run, step, trajectories)
+    run.finished_steps = step
+    tracker.step(step, metrics)
+    tracker.samples(step, trajectories)
+    run.settled = run.trains
+
+
+async def _learned(run: Run, step: int, trajectories: list[Trajectory]) -> dict[str, float]:
+    """Train and publish; returns what there is to say of it."""
+    config, tracker = run.config, run.tracker
+    metrics: dict[str, float] = {}
     groups, totals, shaped = policy_batch(config, trajectories, step)
     if shaped is not None:
         metrics["reward/shaped_mean"] = shaped
     if groups:
         with tracker.phase(phases.TRAIN, step):
-            ptx, temperature = run.ptx.sample(step), metrics["rollout/temperature"]
+            ptx, temperature = run.ptx.sample(step), trajectories[0].temperature
             learned = await run.worker.policy_step(groups, config, temperature, ptx, totals)
-        with tracker.phase(phases.PUBLISH, step):
-            published = await run.worker.publish()
+        published = {}
+        if run.serves:
+            with tracker.phase(phases.PUBLISH, step):
+                published = await run.worker.publish()
         metrics |= train_metrics(learned, published)
     else:
         why = (
@@ -65,10 +89,7 @@ async def learn(run: Run, step: int, trajectories: list[Trajectory], metrics: di
         )
         tracker.note(f"step {step}: {why}; nothing to learn")
     metrics["rollout/informative_groups"] = len(groups) / config.rollout.tasks_per_step
-    run.finished_steps = step
-    tracker.step(step, metrics)
-    tracker.samples(step, trajectories)
-    run.settled = True
+    return metrics
 
 
 async def _tasks(run: Run, step: int) -> list[Task]:
@@ -128,9 +149,7 @@ def policy_batch(
     return groups, BatchTotals(len(shaped), num_tokens), fmean(shaped) if shaped else None
 
 
-def rollout_metrics(
-    trajectories: Sequence[Trajectory], temperature: float, seconds: float
-) -> dict[str, float]:
+def rollout_metrics(trajectories: Sequence[Trajectory], seconds: float | None) -> dict[str, float]:
     """What the rollouts of a step say; rewards are those of the judge, without budget penalties.
 
     Raises:
@@ -157,9 +176,15 @@ def rollout_metrics(
         "rollout/tokens_mean": fmean(tokens),
         "rollout/truncated_share": ends.count("token_budget") / len(ends),
         "rollout/context_share": ends.count("context") / len(ends),
-        "rollout/tokens_per_second": sum(tokens) / seconds,
-        "rollout/episodes_per_second": len(trajectories) / seconds,
-        "rollout/temperature": temperature,
+        "rollout/temperature": trajectories[0].temperature,
+        **({} if seconds is None else _rates(len(trajectories), sum(tokens), seconds)),
+    }
+
+
+def _rates(episodes: int, tokens: int, seconds: float) -> dict[str, float]:
+    return {
+        "rollout/tokens_per_second": tokens / seconds,
+        "rollout/episodes_per_second": episodes / seconds,
     }
 
 

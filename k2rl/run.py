@@ -57,11 +57,11 @@ class Run:
     async def recorded(self, step: int) -> list[Trajectory] | None:
         """The step's trajectories, if they need not be sampled.
 
-        They are another run's with `debug=train_only`. Else they are those that this run had recorded, but not
-        learned from and saved, before it was stopped: if they are of the very weights and settings of now.
+        They are another run's with `debug=train_only`. Else they are those that this run had recorded, but
+        not learned from and saved, before it was stopped: if they are of the weights and settings of now.
         """
         if not self.serves:
-            return read_recording(Path(self.config.debug.rollouts or "").expanduser(), step).trajectories
+            return read_recording(self.rollouts_folder, step).trajectories
         if step not in recorded_steps(self.run_dir):
             return None
         try:
@@ -84,6 +84,11 @@ class Run:
         write_recording(self.run_dir, step, self._model, settings, weights, trajectories)
 
     @property
+    def rollouts_folder(self) -> Path:
+        """Of the run that has recorded the rollouts to train on, with `debug=train_only`."""
+        return Path(self.config.debug.rollouts or "").expanduser()
+
+    @property
     def _model(self) -> str:
         return shapes_fingerprint(self.prepared.model_path)
 
@@ -103,9 +108,20 @@ class Run:
     async def after_step(self, step: int) -> None:
         """Checkpoint and evaluate when it is time."""
         train = self.config.train
-        if train.checkpoint_every and step % train.checkpoint_every == 0 and step < train.steps:
+        if (
+            self.trains
+            and train.checkpoint_every
+            and step % train.checkpoint_every == 0
+            and step < train.steps
+        ):
             await self._due_checkpoint()
-        if train.eval_every and step % train.eval_every == 0 and step < train.steps:
+        if (
+            self.trains
+            and self.serves
+            and train.eval_every
+            and step % train.eval_every == 0
+            and step < train.steps
+        ):
             await self.evaluate(f"step_{step}")
 
     async def _due_checkpoint(self) -> None:

@@ -145,7 +145,7 @@ def test_metrics_are_of_the_scored_episodes() -> None:
         episode(0, 2, 0.5, "context", sampled=6),
         episode(0, 3, None),
     ]
-    metrics = rollout_metrics(trajectories, 0.8, seconds=2.0)
+    metrics = rollout_metrics(trajectories, seconds=2.0)
     assert metrics == {
         "reward/mean": 0.5,
         "reward/kind/add": 0.5,
@@ -158,10 +158,10 @@ def test_metrics_are_of_the_scored_episodes() -> None:
         "rollout/context_share": pytest.approx(1 / 3),
         "rollout/tokens_per_second": 6.0,
         "rollout/episodes_per_second": 2.0,
-        "rollout/temperature": 0.8,
+        "rollout/temperature": 1.0,
     }
 
 
 def test_a_step_without_a_score_has_no_metrics() -> None:
     with pytest.raises(RunError, match="no episode of the step was scored"):
-        rollout_metrics([episode(0, 0, None)], 1.0, 1.0)
+        rollout_metrics([episode(0, 0, None)], 1.0)

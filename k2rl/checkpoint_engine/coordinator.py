@@ -236,7 +236,7 @@ class Coordinator:
 
     @property
     def digest(self) -> str:
-        """Of the committed version's bytes; empty if there is none. Equal for equal weights in equal plans."""
+        """Of the committed version's bytes; empty if there is none. Equal for equal bytes in equal plans."""
         if self._committed is None:
             return ""
         digests = self._committed.digests

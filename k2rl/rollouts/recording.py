@@ -65,7 +65,9 @@ def read_recording(run_dir: Path, step: int) -> Recording:
     try:
         recording = msgspec.msgpack.decode(gzip.decompress(path.read_bytes()), type=Recording)
     except FileNotFoundError:
-        raise ConfigError(f"{run_dir} has no recorded rollouts of step {step} ({path.name} is missing)") from None
+        raise ConfigError(
+            f"{run_dir} has no recorded rollouts of step {step} ({path.name} is missing)"
+        ) from None
     except (OSError, EOFError, zlib.error, msgspec.DecodeError) as error:
         raise ConfigError(f"{path} cannot be read as recorded rollouts: {error}") from error
     if recording.format != FORMAT:

@@ -67,6 +67,7 @@ class ColocatedWorker:
             spec = msgspec.structs.replace(spec, dtype=fast_dtype(gpu=spec.device == "cuda"))
         self._spec = spec
         self._ledger = MemoryLedger()
+        self._vllm_bytes: dict[Kind, int] = {}
         # One thread for the trainer's whole life: OpenMP's thread count belongs to the thread that sets it,
         # and calls wait for each other.
         self._trainer_thread = ThreadPoolExecutor(1, thread_name_prefix="trainer")
@@ -74,7 +75,6 @@ class ColocatedWorker:
     async def start(self) -> str:
         """Start trainer and vLLM, at the same time; returns the dtype they compute in."""
         if not self._spec.serves:
-            self._vllm_bytes = {}
             await asyncio.to_thread(_import_engines, "transformers.modeling_utils", "k2rl.training.engine")
             await self._train(self._start_trainer)
             return self._spec.dtype
@@ -271,7 +271,7 @@ class ColocatedWorker:
         self._sender = Sender(0)
         spec = self._spec
         expected = expected_tensors(Path(spec.model_path), spec.dtype)
-        self._vllm_bytes: dict[Kind, int] = {
+        self._vllm_bytes = {
             "weights": checkpoint_manifest(Path(spec.model_path), 1, spec.dtype).nbytes,
             "kv_cache": int(spec.inference.kv_cache_gib * GIB) * self._vllm.num_receivers,
         }

@@ -88,6 +88,9 @@ class FakeWorker:
         await self.happen("publish")
         return {"version": float(self.weights)}
 
+    async def weights_digest(self) -> str:
+        return str(self.weights)
+
     async def logprob_gap(self, *_: object) -> dict[str, float]:
         await self.happen("logprob_gap")
         return {"mean": 0.0, "max": 0.0, "tokens": 1.0}
