@@ -307,7 +307,7 @@ class ColocatedWorker:
         return {"mean": sum(gaps) / len(gaps), "max": max(gaps), "tokens": float(len(gaps))}
 
     async def _rest_unless_training(self) -> None:
-        if not self._vllm.asleep:
+        if self._spec.serves and not self._vllm.asleep:
             await self._rest()
 
     async def save(self, folder: str) -> None:

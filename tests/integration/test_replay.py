@@ -1,4 +1,4 @@
-"""Recorded rollouts: played without a trainer, trained on without vLLM, and bit for bit as often as one likes."""
+"""Recorded rollouts: played without a trainer, trained on without vLLM, with the same bits every time."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from k2rl.composition import compose
+from k2rl.errors import ConfigError
+from k2rl.launch import check_recordings
+from k2rl.preflight import preflight
 from k2rl.rollouts.recording import recorded_steps
 from k2rl.tracking.metrics import read_metrics
 from k2rl.training.checkpoint import checkpoints
@@ -20,7 +25,7 @@ from tests.integration.conftest import Command, wait_for
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("tiny_run")]
 
 Start = Callable[..., Command]
-STEPS = 10
+STEPS = 6
 
 
 def run_folder(tmp_path: Path) -> Path:
@@ -37,6 +42,10 @@ def trained(start: Start, cwd: Path, rollouts: Path, *overrides: str) -> Path:
     return run_folder(cwd)
 
 
+def _newest_checkpoint(cwd: Path) -> int:
+    return max((step for run in cwd.glob("outputs/tiny/*") for step, _ in checkpoints(run)), default=0)
+
+
 def assert_same_model(one: Path, other: Path) -> None:
     left, right = (load_file(folder / "model" / "model.safetensors") for folder in (one, other))
     assert left.keys() == right.keys()
@@ -47,7 +56,7 @@ def assert_same_model(one: Path, other: Path) -> None:
 def test_training_on_a_run_s_rollouts_makes_its_model_again(
     start: Start, tmp_path: Path, tiny_run: Path
 ) -> None:
-    again = trained(start, tmp_path / "again", tiny_run, "seed=1", "model.dtype=float32")
+    again = trained(start, tmp_path / "again", tiny_run, "seed=1")
     assert_same_model(again, tiny_run)
     ours, theirs = read_metrics(again), read_metrics(tiny_run)
     for name in ("reward/mean", "train/loss", "train/grad_norm", "mismatch/mean_abs_gap"):
@@ -76,9 +85,7 @@ def test_a_killed_and_resumed_training_ends_with_the_same_bits(start: Start, tmp
         *(f"train.steps={STEPS}", "train.checkpoint_every=1"),
         cwd=cut,
     )
-    wait_for(
-        lambda: any(step for path in cut.glob("outputs/tiny/*") for step, _ in checkpoints(path)), "a step"
-    )
+    wait_for(lambda: _newest_checkpoint(cut) > 0, "a checkpoint")
     command.look()
     os.kill(command.process.pid, signal.SIGKILL)
     command.finish(20)
@@ -97,23 +104,25 @@ def test_a_killed_and_resumed_training_ends_with_the_same_bits(start: Start, tmp
         (["debug.rollouts=null"], "debug=train_only needs debug.rollouts="),
         (["debug=none"], "does nothing with debug=none"),
         (["debug=rollout_only", "debug.rollouts=null", "tracking.record_rollouts=false"], "records rollouts"),
+        (["debug=rollout_only", "debug.rollouts=null", "resume=run"], "there is nothing to resume"),
         (["model=smollm2-135m"], "was recorded with another model"),
     ],
 )
-def test_recordings_that_do_not_fit_are_refused(
-    start: Start, tmp_path: Path, tiny_run: Path, overrides: list[str], message: str
-) -> None:
-    base = ["train", "experiment=tiny", "debug=train_only", f"debug.rollouts={tiny_run}"]
-    code, _, err = start(*base, *overrides, cwd=tmp_path).finish(60)
-    assert (code, len(err.strip().splitlines())) == (2, 1), err
-    assert message in err
+def test_recordings_that_do_not_fit_are_refused(tiny_run: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(f"debug.rollouts={tiny_run}", *overrides)
 
 
-def test_a_damaged_recording_is_named(start: Start, tmp_path: Path, tiny_run: Path) -> None:
-    shutil.copytree(tiny_run / "rollouts", tmp_path / "copy" / "rollouts")
-    damaged = tmp_path / "copy" / "rollouts" / "step_000002.msgpack.gz"
+def test_a_damaged_recording_is_named(tmp_path: Path, tiny_run: Path) -> None:
+    shutil.copytree(tiny_run / "rollouts", tmp_path / "rollouts")
+    damaged = tmp_path / "rollouts" / "step_000002.msgpack.gz"
     damaged.write_bytes(damaged.read_bytes()[:-100])
-    base = ["train", "experiment=tiny", "debug=train_only", f"debug.rollouts={tmp_path / 'copy'}"]
-    code, _, err = start(*base, cwd=tmp_path).finish(60)
-    assert (code, len(err.strip().splitlines())) == (2, 1), err
-    assert "step_000002.msgpack.gz cannot be read as recorded rollouts" in err
+    with pytest.raises(ConfigError, match=r"step_000002\.msgpack\.gz cannot be read as recorded rollouts"):
+        check(f"debug.rollouts={tmp_path}")
+
+
+def check(*overrides: str) -> None:
+    """What is checked before anything starts."""
+    config = compose(["experiment=tiny", "debug=train_only", *overrides])
+    with closing(preflight(config)) as prepared:
+        check_recordings(prepared)

@@ -8,6 +8,7 @@ import os
 from contextlib import nullcontext
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -16,7 +17,14 @@ from k2rl.errors import ConfigError, RunError
 from k2rl.launch import Interrupted, resume_step
 from k2rl.tracking.metrics import read_metrics
 from k2rl.tracking.timeline import read_timeline
-from k2rl.training.checkpoint import STATE_FILE, checkpoint_folder
+from k2rl.training.checkpoint import (
+    ABOUT_FILE,
+    STATE_FILE,
+    About,
+    checkpoint_folder,
+    file_digest,
+    replaced_folder,
+)
 from tests.lifecycle.conftest import WARM_START_GAIN, Story, Trouble, die, fail, interrupt
 
 STEPS = 2
@@ -215,3 +223,29 @@ def test_the_last_checkpoint_must_be_written(story: Story) -> None:
     with pytest.raises(RunError, match="something broke"):
         story.play({"save 3": fail, "save 4": fail}, keep=2)
     assert sorted(story.saved) == [0, 1]
+
+
+def test_finished_rollouts_are_not_played_again(story: Story) -> None:
+    """They were recorded; the step that was to learn from them died."""
+    with pytest.raises(RunError, match="something broke"):
+        story.play({"policy_step 2": fail})
+    worker = story.play(resume=True)
+    assert worker.calls[0] == "load 1"
+    assert [call.split()[0] for call in worker.calls].count("rollout") == 1, "the evaluation's alone"
+    assert worker.weights == WARM + STEPS
+    assert (
+        "step 2: its rollouts were recorded with these weights" in (story.run_dir / "notes.jsonl").read_text()
+    )
+
+
+def test_rollouts_of_other_weights_are_played_again(story: Story) -> None:
+    with pytest.raises(RunError, match="something broke"):
+        story.play({"policy_step 2": fail})
+    state = checkpoint_folder(story.run_dir, 1)
+    with replaced_folder(state) as folder:
+        (folder / STATE_FILE).write_text("7")
+        about = msgspec.json.decode((state / ABOUT_FILE).read_bytes(), type=About)
+        changed = msgspec.structs.replace(about, state_bytes=1, state_digest=file_digest(folder / STATE_FILE))
+        (folder / ABOUT_FILE).write_bytes(msgspec.json.encode(changed))
+    worker = story.play(resume=True)
+    assert [call.split()[0] for call in worker.calls].count("rollout") == 2
