@@ -69,6 +69,7 @@ BOUNDS = {
     "temperature.end": Bound(0.01),
     "budget.default": FROM_1,
     "budget.penalty": FROM_0,
+    "budget.correct_above": Bound(-1e9),
     "budget.length_weight": FROM_0,
     "budget.length_warmup_steps": FROM_0,
     "budget.toggle_steps": FROM_0,

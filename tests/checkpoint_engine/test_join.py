@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,8 @@ def test_a_receiver_joins_on_a_host_with_a_network_of_its_own() -> None:
         places[0].enter()
         with_cluster(join_after_faults, places=places)
 
+    # Started by the thread that enters a host, the server would fork the parts of all later tests there.
+    forkserver.ensure_running()
     with netns.network(3) as places, ThreadPoolExecutor(1) as thread:
         thread.submit(run, places).result()
 
