@@ -42,10 +42,10 @@ class PushProbe:
 
             return act
 
-        def watched(steps: Iterable[Step]) -> dict[int, str]:
+        def watched(steps: Iterable[Step], cell_bytes: int) -> dict[int, str]:
             steps = list(steps)
             self._read += sum(len(view) for views, _ in steps for _, view in views)
-            return _place([(views, acting(place)) for views, place in steps])
+            return _place([(views, acting(place)) for views, place in steps], cell_bytes)
 
         Receiver._place = staticmethod(watched)  # type: ignore[method-assign]
         return os.getpid()
