@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Written last, so that a broken-off installation is taken up again.
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart test lint format docs lock bench-trl bench-push bench-stall bench-hosts bench-placement bench-start bench-swap clean
+.PHONY: help setup quickstart test test-slow lint format docs lock bench-trl bench-push bench-stall bench-hosts bench-placement bench-start bench-swap clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ quickstart: setup ## Train SmolLM2-135M to use a calculator, on this machine's C
 
 test: setup ## Unit and integration tests (some of them: make test ARGS="-m 'not integration'")
 	$(BIN)/pytest -n 3 --dist loadgroup $(ARGS)
+
+test-slow: setup ## The tests marked slow: soaks and long attacks
+	$(BIN)/pytest -n 2 --dist loadgroup --slow $(ARGS)
 
 lint: setup ## Lint, format check, types, the direction of imports, and that docs/config.md is current
 	$(BIN)/ruff check .

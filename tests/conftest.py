@@ -11,6 +11,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow, and only those")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    slow = config.getoption("--slow")
+    by_choice: dict[bool, list[pytest.Item]] = {True: [], False: []}
+    for item in items:
+        by_choice[(item.get_closest_marker("slow") is not None) == slow].append(item)
+    config.hook.pytest_deselected(items=by_choice[False])
+    items[:] = by_choice[True]
+
+
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """k2rl's wheel, built from this checkout."""
