@@ -21,7 +21,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         by_choice[(item.get_closest_marker("slow") is not None) == slow].append(item)
     config.hook.pytest_deselected(items=by_choice[False])
-    items[:] = by_choice[True]
+    # The long ones first: a test process that took one of them last would work alone at the end.
+    items[:] = sorted(by_choice[True], key=lambda item: item.get_closest_marker("integration") is None)
+
+
+def pytest_collection_finish() -> None:
+    # Tensors in tests are small: several threads would wait for each other, and for other test processes.
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

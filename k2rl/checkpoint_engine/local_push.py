@@ -35,7 +35,7 @@ class LocalPushes:
     """The executor as it is, between two processes; a context manager. Every plan keeps its memory."""
 
     def __enter__(self) -> Self:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
         self._parts: dict[str, tuple[Any, Connection]] = {}
         for role in (SENDER, RECEIVER):
             ours, theirs = context.Pipe()

@@ -7,6 +7,7 @@ template escapes by default, and only our own charts pass as markup.
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from k2rl.tracking.report_examples import Examples, build_examples
 from k2rl.tracking.samples import visible
 
 FILE = "report.html"
+HERE = Path(__file__).parent
 EXAMPLES_SHOWN = 6
 
 
@@ -34,9 +36,28 @@ def write_report(run_dir: Path) -> Path:
 
 def render_report(run: Run) -> str:
     """The page as HTML."""
-    here = Path(__file__).parent
+    return _template().render(
+        run=run,
+        style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
+        status=status_text(run),
+        base=run.evaluations.get("base"),
+        gain=report_data.rl_gain(run),
+        headline_chart=report_charts.headline_chart(run),
+        tiles=tiles(run),
+        reward=report_charts.reward_chart(run),
+        kinds=report_data.kind_rows(run),
+        figures=report_charts.metric_charts(run),
+        phases=report_data.phase_rows(run),
+        run_strip=report_charts.run_strip(run),
+        step_bars=report_charts.step_bars(run),
+        examples=examples(run),
+    )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(here),
+        loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         finalize=_without_control_characters,
@@ -51,22 +72,7 @@ def render_report(run: Run) -> str:
         "svg": Markup,
         "label": evaluation_label,
     }
-    return environment.get_template("report.html.j2").render(
-        run=run,
-        style=Markup((here / "report.css").read_text(encoding="utf-8")),
-        status=status_text(run),
-        base=run.evaluations.get("base"),
-        gain=report_data.rl_gain(run),
-        headline_chart=report_charts.headline_chart(run),
-        tiles=tiles(run),
-        reward=report_charts.reward_chart(run),
-        kinds=report_data.kind_rows(run),
-        figures=report_charts.metric_charts(run),
-        phases=report_data.phase_rows(run),
-        run_strip=report_charts.run_strip(run),
-        step_bars=report_charts.step_bars(run),
-        examples=examples(run),
-    )
+    return environment.get_template("report.html.j2")
 
 
 def _without_control_characters(value: object) -> object:

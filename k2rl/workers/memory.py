@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Iterable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import psutil
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 from k2rl.errors import RunError
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
-from vllm.model_executor.model_loader.weight_utils import composed_weight_loader, default_weight_loader
 
 from k2rl.checkpoint_engine.manifest import Manifest, TensorSpec
 from k2rl.checkpoint_engine.messages import TransferError
 from k2rl.checkpoint_engine.pieces import blocks_of
-from k2rl.checkpoint_engine.placement import ModelLoader
 from k2rl.checkpoint_engine.plan import Plan, plan_push
-from k2rl.checkpoint_engine.vllm_receiver import ModelTarget
+
+if TYPE_CHECKING:
+    from k2rl.checkpoint_engine.placement import ModelLoader
+    from k2rl.checkpoint_engine.vllm_receiver import ModelTarget
+
+# Of all test processes, the one that has imported vLLM anyway.
+pytestmark = pytest.mark.xdist_group("weight updates")
 
 RANK, RANKS = 1, 2
 Weights = dict[str, torch.Tensor]
@@ -31,6 +35,12 @@ class Toy(torch.nn.Module):
     """A layer that takes copies, and one whose loader computes."""
 
     def __init__(self) -> None:
+        from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+        from vllm.model_executor.model_loader.weight_utils import (
+            composed_weight_loader,
+            default_weight_loader,
+        )
+
         super().__init__()
         self.merged, self.decay, self.head = (torch.nn.Module() for _ in range(3))
         self.merged.weight = torch.nn.Parameter(torch.zeros(8, 3), requires_grad=False)
@@ -41,6 +51,8 @@ class Toy(torch.nn.Module):
         record_metadata_for_reloading(self)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
         parameters = dict(self.named_parameters())
         for name, weight in weights:
             if name in ("gate", "up"):
@@ -67,7 +79,15 @@ def _expected(weights: Weights) -> Weights:
 
 
 def _loader(model: Toy) -> ModelLoader:
+    from k2rl.checkpoint_engine.placement import ModelLoader
+
     return ModelLoader(model, SimpleNamespace(dtype=torch.float32), torch.device("cpu"))
+
+
+def _target(loader: ModelLoader) -> ModelTarget:
+    from k2rl.checkpoint_engine.vllm_receiver import ModelTarget
+
+    return ModelTarget(loader)
 
 
 def _update(loader: ModelLoader, weights: Weights) -> None:
@@ -248,7 +268,7 @@ def _plan(*receivers: int, slots: int = 0) -> Plan:
 def test_a_model_learns_from_a_version_that_came_in_the_boxes_of_others(model: Toy, slots: int) -> None:
     loader, plan = _loader(model), _plan(0, 1, slots=slots)
     assert len(plan.buckets) > 2
-    _place(ModelTarget(loader), plan, _weights(0))
+    _place(_target(loader), plan, _weights(0))
     assert _holds(model, _weights(0))
     assert loader.needs is not None
 
@@ -256,7 +276,7 @@ def test_a_model_learns_from_a_version_that_came_in_the_boxes_of_others(model: T
 def test_a_model_does_not_learn_from_boxes_that_are_not_all_of_it(model: Toy) -> None:
     loader = _loader(model)
     with pytest.raises(TransferError, match="2 parameters were not updated: head.weight, merged.weight"):
-        _place(ModelTarget(loader), _plan(0), _weights(0))
+        _place(_target(loader), _plan(0), _weights(0))
     assert loader.needs is None
-    _place(ModelTarget(loader), _plan(0, 1), _weights(1))
+    _place(_target(loader), _plan(0, 1), _weights(1))
     assert _holds(model, _weights(1))
