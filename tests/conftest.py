@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+
+# What the tests import stays: until all are collected the collector would look in vain.
+gc.disable()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,6 +31,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
     # Tensors in tests are small: several threads would wait for each other, and for other test processes.
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)

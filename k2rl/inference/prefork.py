@@ -17,12 +17,7 @@ import setproctitle
 from k2rl.workers.process import follow_owner_in_death
 
 #: What the server imports; `__main__` is what each process would run again for itself.
-_MODULES = [
-    "__main__",
-    "vllm.v1.engine.core",
-    "vllm.v1.executor.multiproc_executor",
-    "k2rl.inference.vllm_worker",
-]
+_MODULES = ["__main__", "k2rl.inference.preloaded"]
 
 #: Where vLLM says which cores a worker's threads get, for the OpenMP runtime that it found.
 _PLACES = ("OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import os
 import time
@@ -340,9 +341,17 @@ class ColocatedWorker:
 
 
 def _import_engines(*modules: str) -> None:
-    """Import before the engines start in two threads: these libraries' cyclic imports need one at a time."""
-    for module in modules:
-        importlib.import_module(module)
+    """Import before the engines start in two threads: these libraries' cyclic imports need one at a time.
+
+    Nothing of it is ever freed: the collector need not look, now (a fifth of the time) or later.
+    """
+    gc.disable()
+    try:
+        for module in modules:
+            importlib.import_module(module)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def create_actor(spec: WorkerSpec, cpus: float, gpus: float) -> Any:
