@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,9 +38,11 @@ from k2rl.training.checkpoint import (
     set_aside,
 )
 from k2rl.training.supervised import PTXCorpus
-from k2rl.workers.colocated import WorkerSpec
-from k2rl.workers.handle import Worker
+from k2rl.workers.group import WorkerGroup
+from k2rl.workers.handle import WorkerLostError
 from k2rl.workers.process import end_at_once_on
+from k2rl.workers.recovery import Recovery
+from k2rl.workers.spec import WorkerSpec
 
 T = TypeVar("T")
 
@@ -120,11 +122,10 @@ def resume_step(prepared: Preflight) -> int | None:
     config = prepared.config
     if config.resume is None:
         return None
-    found = checkpoints(Path(config.resume).expanduser())
-    sound = next(((step, folder) for step, folder in reversed(found) if is_sound(folder)), None)
-    if sound is None:
+    step = _newest_sound(Path(config.resume).expanduser())
+    if step is None:
         raise ConfigError(f"resume={config.resume}: there is no whole checkpoint in its checkpoints/")
-    step, folder = sound
+    folder = checkpoint_folder(Path(config.resume).expanduser(), step)
     about = read_about(folder)
     assert about is not None
     if about.format != FORMAT:
@@ -144,18 +145,52 @@ def resume_step(prepared: Preflight) -> int | None:
     return step
 
 
+def _newest_sound(run_dir: Path) -> int | None:
+    """The step of the newest checkpoint that is whole."""
+    found = checkpoints(run_dir)
+    return next((step for step, folder in reversed(found) if is_sound(folder)), None)
+
+
 async def _execute(prepared: Preflight, run_dir: Path, record: Callable[[], None]) -> None:
+    """The run, with a new start of its workers whenever one of them is lost, as often as that is allowed."""
     step = resume_step(prepared)
-    damaged: list[Path] = []
     if step is None:
         record()
-    else:
+    limit = prepared.config.recovery.max_restarts
+    with closing(Recovery(run_dir, limit, resumed=step is not None)) as recovery:
+        restart = ""
+        while True:
+            try:
+                await _attempt(prepared, run_dir, step, recovery, restart, record)
+                return
+            except WorkerLostError as error:
+                if not (recovery.began or restart):
+                    raise  # what cannot start the first time will not the second time
+                recovery.spend(error)
+                restart = recovery.last
+            # From scratch only before there is anything to go on from.
+            step = _newest_sound(run_dir)
+
+
+async def _attempt(
+    prepared: Preflight,
+    run_dir: Path,
+    step: int | None,
+    recovery: Recovery,
+    restart: str,
+    record: Callable[[], None],
+) -> None:
+    """One start of the workers; `restart` tells why it is another, if it is."""
+    damaged: list[Path] = []
+    if step is not None:
         remove_leftovers(run_dir)
         damaged = [folder for number, folder in checkpoints(run_dir) if number > step]
-    async with started(prepared, run_dir, step, trains=True) as run:
+    async with started(prepared, run_dir, step, trains=True, recovery=recovery) as run:
         for folder in damaged:
             set_aside(folder)
             run.tracker.note(f"{folder.name} is damaged and was set aside; going on from step {step}")
+        if restart:
+            run.tracker.note(f"{restart}; going on from {'the start' if step is None else f'step {step}'}")
         await carry_out(run, step, record)
 
 
@@ -193,7 +228,12 @@ def _saved(run_dir: Path) -> str:
 
 
 async def _execute_evaluation(prepared: Preflight, run_dir: Path) -> EvaluationResult:
-    async with started(prepared, run_dir, None, trains=False) as run:
+    with closing(Recovery(run_dir, prepared.config.recovery.max_restarts)) as recovery:
+        return await _evaluated(prepared, run_dir, recovery)
+
+
+async def _evaluated(prepared: Preflight, run_dir: Path, recovery: Recovery) -> EvaluationResult:
+    async with started(prepared, run_dir, None, trains=False, recovery=recovery) as run:
 
         async def work() -> EvaluationResult:
             await _publish(run)
@@ -208,9 +248,9 @@ async def _execute_evaluation(prepared: Preflight, run_dir: Path) -> EvaluationR
 
 @asynccontextmanager
 async def started(
-    prepared: Preflight, run_dir: Path, resume_step: int | None, trains: bool
+    prepared: Preflight, run_dir: Path, resume_step: int | None, trains: bool, recovery: Recovery
 ) -> AsyncIterator[Run]:
-    """Tracker, Ray and the worker, started in this order and stopped in the other."""
+    """Tracker, Ray and the workers, started in this order and stopped in the other."""
     config = prepared.config
     spec = WorkerSpec(
         model_path=str(prepared.model_path),
@@ -218,12 +258,14 @@ async def started(
         device="cuda" if config.cluster.gpus_per_worker else "cpu",
         stop_token_ids=prepared.chat.stop_token_ids,
         seed=config.seed,
-        log_path=str((run_dir / "logs" / "worker-0.log").absolute()),
+        log_folder=str((run_dir / "logs").absolute()),
         optimizer=config.optimizer,
         micro_batch_tokens=config.train.micro_batch_tokens,
         num_threads=config.train.num_threads,
         inference=config.inference,
         checkpoint_engine=config.checkpoint_engine,
+        # Ranks that wait for one that hangs name it, before the driver's own deadline has passed.
+        collective_s=0.9 * config.deadlines.train_s,
         trains=trains and config.debug.mode != "rollout_only",
         serves=config.debug.mode != "train_only",
         offload=config.train.offload,
@@ -232,12 +274,13 @@ async def started(
     with Tracker(run_dir, config.tracking, config.train.steps, resume_step, whole) as tracker:
         with tracker.phase(phases.START), ExitStack() as undo:
             undo.enter_context(_ray(config))
-            start = asyncio.ensure_future(Worker.start(config, spec))
+            start = asyncio.ensure_future(WorkerGroup.start(config, spec, recovery))
             with _cancel_on_signal(start, tracker.live):
                 await asyncio.wait({start})
             if start.cancelled():
                 raise Interrupted(_saved(run_dir) or "while starting; nothing was trained yet")
             worker = start.result()
+            recovery.begin(tracker.note, resume_step or 0)
             cluster = undo.pop_all()
         tracker.note(f"computing in {worker.dtype} on {spec.device}")
         scheduler = RolloutScheduler(config, worker, prepared.chat, prepared.make_env, prepared.rubric)
@@ -246,6 +289,7 @@ async def started(
             try:
                 yield Run(config, prepared, run_dir, tracker, worker, scheduler, ptx, resume_step or 0)
             finally:
+                recovery.end()
                 await worker.shutdown()
 
 

@@ -23,7 +23,7 @@ from k2rl.tracking.tracker import Tracker
 from k2rl.training.checkpoint import checkpoint_folder, checkpoints, read_about
 from k2rl.training.supervised import PTXCorpus
 from k2rl.types import Trajectory
-from k2rl.workers.handle import Worker
+from k2rl.workers.group import WorkerGroup
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ class Run:
     prepared: Preflight
     run_dir: Path
     tracker: Tracker
-    worker: Worker
+    worker: WorkerGroup
     scheduler: RolloutScheduler
     ptx: PTXCorpus
     finished_steps: int = 0
