@@ -25,6 +25,7 @@ from k2rl.training.loading import copy_companions, load_causal_lm, packed_logpro
 from k2rl.training.masters import MasterWeights
 from k2rl.training.offload import StateFiles
 from k2rl.training.packing import MicroBatch, pack
+from k2rl.training.ranks import ALONE, Ranks
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -44,9 +45,13 @@ class TrainEngine:
         seed: int = 0,
         num_threads: int = 0,
         device: str = "cpu",
+        offload: str = "none",
         offload_folder: Path | None = None,
+        gradients: str = "drop",
+        activation_checkpointing: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
-        """Load the model and its master weights.
+        """Load the model and its master weights, all of them or one rank's shards.
 
         Args:
             model_path: folder with a Hugging Face checkpoint.
@@ -57,7 +62,14 @@ class TrainEngine:
             num_threads: CPU threads of the calling thread, which should then make all further calls; 0
                 means all cores it may run on.
             device: `cpu` or `cuda`, where weights, optimizer state and computation live.
-            offload_folder: where weights and optimizer state are kept in files; default: in memory alone.
+            offload: where weights and optimizer state are between `offload()` and `reload()`: `none` (where
+                they were), `host` (the host's memory, pinned for a GPU), `file` (files of `offload_folder`).
+            offload_folder: for `file`.
+            gradients: what becomes of their memory after a step: `drop`, `keep`, or `offload` (kept while it
+                trains, and treated like the optimizer's state between phases).
+            activation_checkpointing: keep each layer's input alone, and compute the layer again in the
+                backward pass.
+            ranks: our place among those that train this model together.
 
         Raises:
             ConfigError: if the model cannot be loaded or trained, or the dtype is unknown.
