@@ -191,6 +191,7 @@ async def _attempt(
             run.tracker.note(f"{folder.name} is damaged and was set aside; going on from step {step}")
         if restart:
             run.tracker.note(f"{restart}; going on from {'the start' if step is None else f'step {step}'}")
+            record = _nothing
         await carry_out(run, step, record)
 
 
@@ -280,16 +281,15 @@ async def started(
             if start.cancelled():
                 raise Interrupted(_saved(run_dir) or "while starting; nothing was trained yet")
             worker = start.result()
-            recovery.begin(tracker.note, resume_step or 0)
             cluster = undo.pop_all()
         tracker.note(f"computing in {worker.dtype} on {spec.device}")
         scheduler = RolloutScheduler(config, worker, prepared.chat, prepared.make_env, prepared.rubric)
         ptx = PTXCorpus(prepared.ptx, config.ptx.sequences_per_step, config.seed)
-        with cluster:
+        run = Run(config, prepared, run_dir, tracker, worker, scheduler, ptx, resume_step or 0)
+        with cluster, recovery.begun(tracker.note, lambda: run.finished_steps):
             try:
-                yield Run(config, prepared, run_dir, tracker, worker, scheduler, ptx, resume_step or 0)
+                yield run
             finally:
-                recovery.end()
                 await worker.shutdown()
 
 
@@ -383,6 +383,10 @@ async def _warm_start(run: Run) -> None:
         run.tracker.note(f"warm start: {settings.steps} steps, last loss {learned['loss']:.3f}")
         await _publish(run)
     await worker.reset_optimizer(run.config.optimizer.lr)
+
+
+def _nothing() -> None:
+    """What a start that is not the first has to write down of the run's configuration."""
 
 
 @contextmanager

@@ -140,8 +140,9 @@ class ColocatedWorker:
             spec.seed,
             spec.num_threads,
             spec.device,
-            Path(spec.log_folder) if spec.offload == "file" else None,
-            Ranks(place.rank, place.world, place.meeting_point, spec.collective_s),
+            offload=spec.offload,
+            offload_folder=Path(spec.log_folder) if spec.offload == "file" else None,
+            ranks=Ranks(place.rank, place.world, place.meeting_point, spec.collective_s),
         )
 
     async def _configured_vllm(self) -> VLLMEngine:

@@ -80,7 +80,7 @@ async def placed(config: Config, spec: WorkerSpec) -> tuple[list[Any], Placement
         "max_concurrency": 4096,
         "max_restarts": 0,
     }
-    actor = ray.remote(ColocatedWorker).options(**options)
+    actor = ray.remote(ColocatedWorker)
     strategies = [
         PlacementGroupSchedulingStrategy(reserved, placement_group_bundle_index=rank // ranks)
         for rank in range(cluster.workers)

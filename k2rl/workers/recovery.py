@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from k2rl.errors import RunError
@@ -17,20 +18,25 @@ class Recovery:
         self._left = self._limit = max_restarts
         self._record = open_restarts(run_dir, resumed)
         self._tell: Callable[[str], None] = lambda text: None
-        #: The last step that was finished.
-        self.step = 0
+        self._step: Callable[[], int] = lambda: 0
         #: Whether the workers have started once.
         self.began = False
         #: What was said of the last restart.
         self.last = ""
 
-    def begin(self, tell: Callable[[str], None], step: int) -> None:
-        """The workers have started, after `step` finished ones; `tell` is how the user learns of restarts."""
-        self._tell, self.step, self.began = tell, step, True
+    @contextmanager
+    def begun(self, tell: Callable[[str], None], step: Callable[[], int]) -> Iterator[None]:
+        """While the workers run.
 
-    def end(self) -> None:
-        """The workers are about to be stopped, and there is nobody to tell."""
-        self._tell = lambda text: None
+        Args:
+            tell: how the user learns of restarts meanwhile.
+            step: gives the last finished step.
+        """
+        self._tell, self._step, self.began = tell, step, True
+        try:
+            yield
+        finally:
+            self._tell = lambda text: None
 
     def spend(self, error: RunError) -> None:
         """What `error` tells of has died, and is about to be started again.
@@ -42,7 +48,7 @@ class Recovery:
             raise error
         self._left -= 1
         why = str(error).splitlines()[0].partition("; last lines of ")[0]
-        self._record.write(Restart(self.step, why))
+        self._record.write(Restart(self._step(), why))
         self.last = f"{why}; restart {self._limit - self._left} of recovery.max_restarts={self._limit}"
         self._tell(self.last)
 
