@@ -14,16 +14,13 @@ import psutil
 
 from k2rl.checkpoint_engine.messages import (
     FAREWELL_S,
-    RECEIVER,
     Address,
     DeltaRefusedError,
     Outcome,
-    Peer,
     PushInvitation,
     TransferError,
 )
 from k2rl.checkpoint_engine.plan import Box, Needs
-from k2rl.checkpoint_engine.push import Invitations
 from k2rl.config import InferenceConfig
 from k2rl.inference.engine import EngineDeadError, Generation, GenerationError, Sampling
 from k2rl.inference.prefork import adopt, start_server
@@ -118,6 +115,8 @@ class VLLMEngine:
             self._vllm_config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
         except (RuntimeError, TypeError, ValueError) as error:
             raise EngineDeadError(f"vLLM did not start: {error}") from error
+        #: Number of the host it is on, where weights come to several.
+        self.host = 0
         self._stop_token_ids = list(stop_token_ids)
         self._request_ids = itertools.count()
         self._version = NO_WEIGHT_VERSION
@@ -197,7 +196,7 @@ class VLLMEngine:
 
     async def join_push(
         self, address: Address, version: int, deadline_s: float, first_receiver: int = 0
-    ) -> Invitations:
+    ) -> None:
         """Pause, keeping the requests, and let the workers take part in a push.
 
         The engine is fenced from here to the commit; if anything fails it stays so, and only another
@@ -208,9 +207,6 @@ class VLLMEngine:
             version: that it brings.
             deadline_s: longest silence of the coordinator.
             first_receiver: number of its first worker; the others follow.
-
-        Returns:
-            The call that ends with the push, once generation has stopped.
 
         Raises:
             ValueError: the version is not newer than the one in place, or the engine sleeps.
@@ -231,12 +227,16 @@ class VLLMEngine:
             raise EngineDeadError(str(error)) from error
         self._settle_s = deadline_s + FAREWELL_S
         self._push = asyncio.ensure_future(self._take_part(address, version, deadline_s, first_receiver))
-        return {Peer(RECEIVER, first_receiver): asyncio.shield(self._push)}
+
+    async def push_ended(self) -> None:
+        """Wait until the workers have left the push; raises what they failed with."""
+        if self._push is not None:
+            await asyncio.shield(self._push)
 
     async def _take_part(
         self, address: Address, version: int, deadline_s: float, first_receiver: int
     ) -> None:
-        invitation = msgspec.msgpack.encode(PushInvitation(address, deadline_s, first_receiver))
+        invitation = msgspec.msgpack.encode(PushInvitation(address, deadline_s, first_receiver, self.host))
         answers = await self._call_workers("take_part", invitation)
         outcomes = [msgspec.msgpack.decode(answer, type=Outcome) for answer in answers]
         numbered = enumerate(outcomes, first_receiver)
