@@ -36,6 +36,8 @@ OVERRIDES = [
     "tracking.tensorboard=false",
 ]
 WARM_START_GAIN = 100
+#: Episodes that are over when something happens in a rollout.
+FINISHED_AT_DEATH = 3
 
 Trouble = Callable[["FakeWorker"], Awaitable[None]]
 
@@ -65,6 +67,8 @@ class FakeWorker:
     weights: int = 0
     lost: bool = False
     calls: list[str] = field(default_factory=list)
+    #: Episodes of each rollout.
+    played: list[int] = field(default_factory=list)
 
     async def happen(self, name: str) -> None:
         call = f"{name} {1 + Counter(made.split()[0] for made in self.calls)[name]}"
@@ -125,9 +129,13 @@ class FakeScheduler:
 
     worker: FakeWorker
 
-    async def run(self, attempts: Sequence[Attempt], progress: object) -> list[Trajectory]:
-        await self.worker.happen("rollout")
-        return [
+    async def run(
+        self,
+        attempts: Sequence[Attempt],
+        progress: object,
+        finished: Callable[[Trajectory], None] = lambda trajectory: None,
+    ) -> list[Trajectory]:
+        trajectories = [
             Trajectory(
                 attempt.id,
                 attempt.group_id,
@@ -138,6 +146,13 @@ class FakeScheduler:
             )
             for number, attempt in enumerate(attempts)
         ]
+        for trajectory in trajectories[:FINISHED_AT_DEATH]:
+            finished(trajectory)
+        self.worker.played.append(len(attempts))
+        await self.worker.happen("rollout")
+        for trajectory in trajectories[FINISHED_AT_DEATH:]:
+            finished(trajectory)
+        return trajectories
 
 
 @dataclass

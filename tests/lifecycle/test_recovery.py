@@ -11,7 +11,7 @@ from k2rl.launch import Interrupted
 from k2rl.tracking.metrics import read_metrics
 from k2rl.tracking.restarts import read_restarts
 from k2rl.workers.handle import WorkerLostError
-from tests.lifecycle.conftest import Story, die, fail, interrupt
+from tests.lifecycle.conftest import FINISHED_AT_DEATH, Story, die, fail, interrupt
 from tests.lifecycle.test_endings import BEFORE_RL, DURING_RL, STEPS, WARM
 
 
@@ -55,6 +55,16 @@ def test_ctrl_c_after_a_restart_saves_as_ever(story: Story) -> None:
     with pytest.raises(Interrupted, match="after step 2"):
         story.play({"policy_step 1": die, "policy_step 2": interrupt}, restarts=5, checkpoint_every=0)
     assert story.saved == {2: WARM + 2}
+
+
+def test_episodes_that_had_ended_before_a_death_are_not_played_again(story: Story) -> None:
+    worker = story.play({"rollout 4": die}, restarts=1)
+    assert worker.weights == WARM + STEPS
+    episodes = story.workers[0].played[-1]
+    assert worker.played[0] == episodes - FINISHED_AT_DEATH
+    assert f"step 2: {FINISHED_AT_DEATH} of its rollouts" in (story.run_dir / "notes.jsonl").read_text()
+    assert [row["rollout/episodes"] for row in read_metrics(story.run_dir)] == [episodes] * STEPS
+    assert [path.suffix for path in sorted((story.run_dir / "rollouts").iterdir())] == [".gz", ".gz"]
 
 
 def test_rollouts_of_lost_steps_are_not_played_again(story: Story) -> None:

@@ -69,4 +69,3 @@ def test_our_own_deadline_is_called_one(tmp_path: Path, late_is_lost: bool) -> N
     with pytest.raises(RunError, match="worker 0 hangs: training took more than 0 s"):
         asyncio.run(call())
     assert worker.lost == late_is_lost
-
