@@ -354,6 +354,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(
     step(straight, 2)
     step(first, 1)
     first.save(tmp_path / "ck")
+    first.saved()
     second.load(tmp_path / "ck")
     assert second.step_count == 1
     step(second, 2)
@@ -371,6 +372,7 @@ def test_a_resumed_engine_keeps_the_state_and_takes_its_own_settings(
     first = make_engine(llama_path, optimizer=OptimizerConfig(name=name, lr=1e-3))
     first.policy_step(random_groups(1), objective=OBJECTIVE, temperature=1.0)
     first.save(tmp_path / "ck")
+    first.saved()
     changed = OptimizerConfig(
         name=name, lr=5e-4, momentum=0.8, betas=[0.7, 0.8], eps=1e-4, weight_decay=0.1, ns_steps=3
     )
@@ -389,7 +391,9 @@ def test_a_resumed_engine_keeps_the_state_and_takes_its_own_settings(
 def test_checkpoints_of_something_else_are_refused(
     llama_path: Path, qwen3_path: Path, tmp_path: Path
 ) -> None:
-    make_engine(llama_path).save(tmp_path / "ck")
+    saving = make_engine(llama_path)
+    saving.save(tmp_path / "ck")
+    saving.close()
     with pytest.raises(ConfigError, match=r"another model: .* differs"):
         make_engine(qwen3_path).load(tmp_path / "ck")
     with pytest.raises(ConfigError, match=r"optimizer\.name=muon, not adamw"):
@@ -425,8 +429,8 @@ def test_unknown_dtype_is_refused(llama_path: Path) -> None:
 def test_state_in_files_changes_no_bit(optimizer: str, dtype: str, tmp_path: Path) -> None:
     path = save_model("llama", tmp_path / "model")
 
-    def final(offload: Path | None) -> dict[str, Tensor]:
-        settings = {"optimizer": OptimizerConfig(name=optimizer, lr=1e-2), "offload_folder": offload}
+    def final(**where: Any) -> dict[str, Tensor]:
+        settings = {"optimizer": OptimizerConfig(name=optimizer, lr=1e-2), **where}
         engine = make_engine(path, dtype, **settings)
 
         def rest() -> None:
@@ -437,6 +441,7 @@ def test_state_in_files_changes_no_bit(optimizer: str, dtype: str, tmp_path: Pat
             engine.sft_step(random_texts(seed))
             rest()
         engine.save(tmp_path / "checkpoint")
+        engine.saved()
         engine.sft_step(random_texts(9))
         other = make_engine(path, dtype, **settings)
         other.load(tmp_path / "checkpoint")
@@ -449,5 +454,5 @@ def test_state_in_files_changes_no_bit(optimizer: str, dtype: str, tmp_path: Pat
         engine.offload()
         return weights(engine)
 
-    assert_same_bits(final(None), final(tmp_path / "state"))
+    assert_same_bits(final(), final(offload="file", offload_folder=tmp_path / "state"))
     assert list((tmp_path / "state").iterdir()) == []
