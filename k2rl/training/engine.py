@@ -97,6 +97,7 @@ class TrainEngine:
             self._model = self._load()
             self._passes = Passes(self._model, self._group, self._device, micro_batch_tokens)
             self._group.agreed(lambda: check_packing(self._model, self._path, self._passes.score))
+            self._passes.let_go()
             if activation_checkpointing:
                 checkpoint_activations(self._model)
             self._weights = MasterWeights(self._model, self._dtype, self._group, gradients != "drop")

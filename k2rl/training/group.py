@@ -203,13 +203,11 @@ class _Watch:
         self._thread.start()
 
     def _run(self) -> None:
-        while not self._stop.is_set():
+        while not self._stop.wait(_POLL_S):
             try:
-                self._store.wait([_TROUBLE], timedelta(seconds=_POLL_S))
-                self._store.set(f"alive/{self._rank}", "1")
-                return
-            except dist.DistStoreError:
-                continue  # nobody has asked
+                if self._store.check([_TROUBLE]):
+                    self._store.set(f"alive/{self._rank}", "1")
+                    return
             except RuntimeError:
                 return  # rank 0 is gone, and the store with it
 

@@ -75,8 +75,13 @@ class Passes:
             return packed_logprobs(self._model, batch, temperature)
         scored: TokenLogprobs = self._model.packed_logprobs(batch, temperature)
         if not torch.is_grad_enabled():  # else the backward pass lets go of what was gathered
-            self._model.reshard()
+            self.let_go()
         return scored
+
+    def let_go(self) -> None:
+        """After a forward pass alone: hold no gathered weights, which the next update would make stale."""
+        if self._group.world > 1:
+            self._model.reshard()
 
     def policy_backward(
         self, policy: PolicyPass, number: int, batch: MicroBatch, measure: bool, where: str
