@@ -1,7 +1,7 @@
 """A step's trajectories on disk, token by token: to train on them again, and so that a crash loses none.
 
-A run keeps them as `rollouts/step_<n>.msgpack.gz`, written before the step learns from them. Until all of them
-are there, those that are finished are in a journal, `rollouts/step_<n>.jsonl`.
+A run keeps them as `rollouts/step_<n>.msgpack.gz`, written before the step learns from them. Until all of
+them are there, those that are finished are in a journal, `rollouts/step_<n>.jsonl`.
 """
 
 from __future__ import annotations

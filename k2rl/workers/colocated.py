@@ -140,8 +140,8 @@ class ColocatedWorker:
             spec.seed,
             spec.num_threads,
             spec.device,
-            offload=spec.offload,
-            offload_folder=Path(spec.log_folder) if spec.offload == "file" else None,
+            spec.offload,
+            Path(spec.log_folder),
             ranks=Ranks(place.rank, place.world, place.meeting_point, spec.collective_s),
         )
 
@@ -478,11 +478,10 @@ class ColocatedWorker:
 
     @contextmanager
     def _source(self) -> Iterator[Source]:
-        from k2rl.checkpoint_engine.sender import TensorSource
         from k2rl.checkpoint_engine.source import StoredWeights
 
         if self._spec.trains:
-            yield TensorSource(self._trainer.named_weights(), self._place.rank)
+            yield self._trainer.weights_source()
             return
         with closing(StoredWeights(Path(self._spec.model_path), self._spec.dtype)) as stored:
             yield stored
@@ -499,6 +498,7 @@ class ColocatedWorker:
 
     async def save(self, folder: str) -> None:
         await self._train(self._trainer.save, folder)
+        await self._train(self._trainer.saved)
         await self._rest_unless_training()
 
     async def load(self, folder: str) -> None:

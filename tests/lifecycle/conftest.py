@@ -21,7 +21,7 @@ from k2rl.preflight import Preflight, preflight
 from k2rl.rollouts.episode import Attempt
 from k2rl.run import Run
 from k2rl.tracking.tracker import Tracker
-from k2rl.training.checkpoint import ABOUT_FILE, FORMAT, STATE_FILE, About, file_digest, replaced_folder
+from k2rl.training.checkpoint import FORMAT, About, file_records, replaced_folder, write_about
 from k2rl.training.supervised import PTXCorpus
 from k2rl.types import Segment, Trajectory, Verdict
 from k2rl.workers.handle import WorkerLostError
@@ -38,6 +38,7 @@ OVERRIDES = [
 WARM_START_GAIN = 100
 #: Episodes that are over when something happens in a rollout.
 FINISHED_AT_DEATH = 3
+STATE_FILE = "state"
 
 Trouble = Callable[["FakeWorker"], Awaitable[None]]
 
@@ -105,10 +106,8 @@ class FakeWorker:
         await self.happen("save")
         with replaced_folder(folder) as target:
             (target / STATE_FILE).write_text(str(self.weights))
-            size = (target / STATE_FILE).stat().st_size
-            digest = file_digest(target / STATE_FILE)
-            about = msgspec.structs.replace(self.about, state_bytes=size, state_digest=digest)
-            (target / ABOUT_FILE).write_bytes(msgspec.json.encode(about))
+            files = file_records([target / STATE_FILE])
+            write_about(target, msgspec.structs.replace(self.about, files=files))
 
     async def load(self, folder: Path) -> None:
         await self.happen("load")
@@ -183,7 +182,7 @@ class Story:
         prepared.config.recovery.max_restarts = restarts
         prepared.config.resume = str(self.run_dir) if resume else None
         shapes = launch.shapes_fingerprint(prepared.model_path)
-        about, left = About(FORMAT, 0, "", "muon", "tiny", shapes), dict(trouble or {})
+        about, left = About(FORMAT, {}, "muon", "tiny", shapes), dict(trouble or {})
         self.workers = []
 
         @asynccontextmanager

@@ -1,4 +1,4 @@
-"""A worker dies in any call of a run: the others are started anew, and the run ends as if nothing had been."""
+"""A worker dies in any call of a run: all are started anew, and the run ends as if nothing had been."""
 
 from __future__ import annotations
 
