@@ -432,7 +432,9 @@ def test_save_pretrained_is_a_plain_checkpoint(
     assert loaded.keys() == expected.keys()
     for name, weights in expected.items():
         assert torch.equal(loaded[name], torch.from_numpy(weights).bfloat16()), name
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) == (1 if file_bytes > 8000 else len(expected))
+    files = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
+    assert max(files) < file_bytes + 4096
+    assert (len(files) > 1) == (file_bytes == 8000)
     AutoTokenizer.from_pretrained(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
