@@ -198,4 +198,4 @@ def test_unknown_names_and_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="matrices"):
         MuonAdamW([{"params": parameters([(2,)]), "algorithm": "muon"}])
     with pytest.raises(ValueError, match="matrix"):
-        newton_schulz(torch.zeros(2, 2, 2), steps=5)
+        newton_schulz(torch.zeros(2), steps=5)
