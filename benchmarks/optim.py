@@ -91,7 +91,8 @@ def choice() -> None:
         rates = [count * flops(shape) / taken / 1e9 for taken in (loop, batch)]
         print(
             f"  {count:3d} x {shape[0]} x {shape[1]}: {loop * 1e3:8.2f} ms one at a time "
-            f"({rates[0]:.0f} GFLOP/s), {batch * 1e3:8.2f} ms in a batch ({rates[1]:.0f}): {loop / batch:.2f}x"
+            f"({rates[0]:.0f} GFLOP/s), {batch * 1e3:8.2f} ms in a batch ({rates[1]:.0f}): "
+            f"{loop / batch:.2f}x"
         )
 
 

@@ -100,6 +100,14 @@ def as_stack(tensor: Tensor) -> Tensor:
     return local if local.ndim == 3 else local[None]
 
 
+def rows_held(parameter: Tensor) -> tuple[int, int]:
+    """[first, last) of a parameter's first dimension, as far as this rank holds it."""
+    sharding = Sharding.of(parameter)
+    if sharding.ranks == 1 or sharding.dim != 3 - parameter.ndim:
+        return 0, parameter.shape[0]
+    return sharding.bounds(parameter.shape[0])[sharding.rank]
+
+
 def plan_waves(
     shapes: Sequence[tuple[int, ...]],
     boxes: Sequence[Sequence[Box]],
