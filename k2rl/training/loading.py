@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from k2rl.errors import ConfigError
 from k2rl.models.attention import check_attention_config
+from k2rl.models.logit_probe import LogitProbe
 from k2rl.training import tree_attention
 from k2rl.training.batch import SupervisedSequence
 from k2rl.training.logprobs import TokenLogprobs, token_logprobs
@@ -64,13 +65,16 @@ def checkpoint_activations(model: Any) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def packed_logprobs(model: Any, batch: MicroBatch, temperature: float) -> TokenLogprobs:
-    """Log-probs of a micro-batch's labels, in its order; differentiable."""
+def packed_logprobs(
+    model: Any, batch: MicroBatch, temperature: float, probe: LogitProbe | None = None
+) -> TokenLogprobs:
+    """Log-probs of a micro-batch's labels, in its order; differentiable; `probe` sees the logits."""
     hidden: Tensor = model.base_model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         use_cache=False,
         tree=batch.tree,
+        probe=probe,
     ).last_hidden_state
     predicting = hidden[0].index_select(0, batch.predictors)
     head: nn.Linear = model.get_output_embeddings()
