@@ -146,6 +146,9 @@ class OptimizerConfig:
     eps: float = 1e-8
     #: Global gradient-norm limit; 0 switches it off.
     max_grad_norm: float = 1.0
+    #: QK-Clip's tau (K2: 100): after each update, heads whose attention logits went above it are scaled down.
+    #: 0: off. Not for models that normalise queries and keys.
+    qk_clip: float = 0.0
 
 
 @dataclass

@@ -88,6 +88,7 @@ BOUNDS = {
     "optimizer.weight_decay": FROM_0,
     "optimizer.eps": ABOVE_0,
     "optimizer.max_grad_norm": FROM_0,
+    "optimizer.qk_clip": FROM_0,
     "ptx.weight": FROM_0,
     "ptx.sequences_per_step": FROM_1,
     "warm_start.steps": FROM_0,

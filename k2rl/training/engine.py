@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from k2rl.errors import ConfigError, RunError
 from k2rl.models.hub import shapes_fingerprint
 from k2rl.objective.losses import build_policy_loss
 from k2rl.objective.mismatch import Mismatch
-from k2rl.optim.muon import MuonAdamW, build_optimizer
+from k2rl.optim.muon import build_optimizer
 from k2rl.training.batch import BatchTotals, SupervisedSequence, TrainSequence
 from k2rl.training.checkpoint import FORMAT, About, read_about
 from k2rl.training.export import export
@@ -93,23 +92,32 @@ class TrainEngine:
         self._offloads_gradients = gradients == "offload"
         self._residence = residence(offload, offload_folder)
         self._group = Group() if ranks.alone else DistributedGroup(ranks, self._device)
-        with self._group.call():
-            self._model = self._load()
-            self._passes = Passes(self._model, self._group, self._device, micro_batch_tokens)
-            self._group.agreed(lambda: check_packing(self._model, self._path, self._passes.score))
-            self._passes.let_go()
-            if activation_checkpointing:
-                checkpoint_activations(self._model)
-            self._weights = MasterWeights(self._model, self._dtype, self._group, gradients != "drop")
-            self._model.config.dtype = self._dtype
-            self._saver = Saver(self._group)
-        self._optimizer: MuonAdamW
-        self.reset_optimizer(self._optimizer_config.lr)
+        try:
+            with self._group.call():
+                self._build(micro_batch_tokens, activation_checkpointing, gradients != "drop")
+        except BaseException:
+            self._group.close()
+            raise
 
-    def _load(self) -> Any:
+    def _build(self, micro_batch_tokens: int, activation_checkpointing: bool, keep_gradients: bool) -> None:
         if isinstance(self._group, DistributedGroup):
-            return load_sharded(self._path, self._dtype, self._device, self._group)
-        return load_causal_lm(self._path, self._device)
+            self._model = load_sharded(self._path, self._dtype, self._device, self._group)
+            dtype = self._dtype
+        else:
+            self._model = load_causal_lm(self._path, self._device)
+            dtype = torch.float32
+        self._passes = Passes(self._model, self._group, self._device, micro_batch_tokens)
+        self._group.agreed(lambda: check_packing(self._model, self._path, dtype, self._passes.score))
+        self._passes.let_go()
+        if activation_checkpointing:
+            checkpoint_activations(self._model)
+        self._weights = MasterWeights(self._model, self._dtype, self._group, keep_gradients)
+        self._model.config.dtype = self._dtype
+        self._saver = Saver(self._group)
+        self._optimizer = build_optimizer(
+            self._weights.named_masters(), self._optimizer_config, self._optimizer_config.lr
+        )
+        self._settle_state()
 
     def _settle_state(self) -> None:
         """Put what the optimizer or a checkpoint made where the rest of the state lives."""

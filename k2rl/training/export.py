@@ -75,7 +75,9 @@ def export(
             if target is None:
                 return
             if parts[1:]:
-                (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+                total = sum(tensor.numel() * dtype.itemsize for part in parts for _, tensor in part)
+                about = {"metadata": {"total_size": total}, "weight_map": index}
+                (target / "model.safetensors.index.json").write_text(json.dumps(about))
             model.config.save_pretrained(target)
             model.generation_config.save_pretrained(target)
             copy_companions(source, target)

@@ -32,6 +32,7 @@ GRACE_S = 5.0
 """How long a live rank may take to say that it is one."""
 _POLL_S = 0.5
 _TROUBLE = "trouble"
+_MARKS = ("gloo", "pair closure")
 _SHARED = (ConfigError, RunError, ValueError)
 """What may be agreed on; anything else is a fault of the program."""
 
@@ -244,7 +245,7 @@ def _not_met(ranks: Ranks, error: Exception) -> str:
 
 def _is_collective(error: BaseException) -> bool:
     """Whether a `RuntimeError` is of a collective: gloo's have no class of their own."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    return isinstance(error, dist.DistError) or any(mark in str(error) for mark in _MARKS)
 
 
 def _kinds() -> dict[str, type[Exception]]:

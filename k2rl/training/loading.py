@@ -15,13 +15,15 @@ from transformers import AutoModelForCausalLM
 
 from k2rl.errors import ConfigError
 from k2rl.models.attention import check_attention_config
+from k2rl.models.logit_probe import LogitProbe
 from k2rl.training import tree_attention
 from k2rl.training.batch import SupervisedSequence
 from k2rl.training.logprobs import TokenLogprobs, token_logprobs
 from k2rl.training.packing import MicroBatch, pack
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
-PACKING_TOLERANCE = 1e-3
+PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Nats, by the dtype that the check computes in."""
 CPU = torch.device("cpu")
 
 
@@ -63,13 +65,16 @@ def checkpoint_activations(model: Any) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def packed_logprobs(model: Any, batch: MicroBatch, temperature: float) -> TokenLogprobs:
-    """Log-probs of a micro-batch's labels, in its order; differentiable."""
+def packed_logprobs(
+    model: Any, batch: MicroBatch, temperature: float, probe: LogitProbe | None = None
+) -> TokenLogprobs:
+    """Log-probs of a micro-batch's labels, in its order; differentiable; `probe` sees the logits."""
     hidden: Tensor = model.base_model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         use_cache=False,
         tree=batch.tree,
+        probe=probe,
     ).last_hidden_state
     predicting = hidden[0].index_select(0, batch.predictors)
     head: nn.Linear = model.get_output_embeddings()
@@ -77,11 +82,19 @@ def packed_logprobs(model: Any, batch: MicroBatch, temperature: float) -> TokenL
 
 
 @torch.no_grad()
-def check_packing(model: Any, path: Path, score: Callable[[MicroBatch, float], TokenLogprobs]) -> None:
+def check_packing(
+    model: Any, path: Path, dtype: torch.dtype, score: Callable[[MicroBatch, float], TokenLogprobs]
+) -> None:
     """Compare packed log-probs with the model's own forward on two short sequences with a shared prefix.
 
     Catches what would otherwise train on wrong numbers: an attention that ignores our mask or positions,
     logits that are scaled or capped after the head, a head with a bias.
+
+    Args:
+        model: as loaded.
+        path: where from.
+        dtype: that it computes in now.
+        score: its log-probs of a micro-batch, at a temperature.
 
     Raises:
         ConfigError: they differ, so the model cannot be trained on packed rows.
@@ -99,7 +112,7 @@ def check_packing(model: Any, path: Path, score: Callable[[MicroBatch, float], T
         logprobs = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0].float(), dim=-1)
         alone.append(logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0])
     gap = float((packed - torch.cat(alone)).abs().max())
-    if not gap <= PACKING_TOLERANCE:
+    if not gap <= PACKING_TOLERANCE[dtype]:
         raise ConfigError(
             f"model.path={path} ({type(model).__name__}) cannot be trained on packed rows: its log-probs "
             f"differ by {gap:.3g} nats from its own forward; choose a plain decoder (Llama, Qwen3, …)"
