@@ -128,6 +128,7 @@ CHOICES = {
     "objective.correction": (None, "truncated", "masked"),
     "optimizer.name": ("muon", "adamw"),
     "train.offload": ("none", "file"),
+    "inference.running_requests": ("keep", "abort"),
     "checkpoint_engine.strategy": ("broadcast", "shard_aware", "delta"),
     "debug.mode": ("none", "rollout_only", "train_only"),
     "tracking.live": ("auto", "on", "off"),
