@@ -216,6 +216,9 @@ class InferenceConfig:
     max_logprob_gap: float = 0.1
     #: Give the memory of weights and KV cache back while the trainer works; the next push fills it again.
     sleep_while_training: bool = True
+    #: What a push does with requests that are being generated: `keep` lets them go on with the new weights,
+    #: each token with the version that sampled it; `abort` ends them, and their turns fail.
+    running_requests: str = "keep"
     #: Further keyword arguments for vLLM's `AsyncEngineArgs`, added with a plus sign:
     #: `+inference.engine_args.block_size=16`.
     engine_args: dict[str, Any] = field(default_factory=dict)

@@ -133,6 +133,7 @@ CHOICES = {
     "objective.correction": (None, "truncated", "masked"),
     "optimizer.name": ("muon", "adamw"),
     "train.offload": ("none", "file"),
+    "inference.running_requests": ("keep", "abort"),
     "checkpoint_engine.strategy": ("broadcast", "shard_aware", "delta"),
     "cluster.strategy": ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
     "debug.mode": ("none", "rollout_only", "train_only"),

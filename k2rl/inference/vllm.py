@@ -129,6 +129,7 @@ class VLLMEngine:
         #: Number of the host it is on, where weights come to several.
         self.host = 0
         self._stop_token_ids = list(stop_token_ids)
+        self._running_requests = config.running_requests
         self._request_ids = itertools.count()
         self._version = NO_WEIGHT_VERSION
         self._fenced = True
@@ -211,7 +212,7 @@ class VLLMEngine:
     async def join_push(
         self, address: Address, version: int, deadline_s: float, first_receiver: int = 0
     ) -> None:
-        """Pause, keeping the requests, and let the workers take part in a push.
+        """Pause, keeping or aborting the requests as configured, and let the workers take part in a push.
 
         The engine is fenced from here to the commit; if anything fails it stays so, and only another
         complete push lifts the fence.
@@ -236,7 +237,7 @@ class VLLMEngine:
             if not self._paused and await self._while_alive(self._llm.is_sleeping()):
                 raise ValueError("the engine sleeps: wake it up before pushing weights into it")
             self._fenced = self._paused = True
-            await self._while_alive(self._llm.pause_generation(mode="keep", clear_cache=True))
+            await self._while_alive(self._llm.pause_generation(mode=self._running_requests, clear_cache=True))
         except VLLMEngineDeadError as error:
             raise EngineDeadError(str(error)) from error
         self._settle_s = deadline_s + FAREWELL_S

@@ -282,6 +282,22 @@ def test_an_aborted_request_is_no_turn(live: Live) -> None:
     live.run(test())
 
 
+def test_requests_are_aborted_by_choice(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with live.publisher() as publisher:
+            await live.push(publisher)
+            monkeypatch.setattr(live.engine, "_running_requests", "abort")
+            running = asyncio.create_task(live.engine.generate(PROMPTS[0], Sampling(1.0, 1500, 1)))
+            await live.engine.generate(PROMPTS[1], Sampling(1.0, 8))
+            live.perturb()
+            await live.push(publisher)
+            with pytest.raises(GenerationError, match="'abort'"):
+                await running
+            await live.serves()
+
+    live.run(test())
+
+
 def test_each_worker_gets_only_what_it_needs(live: Live) -> None:
     """And the same comes of it as of a broadcast."""
 
