@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
@@ -12,9 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
-import ray
 
-from k2rl.config import Config
 from k2rl.errors import ConfigError, RunError
 from k2rl.evaluation.results import EvaluationResult
 from k2rl.loop import train
@@ -38,11 +35,12 @@ from k2rl.training.checkpoint import (
     set_aside,
 )
 from k2rl.training.supervised import PTXCorpus
+from k2rl.workers.cluster import ray_cluster
 from k2rl.workers.group import WorkerGroup
 from k2rl.workers.handle import WorkerLostError
 from k2rl.workers.process import end_at_once_on
 from k2rl.workers.recovery import Recovery
-from k2rl.workers.spec import WorkerSpec
+from k2rl.workers.spec import worker_spec
 
 T = TypeVar("T")
 
@@ -164,7 +162,7 @@ async def _execute(prepared: Preflight, run_dir: Path, record: Callable[[], None
                 await _attempt(prepared, run_dir, step, recovery, restart, record)
                 return
             except WorkerLostError as error:
-                if not (recovery.began or restart):
+                if not recovery.began:
                     raise  # what cannot start the first time will not the second time
                 recovery.spend(error)
                 restart = recovery.last
@@ -253,28 +251,12 @@ async def started(
 ) -> AsyncIterator[Run]:
     """Tracker, Ray and the workers, started in this order and stopped in the other."""
     config = prepared.config
-    spec = WorkerSpec(
-        model_path=str(prepared.model_path),
-        dtype=config.model.dtype,
-        device="cuda" if config.cluster.gpus_per_worker else "cpu",
-        stop_token_ids=prepared.chat.stop_token_ids,
-        seed=config.seed,
-        log_folder=str((run_dir / "logs").absolute()),
-        optimizer=config.optimizer,
-        micro_batch_tokens=config.train.micro_batch_tokens,
-        num_threads=config.train.num_threads,
-        inference=config.inference,
-        checkpoint_engine=config.checkpoint_engine,
-        # Ranks that wait for one that hangs name it, before the driver's own deadline has passed.
-        collective_s=0.9 * config.deadlines.train_s,
-        trains=trains and config.debug.mode != "rollout_only",
-        serves=config.debug.mode != "train_only",
-        offload=config.train.offload,
-    )
+    stop_token_ids = prepared.chat.stop_token_ids
+    spec = worker_spec(config, prepared.model_path, stop_token_ids, run_dir, trains)
     whole = msgspec.to_builtins(config)
     with Tracker(run_dir, config.tracking, config.train.steps, resume_step, whole) as tracker:
         with tracker.phase(phases.START), ExitStack() as undo:
-            undo.enter_context(_ray(config))
+            undo.enter_context(ray_cluster(config.cluster))
             start = asyncio.ensure_future(WorkerGroup.start(config, spec, recovery))
             with _cancel_on_signal(start, tracker.live):
                 await asyncio.wait({start})
@@ -408,25 +390,3 @@ def _cancel_on_signal(task: asyncio.Future[T], live: LiveView) -> Iterator[None]
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
-
-
-@contextmanager
-def _ray(config: Config) -> Iterator[None]:
-    """A Ray cluster: one of this run's own, or the one at `cluster.address`."""
-    local = config.cluster.address == "local"
-    # Ray makes its workers nice to others by default; here the worker is the run.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    try:
-        ray.init(
-            address="local" if local else config.cluster.address,
-            include_dashboard=False if local else None,
-            log_to_driver=False,
-            logging_level="error",
-            **({"object_store_memory": 256 * 2**20} if local else {}),
-        )
-    except ConnectionError as error:
-        raise ConfigError(f"cluster.address={config.cluster.address!r}: {error}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()

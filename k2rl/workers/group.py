@@ -16,9 +16,10 @@ from k2rl.config import Config
 from k2rl.errors import ConfigError, RunError
 from k2rl.inference.engine import Generation, Sampling
 from k2rl.training.batch import BatchTotals, SupervisedSequence, TrainSequence
+from k2rl.workers.cluster import placed
 from k2rl.workers.colocated import Published, log_name
 from k2rl.workers.handle import EngineLostError, Worker, WorkerLostError
-from k2rl.workers.placement import placed, places
+from k2rl.workers.placement import places
 from k2rl.workers.recovery import Recovery
 from k2rl.workers.replicas import Replicas
 from k2rl.workers.spec import WorkerSpec
@@ -61,7 +62,7 @@ class WorkerGroup:
             ConfigError: the cluster cannot hold them.
             RunError: they did not start in time, or died.
         """
-        actors, reserved = await placed(config, spec)
+        actors, reserved = await placed(config, spec, patient=recovery.began)
         folder, deadlines = Path(spec.log_folder), config.deadlines
         workers = [
             Worker(actor, rank, folder / log_name(rank), deadlines) for rank, actor in enumerate(actors)
@@ -115,8 +116,8 @@ class WorkerGroup:
         return combined(await self._all("training", "policy_step", "train_s", *batch)) | switch
 
     async def sft_step(self, sequences: Sequence[SupervisedSequence]) -> dict[str, float]:
-        await self._end_serving()
-        return combined(await self._all("warm start", "sft_step", "train_s", sequences))
+        switch = await self._end_serving()
+        return combined(await self._all("warm start", "sft_step", "train_s", sequences)) | switch
 
     async def reset_optimizer(self, lr: float) -> None:
         await self._all("resetting the optimizer", "reset_optimizer", "train_s", lr)

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-from k2rl.config import ClusterConfig, Config
+from k2rl.config import ClusterConfig
 from k2rl.errors import ConfigError
-from k2rl.workers.colocated import ColocatedWorker
-from k2rl.workers.handle import WorkerLostError
-from k2rl.workers.spec import Place, Site, WorkerSpec
+from k2rl.workers.spec import Place, Site
 
 Node = Mapping[str, float]
 
@@ -53,42 +45,6 @@ def bundle(config: ClusterConfig, tensor_parallel: int, nodes: Sequence[Node]) -
             f"cluster.strategy={config.strategy}: it has room for {room} of {replicas} replicas{of}"
         )
     return {name: amount for name, amount in wanted.items() if amount}
-
-
-async def placed(config: Config, spec: WorkerSpec) -> tuple[list[Any], PlacementGroup]:
-    """An actor for each worker, those of a replica together, and what is reserved for them.
-
-    Raises:
-        ConfigError: the cluster cannot hold them.
-        WorkerLostError: it could, but gives them nothing.
-    """
-    cluster, ranks = config.cluster, config.inference.tensor_parallel
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    wanted = bundle(cluster, ranks, nodes)
-    reserved = placement_group([wanted] * (cluster.workers // ranks), strategy=cluster.strategy)
-    try:
-        await asyncio.wait_for(reserved.ready(), config.deadlines.start_s)
-    except TimeoutError:
-        remove_placement_group(reserved)
-        raise WorkerLostError(
-            f"the Ray cluster has not given its room to {cluster.workers} workers within "
-            f"deadlines.start_s={config.deadlines.start_s:g}: others hold it, or a node died"
-        ) from None
-    options = {
-        "num_cpus": wanted["CPU"] / ranks,
-        "num_gpus": wanted.get("GPU", 0.0) / ranks,
-        "max_concurrency": 4096,
-        "max_restarts": 0,
-    }
-    actor = ray.remote(ColocatedWorker)
-    strategies = [
-        PlacementGroupSchedulingStrategy(reserved, placement_group_bundle_index=rank // ranks)
-        for rank in range(cluster.workers)
-    ]
-    return [
-        actor.options(**options, scheduling_strategy=strategy).remote(spec, rank)
-        for rank, strategy in enumerate(strategies)
-    ], reserved
 
 
 def _wish(what: str, each: float, tensor_parallel: int) -> str:

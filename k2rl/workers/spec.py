@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 
-from k2rl.config import CheckpointEngineConfig, InferenceConfig, OptimizerConfig
+from k2rl.config import CheckpointEngineConfig, Config, InferenceConfig, OptimizerConfig
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
@@ -33,6 +35,32 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     #: `file`: the trainer's weights and optimizer state are in files beside the log, and their memory is
     #: given back while vLLM serves.
     offload: str = "none"
+
+
+def worker_spec(
+    config: Config, model_path: Path, stop_token_ids: tuple[int, ...], run_dir: Path, trains: bool = True
+) -> WorkerSpec:
+    """What a configuration says of the workers of a run in this folder; `trains`: whether it is not only
+    evaluated.
+    """
+    return WorkerSpec(
+        model_path=str(model_path),
+        dtype=config.model.dtype,
+        device="cuda" if config.cluster.gpus_per_worker else "cpu",
+        stop_token_ids=stop_token_ids,
+        seed=config.seed,
+        log_folder=str((run_dir / "logs").absolute()),
+        optimizer=config.optimizer,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+        num_threads=config.train.num_threads,
+        inference=config.inference,
+        checkpoint_engine=config.checkpoint_engine,
+        # Ranks that wait for one that hangs name it before the driver's own deadline has passed.
+        collective_s=0.9 * config.deadlines.train_s,
+        trains=trains and config.debug.mode != "rollout_only",
+        serves=config.debug.mode != "train_only",
+        offload=config.train.offload,
+    )
 
 
 class Site(msgspec.Struct, frozen=True):

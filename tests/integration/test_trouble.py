@@ -47,7 +47,8 @@ def _start_long_run(start: Start, tmp_path: Path, *overrides: str) -> tuple[Comm
 
 @pytest.mark.parametrize("victim", ["VLLM::EngineCore", "ray::ColocatedWorker"])
 def test_a_killed_part_is_named_and_nothing_hangs(victim: str, start: Start, tmp_path: Path) -> None:
-    command, _ = _start_long_run(start, tmp_path)
+    """Where nothing is to be started again; `test_recovery.py` has what happens else."""
+    command, _ = _start_long_run(start, tmp_path, "recovery.max_restarts=0")
     segments = _shared_memory(command)
     assert segments
     command.named(victim).kill()
