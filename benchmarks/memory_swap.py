@@ -7,6 +7,7 @@ included. The trainer's process, which hosts vLLM's front end too, is measured a
 
     make bench-swap                                           fifty rounds
     make bench-swap ARGS="--offload file --model tiny-qwen3"  the trainer gives its memory back, too
+    make bench-swap ARGS="--workers 2 --rounds 8"             workers of a run, in Ray, each with a vLLM
 """
 
 from __future__ import annotations
@@ -24,15 +25,20 @@ import torch
 
 from k2rl.checkpoint_engine.publisher import Publisher, expected_tensors, local_rank
 from k2rl.checkpoint_engine.sender import Sender, TensorSource
+from k2rl.composition import compose
 from k2rl.config import CheckpointEngineConfig, InferenceConfig, OptimizerConfig
 from k2rl.hardware import fast_dtype
-from k2rl.inference.engine import Sampling
+from k2rl.inference.engine import InferenceEngine, Sampling
 from k2rl.inference.prefork import start_server
 from k2rl.inference.vllm import VLLMEngine
 from k2rl.models.hub import resolve_model
 from k2rl.training.engine import TrainEngine
 from k2rl.training.supervised import SupervisedSequence
+from k2rl.workers.cluster import ray_cluster
+from k2rl.workers.group import WorkerGroup
 from k2rl.workers.memory import GIB, resident, trim
+from k2rl.workers.recovery import Recovery
+from k2rl.workers.spec import worker_spec
 
 KV_GIB = 2.0
 LENGTH = 256
@@ -48,7 +54,7 @@ class FillCache:
             cache.fill_(0)
 
 
-async def generate(engine: VLLMEngine, seed: int) -> None:
+async def generate(engine: InferenceEngine, seed: int) -> None:
     """As episodes do: batches of every size, from full to empty."""
     rng = random.Random(seed)
 
@@ -79,7 +85,9 @@ async def play(model: str, rounds: int, offload: Path | None) -> None:
     publisher = Publisher({"vLLM": engine}, CheckpointEngineConfig(), expected_tensors(path, dtype))
     await publisher.start()
     trainer_base = resident()
-    trainer = TrainEngine(path, dtype, OptimizerConfig(lr=1e-6), offload_folder=offload)
+    trainer = TrainEngine(
+        path, dtype, OptimizerConfig(lr=1e-6), offload="file" if offload else "none", offload_folder=offload
+    )
     sender = Sender(0)
     text = SupervisedSequence(tuple(range(5, 5 + LENGTH)), (False,) + (True,) * (LENGTH - 1))
 
@@ -148,13 +156,55 @@ async def play(model: str, rounds: int, offload: Path | None) -> None:
         engine.shutdown()
 
 
+async def play_workers(model: str, rounds: int, workers: int) -> None:
+    """The same with the workers of a run, which measure themselves; sums over all of them."""
+    changes = [f"cluster.workers={workers}", f"inference.kv_cache_gib={KV_GIB}", "optimizer.lr=1e-6"]
+    config = compose([f"model.path={model}", *changes])
+    text = SupervisedSequence(tuple(range(5, 5 + LENGTH)), (False,) + (True,) * (LENGTH - 1))
+    with tempfile.TemporaryDirectory() as folder, ray_cluster(config.cluster):
+        recovery = Recovery(Path(folder), max_restarts=0)
+        spec = worker_spec(config, resolve_model(model), (), Path(folder))
+        group = await WorkerGroup.start(config, spec, recovery)
+        try:
+            held: list[dict[str, float]] = []
+            for number in range(rounds + 1):
+                row = await group.publish()
+                await generate(group, number)
+                row |= await group.sft_step([text] * workers)
+                held.append({name: value for name, value in row.items() if name.startswith("memory/")})
+        finally:
+            await group.shutdown()
+            recovery.close()
+    for name, row in (("second round", held[1]), ("last round", held[-1])):
+        asleep, base = row["memory/vllm_while_training_gib"], row["memory/vllm_without_model_gib"]
+        idle, trainer_base = row["memory/trainer_while_serving_gib"], row["memory/trainer_without_model_gib"]
+        print(
+            f"{name}, GiB of {workers} workers: vLLM without a model {base:.2f}, asleep {asleep:.2f} "
+            f"({asleep / base:.2f} of its base); trainers before their model {trainer_base:.2f}, while vLLM "
+            f"serves {idle:.2f}"
+        )
+    growth = {
+        name: held[-1][f"memory/{name}_gib"] / held[1][f"memory/{name}_gib"] - 1
+        for name in ("vllm_while_training", "trainer_while_serving")
+    }
+    print(
+        f"growth over {rounds - 1} switches: {', '.join(f'{name} {by:+.1%}' for name, by in growth.items())}"
+    )
+    seconds = [row["memory/to_training_s"] + row["memory/to_serving_s"] for row in held[1:]]
+    print(f"a switch there and back: median {median(seconds):.3f} s, without the push")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=50)
     start_server()
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--offload", choices=["none", "file"], default="none")
+    parser.add_argument("--workers", type=int, default=0, help="of a run, in Ray; default: none, no Ray")
     arguments = parser.parse_args()
+    if arguments.workers:
+        asyncio.run(play_workers(arguments.model, arguments.rounds, arguments.workers))
+        return
     # Beside the other outputs: a temporary folder may be memory.
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         offload = Path(folder) if arguments.offload == "file" else None

@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM
 from k2rl.checkpoint_engine.messages import Address
 from k2rl.checkpoint_engine.plan import Needs
 from k2rl.checkpoint_engine.publisher import Publisher, expected_tensors, local_rank
-from k2rl.checkpoint_engine.push import Invitations
 from k2rl.checkpoint_engine.sender import Sender, TensorSource
 from k2rl.config import CheckpointEngineConfig, InferenceConfig
 from k2rl.hardware import fast_dtype
@@ -38,18 +37,19 @@ class Timed:
 
     def __init__(self, engine: VLLMEngine) -> None:
         self.engine = engine
-        self.num_receivers = engine.num_receivers
+        self.num_receivers, self.host = engine.num_receivers, engine.host
         self.stalls: list[float] = []
 
     @property
     def needs(self) -> Sequence[Needs] | None:
         return self.engine.needs
 
-    async def join_push(
-        self, address: Address, version: int, deadline_s: float, first_receiver: int
-    ) -> Invitations:
+    async def join_push(self, address: Address, version: int, deadline_s: float, first_receiver: int) -> None:
         self._paused = time.monotonic()
-        return await self.engine.join_push(address, version, deadline_s, first_receiver)
+        await self.engine.join_push(address, version, deadline_s, first_receiver)
+
+    async def push_ended(self) -> None:
+        await self.engine.push_ended()
 
     async def push_settled(self) -> BaseException | None:
         outcome = await self.engine.push_settled()

@@ -146,6 +146,9 @@ class OptimizerConfig:
     eps: float = 1e-8
     #: Global gradient-norm limit; 0 switches it off.
     max_grad_norm: float = 1.0
+    #: QK-Clip's tau (K2: 100): after each update, heads whose attention logits went above it are scaled down.
+    #: 0: off. Not for models that normalise queries and keys.
+    qk_clip: float = 0.0
 
 
 @dataclass
@@ -202,15 +205,20 @@ class InferenceConfig:
     max_num_seqs: int = 128
     #: Size of the KV cache in GiB.
     kv_cache_gib: float = 1.0
+    #: Workers that share an inference replica (its tensor-parallel ranks); divides `cluster.workers`.
+    tensor_parallel: int = 1
     #: Run without graph compilation (the only choice on CPU).
     enforce_eager: bool = True
-    #: Cores of the engine on CPU: `all`, shared out among tensor-parallel ranks, or a list for each rank as
-    #: vLLM spells it (`0-7`, `0-3|4-7`).
+    #: Cores of the engine on CPU: `all` of its workers, shared out among tensor-parallel ranks, or a list for
+    #: each rank as vLLM spells it (`0-7`, `0-3|4-7`).
     cpu_threads_bind: str = "all"
     #: The start-up self-check refuses to train above this mean trainer-vs-vLLM log-prob gap (nats).
     max_logprob_gap: float = 0.1
     #: Give the memory of weights and KV cache back while the trainer works; the next push fills it again.
     sleep_while_training: bool = True
+    #: What a push does with requests that are being generated: `keep` lets them go on with the new weights,
+    #: each token with the version that sampled it; `abort` ends them, and their turns fail.
+    running_requests: str = "keep"
     #: Further keyword arguments for vLLM's `AsyncEngineArgs`, added with a plus sign:
     #: `+inference.engine_args.block_size=16`.
     engine_args: dict[str, Any] = field(default_factory=dict)
@@ -269,9 +277,16 @@ class DeviceConfig:
 class ClusterConfig:
     #: Address of a running Ray cluster, or `local` to start one for this run.
     address: str = "local"
-    #: CPUs the worker reserves in Ray, on one node; 0 means all of the largest.
+    #: Workers: each trains a shard of the model, and every `inference.tensor_parallel` of them, on one node,
+    #: are an inference replica.
+    workers: int = 1
+    #: How Ray places them: `PACK` (few nodes), `SPREAD` (many), `STRICT_PACK` (one node), `STRICT_SPREAD` (a
+    #: node for each replica).
+    strategy: str = "PACK"
+    #: CPUs that each worker reserves in Ray; 0 means the most that all of them can have. Workers on one node
+    #: share its cores out among themselves.
     cpus_per_worker: int = 0
-    #: GPUs the worker reserves in Ray; 0 runs on the CPU.
+    #: GPUs that each worker reserves in Ray, also a part of one (0.5); 0 runs on the CPU.
     gpus_per_worker: float = 0.0
     #: Rates of the hardware, for `k2rl plan` only.
     device: DeviceConfig = field(default_factory=DeviceConfig)
@@ -279,8 +294,11 @@ class ClusterConfig:
 
 @dataclass
 class DeadlineConfig:
-    #: Seconds for Ray and the worker (trainer and vLLM) to start.
+    #: Seconds for Ray and the workers (trainer and vLLM) to start, or for one vLLM to start again.
     start_s: float = 300.0
+    #: Seconds in which each worker and its vLLM must answer, whatever they are busy with; above the longest
+    #: batch that vLLM computes at once.
+    heartbeat_s: float = 60.0
     #: Seconds for one generation request, its wait for a place in the batch included.
     generate_s: float = 180.0
     #: Seconds for one optimizer step over a rollout batch.
@@ -289,6 +307,13 @@ class DeadlineConfig:
     publish_s: float = 120.0
     #: Seconds for saving or loading a checkpoint.
     checkpoint_s: float = 600.0
+
+
+@dataclass
+class RecoveryConfig:
+    #: How often in a run what has died is started again: a vLLM alone, at the version that was published, or,
+    #: if a worker died, all of them, from the last checkpoint. 0: the first death ends the run.
+    max_restarts: int = 5
 
 
 @dataclass
@@ -336,6 +361,7 @@ class Config:
     checkpoint_engine: CheckpointEngineConfig = field(default_factory=CheckpointEngineConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
     #: Name of the run's folder under `outputs/`.

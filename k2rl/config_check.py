@@ -88,6 +88,7 @@ BOUNDS = {
     "optimizer.weight_decay": FROM_0,
     "optimizer.eps": ABOVE_0,
     "optimizer.max_grad_norm": FROM_0,
+    "optimizer.qk_clip": FROM_0,
     "ptx.weight": FROM_0,
     "ptx.sequences_per_step": FROM_1,
     "warm_start.steps": FROM_0,
@@ -104,17 +105,21 @@ BOUNDS = {
     "inference.max_num_seqs": Bound(1, 8192),  # vLLM wants at least so many tokens in a batch; ours has 8192
     "inference.kv_cache_gib": ABOVE_0,
     "inference.max_logprob_gap": ABOVE_0,
+    "inference.tensor_parallel": FROM_1,
     "checkpoint_engine.bucket_mib": FROM_1,
     "checkpoint_engine.memory_mib": FROM_0,
     "checkpoint_engine.deadline_s": ABOVE_0,
+    "cluster.workers": FROM_1,
     "cluster.cpus_per_worker": FROM_0,
     "cluster.gpus_per_worker": FROM_0,
     **{f"cluster.device.{name}": bound for name, bound in DEVICE_BOUNDS.items()},
     "deadlines.start_s": ABOVE_0,
+    "deadlines.heartbeat_s": ABOVE_0,
     "deadlines.generate_s": ABOVE_0,
     "deadlines.train_s": ABOVE_0,
     "deadlines.publish_s": ABOVE_0,
     "deadlines.checkpoint_s": ABOVE_0,
+    "recovery.max_restarts": FROM_0,
     "tracking.samples_per_step": FROM_0,
     "seed": Bound(0, 2**32 - 1),  # what NumPy takes
 }
@@ -128,7 +133,9 @@ CHOICES = {
     "objective.correction": (None, "truncated", "masked"),
     "optimizer.name": ("muon", "adamw"),
     "train.offload": ("none", "file"),
+    "inference.running_requests": ("keep", "abort"),
     "checkpoint_engine.strategy": ("broadcast", "shard_aware", "delta"),
+    "cluster.strategy": ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
     "debug.mode": ("none", "rollout_only", "train_only"),
     "tracking.live": ("auto", "on", "off"),
 }
@@ -149,6 +156,7 @@ OWN_ENGINE_ARGS = {
     "load_format": None,
     "logprobs_mode": None,
     "skip_tokenizer_init": None,
+    "tensor_parallel_size": "inference.tensor_parallel",
     "weight_transfer_config": None,
     "worker_cls": None,
 }
@@ -179,6 +187,7 @@ def check(config: Config) -> None:
     _check_debug(config)
     _check_budgets(config)
     _check_engine_args(config)
+    _check_workers(config)
     if config.train.offload != "none" and config.cluster.gpus_per_worker:
         raise ConfigError(
             f"train.offload={config.train.offload} is for a trainer on CPU; with "
@@ -202,6 +211,21 @@ def _check_debug(config: Config) -> None:
         raise ConfigError("debug=rollout_only trains nothing, so that there is nothing to resume")
     if mode == "rollout_only" and not config.tracking.record_rollouts:
         raise ConfigError("debug=rollout_only records rollouts; leave tracking.record_rollouts=true")
+
+
+def _check_workers(config: Config) -> None:
+    workers, ranks = config.cluster.workers, config.inference.tensor_parallel
+    if workers % ranks:
+        raise ConfigError(
+            f"inference.tensor_parallel={ranks} does not divide cluster.workers={workers}: every replica "
+            f"takes {ranks} of them"
+        )
+    gpus = config.cluster.gpus_per_worker
+    if ranks > 1 and 0 < gpus < 1:
+        raise ConfigError(
+            f"cluster.gpus_per_worker={gpus:g} lets workers share a GPU, so that it cannot be a rank of "
+            f"inference.tensor_parallel={ranks}: set cluster.gpus_per_worker=1"
+        )
 
 
 def _check_budgets(config: Config) -> None:

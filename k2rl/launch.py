@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
-import ray
 
-from k2rl.config import Config
 from k2rl.errors import ConfigError, RunError
 from k2rl.evaluation.results import EvaluationResult
 from k2rl.loop import train
@@ -38,9 +35,12 @@ from k2rl.training.checkpoint import (
     set_aside,
 )
 from k2rl.training.supervised import PTXCorpus
-from k2rl.workers.colocated import WorkerSpec
-from k2rl.workers.handle import Worker
+from k2rl.workers.cluster import ray_cluster
+from k2rl.workers.group import WorkerGroup
+from k2rl.workers.handle import WorkerLostError
 from k2rl.workers.process import end_at_once_on
+from k2rl.workers.recovery import Recovery
+from k2rl.workers.spec import worker_spec
 
 T = TypeVar("T")
 
@@ -120,11 +120,10 @@ def resume_step(prepared: Preflight) -> int | None:
     config = prepared.config
     if config.resume is None:
         return None
-    found = checkpoints(Path(config.resume).expanduser())
-    sound = next(((step, folder) for step, folder in reversed(found) if is_sound(folder)), None)
-    if sound is None:
+    step = _newest_sound(Path(config.resume).expanduser())
+    if step is None:
         raise ConfigError(f"resume={config.resume}: there is no whole checkpoint in its checkpoints/")
-    step, folder = sound
+    folder = checkpoint_folder(Path(config.resume).expanduser(), step)
     about = read_about(folder)
     assert about is not None
     if about.format != FORMAT:
@@ -144,18 +143,53 @@ def resume_step(prepared: Preflight) -> int | None:
     return step
 
 
+def _newest_sound(run_dir: Path) -> int | None:
+    """The step of the newest checkpoint that is whole."""
+    found = checkpoints(run_dir)
+    return next((step for step, folder in reversed(found) if is_sound(folder)), None)
+
+
 async def _execute(prepared: Preflight, run_dir: Path, record: Callable[[], None]) -> None:
+    """The run, with a new start of its workers whenever one of them is lost, as often as that is allowed."""
     step = resume_step(prepared)
-    damaged: list[Path] = []
     if step is None:
         record()
-    else:
+    limit = prepared.config.recovery.max_restarts
+    with closing(Recovery(run_dir, limit, resumed=step is not None)) as recovery:
+        restart = ""
+        while True:
+            try:
+                await _attempt(prepared, run_dir, step, recovery, restart, record)
+                return
+            except WorkerLostError as error:
+                if not recovery.began:
+                    raise  # what cannot start the first time will not the second time
+                recovery.spend(error)
+                restart = recovery.last
+            # From scratch only before there is anything to go on from.
+            step = _newest_sound(run_dir)
+
+
+async def _attempt(
+    prepared: Preflight,
+    run_dir: Path,
+    step: int | None,
+    recovery: Recovery,
+    restart: str,
+    record: Callable[[], None],
+) -> None:
+    """One start of the workers; `restart` tells why it is another, if it is."""
+    damaged: list[Path] = []
+    if step is not None:
         remove_leftovers(run_dir)
         damaged = [folder for number, folder in checkpoints(run_dir) if number > step]
-    async with started(prepared, run_dir, step, trains=True) as run:
+    async with started(prepared, run_dir, step, trains=True, recovery=recovery) as run:
         for folder in damaged:
             set_aside(folder)
             run.tracker.note(f"{folder.name} is damaged and was set aside; going on from step {step}")
+        if restart:
+            run.tracker.note(f"{restart}; going on from {'the start' if step is None else f'step {step}'}")
+            record = _nothing
         await carry_out(run, step, record)
 
 
@@ -193,7 +227,12 @@ def _saved(run_dir: Path) -> str:
 
 
 async def _execute_evaluation(prepared: Preflight, run_dir: Path) -> EvaluationResult:
-    async with started(prepared, run_dir, None, trains=False) as run:
+    with closing(Recovery(run_dir, prepared.config.recovery.max_restarts)) as recovery:
+        return await _evaluated(prepared, run_dir, recovery)
+
+
+async def _evaluated(prepared: Preflight, run_dir: Path, recovery: Recovery) -> EvaluationResult:
+    async with started(prepared, run_dir, None, trains=False, recovery=recovery) as run:
 
         async def work() -> EvaluationResult:
             await _publish(run)
@@ -208,31 +247,17 @@ async def _execute_evaluation(prepared: Preflight, run_dir: Path) -> EvaluationR
 
 @asynccontextmanager
 async def started(
-    prepared: Preflight, run_dir: Path, resume_step: int | None, trains: bool
+    prepared: Preflight, run_dir: Path, resume_step: int | None, trains: bool, recovery: Recovery
 ) -> AsyncIterator[Run]:
-    """Tracker, Ray and the worker, started in this order and stopped in the other."""
+    """Tracker, Ray and the workers, started in this order and stopped in the other."""
     config = prepared.config
-    spec = WorkerSpec(
-        model_path=str(prepared.model_path),
-        dtype=config.model.dtype,
-        device="cuda" if config.cluster.gpus_per_worker else "cpu",
-        stop_token_ids=prepared.chat.stop_token_ids,
-        seed=config.seed,
-        log_path=str((run_dir / "logs" / "worker-0.log").absolute()),
-        optimizer=config.optimizer,
-        micro_batch_tokens=config.train.micro_batch_tokens,
-        num_threads=config.train.num_threads,
-        inference=config.inference,
-        checkpoint_engine=config.checkpoint_engine,
-        trains=trains and config.debug.mode != "rollout_only",
-        serves=config.debug.mode != "train_only",
-        offload=config.train.offload,
-    )
+    stop_token_ids = prepared.chat.stop_token_ids
+    spec = worker_spec(config, prepared.model_path, stop_token_ids, run_dir, trains)
     whole = msgspec.to_builtins(config)
     with Tracker(run_dir, config.tracking, config.train.steps, resume_step, whole) as tracker:
         with tracker.phase(phases.START), ExitStack() as undo:
-            undo.enter_context(_ray(config))
-            start = asyncio.ensure_future(Worker.start(config, spec))
+            undo.enter_context(ray_cluster(config.cluster))
+            start = asyncio.ensure_future(WorkerGroup.start(config, spec, recovery))
             with _cancel_on_signal(start, tracker.live):
                 await asyncio.wait({start})
             if start.cancelled():
@@ -242,9 +267,10 @@ async def started(
         tracker.note(f"computing in {worker.dtype} on {spec.device}")
         scheduler = RolloutScheduler(config, worker, prepared.chat, prepared.make_env, prepared.rubric)
         ptx = PTXCorpus(prepared.ptx, config.ptx.sequences_per_step, config.seed)
-        with cluster:
+        run = Run(config, prepared, run_dir, tracker, worker, scheduler, ptx, resume_step or 0)
+        with cluster, recovery.begun(tracker.note, lambda: run.finished_steps):
             try:
-                yield Run(config, prepared, run_dir, tracker, worker, scheduler, ptx, resume_step or 0)
+                yield run
             finally:
                 await worker.shutdown()
 
@@ -341,6 +367,10 @@ async def _warm_start(run: Run) -> None:
     await worker.reset_optimizer(run.config.optimizer.lr)
 
 
+def _nothing() -> None:
+    """What a start that is not the first has to write down of the run's configuration."""
+
+
 @contextmanager
 def _cancel_on_signal(task: asyncio.Future[T], live: LiveView) -> Iterator[None]:
     """First Ctrl-C or SIGTERM: say so and cancel `task`, which then saves. Second: stop at once."""
@@ -360,25 +390,3 @@ def _cancel_on_signal(task: asyncio.Future[T], live: LiveView) -> Iterator[None]
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
-
-
-@contextmanager
-def _ray(config: Config) -> Iterator[None]:
-    """A Ray cluster: one of this run's own, or the one at `cluster.address`."""
-    local = config.cluster.address == "local"
-    # Ray makes its workers nice to others by default; here the worker is the run.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    try:
-        ray.init(
-            address="local" if local else config.cluster.address,
-            include_dashboard=False if local else None,
-            log_to_driver=False,
-            logging_level="error",
-            **({"object_store_memory": 256 * 2**20} if local else {}),
-        )
-    except ConnectionError as error:
-        raise ConfigError(f"cluster.address={config.cluster.address!r}: {error}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()

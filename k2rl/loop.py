@@ -39,7 +39,7 @@ async def train(run: Run) -> None:
 
 
 async def roll_out(run: Run, step: int) -> tuple[list[Trajectory], float | None]:
-    """A step's judged trajectories, and the seconds it took to sample them; None if they were recorded."""
+    """A step's judged trajectories, and the seconds it took to sample them; None if some were recorded."""
     config, tracker = run.config, run.tracker
     with tracker.phase(phases.ROLLOUT, step):
         if (recorded := await run.recorded(step)) is not None:
@@ -47,9 +47,8 @@ async def roll_out(run: Run, step: int) -> tuple[list[Trajectory], float | None]
         temperature = temperature_at(config.temperature, step - 1, config.train.steps)
         tasks = await _tasks(run, step)
         responses = attempts(tasks, config.rollout.group_size, config.seed, step, temperature)
-        trajectories = await run.scheduler.run(responses, tracker.progress)
-        await run.record_rollouts(step, trajectories)
-    return trajectories, tracker.timeline.of_step(step)[-1].seconds
+        trajectories, new = await run.play(step, responses)
+    return trajectories, tracker.timeline.of_step(step)[-1].seconds if new else None
 
 
 async def learn(run: Run, step: int, trajectories: list[Trajectory], metrics: dict[str, float]) -> None:

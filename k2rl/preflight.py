@@ -23,6 +23,7 @@ from k2rl.models.attention import check_attention_config
 from k2rl.models.chat import ChatTemplate
 from k2rl.models.hub import resolve_model
 from k2rl.objective.budget import budget_for
+from k2rl.optim.qk_rules import head_rows
 from k2rl.rollouts.demonstration import play_script
 from k2rl.rollouts.episode import EpisodeLimits
 from k2rl.rollouts.hosting import CLOSE_DEADLINE_S, call, hosted
@@ -129,7 +130,9 @@ def preflight(config: Config, training: bool = True) -> Preflight:
     model_path = resolve_model(config.model.path)
     _check_push_memory(config, model_path)
     if training:
-        check_attention_config(model_path)
+        model = check_attention_config(model_path)
+        if config.optimizer.qk_clip:
+            head_rows((tensor.name for tensor in checkpoint_manifest(model_path, 1).tensors), model)
     chat = ChatTemplate.from_pretrained(model_path)
     prepared = Preflight(config, model_path, chat, env, rubric, [], [], [])
     try:

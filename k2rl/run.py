@@ -16,14 +16,21 @@ from k2rl.evaluation.results import EvaluationResult, summarise
 from k2rl.models.hub import shapes_fingerprint
 from k2rl.preflight import Preflight
 from k2rl.rollouts.episode import Attempt
-from k2rl.rollouts.recording import read_recording, recorded_steps, settings_of, write_recording
+from k2rl.rollouts.recording import (
+    Journal,
+    Source,
+    read_recording,
+    recorded_steps,
+    settings_of,
+    write_recording,
+)
 from k2rl.rollouts.scheduler import RolloutScheduler, check_failures
 from k2rl.tracking import phases
 from k2rl.tracking.tracker import Tracker
 from k2rl.training.checkpoint import checkpoint_folder, checkpoints, read_about
 from k2rl.training.supervised import PTXCorpus
 from k2rl.types import Trajectory
-from k2rl.workers.handle import Worker
+from k2rl.workers.group import WorkerGroup
 
 T = TypeVar("T")
 
@@ -38,7 +45,7 @@ class Run:
     prepared: Preflight
     run_dir: Path
     tracker: Tracker
-    worker: Worker
+    worker: WorkerGroup
     scheduler: RolloutScheduler
     ptx: PTXCorpus
     finished_steps: int = 0
@@ -69,28 +76,40 @@ class Run:
         except ConfigError as error:
             logger.warning("the rollouts of step %d are sampled again", step, exc_info=error)
             return None
-        known = (recording.model, recording.settings, recording.weights)
-        if known != (self._model, settings_of(self.config), await self.worker.weights_digest()):
+        if Source(recording.model, recording.settings, recording.weights) != await self._source():
             return None
         self.tracker.note(f"step {step}: its rollouts were recorded with these weights and are used again")
         return recording.trajectories
 
-    async def record_rollouts(self, step: int, trajectories: Sequence[Trajectory]) -> None:
-        """Keep the step's trajectories, if the configuration says so."""
+    async def play(self, step: int, attempts: Sequence[Attempt]) -> tuple[list[Trajectory], bool]:
+        """The step's trajectories, and whether all of them are new.
+
+        If the configuration says so they are kept, each as it ends: what a run had finished before it was
+        stopped, or its workers died, is not played again.
+        """
         if not self.config.tracking.record_rollouts:
-            return
-        weights = await self.worker.weights_digest()
-        settings = settings_of(self.config)
-        write_recording(self.run_dir, step, self._model, settings, weights, trajectories)
+            return await self.scheduler.run(attempts, self.tracker.progress), True
+        source = await self._source()
+        with Journal(self.run_dir, step, source) as journal:
+            finished = journal.finished
+            if finished:
+                self.tracker.note(f"step {step}: {len(finished)} of its rollouts were finished before")
+            left = [attempt for attempt in attempts if attempt.id not in finished]
+            played = await self.scheduler.run(left, self.tracker.progress, journal.add)
+            found = finished | {trajectory.id: trajectory for trajectory in played}
+            trajectories = [found[attempt.id] for attempt in attempts]
+            write_recording(self.run_dir, step, source, trajectories)
+            journal.remove()
+        return trajectories, not finished
 
     @property
     def rollouts_folder(self) -> Path:
         """Of the run that has recorded the rollouts to train on, with `debug=train_only`."""
         return Path(self.config.debug.rollouts or "").expanduser()
 
-    @property
-    def _model(self) -> str:
-        return shapes_fingerprint(self.prepared.model_path)
+    async def _source(self) -> Source:
+        model = shapes_fingerprint(self.prepared.model_path)
+        return Source(model, settings_of(self.config), await self.worker.weights_digest())
 
     async def evaluate(self, name: str) -> EvaluationResult:
         """Greedy episodes on the held-out tasks; saved as `evaluations/<name>.json`."""

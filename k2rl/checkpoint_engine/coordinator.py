@@ -38,6 +38,8 @@ from k2rl.checkpoint_engine.plan import Plan
 from k2rl.checkpoint_engine.push import Invitations, OngoingPush, PushReport
 from k2rl.checkpoint_engine.transaction import Digests, PushError, State, Transaction, version_digest
 
+_NO_LISTENING = "a coordinator of several hosts needs an address that they can reach: `listen`"
+
 
 class Hosts(NamedTuple):
     """What a push over several hosts needs besides."""
@@ -101,6 +103,18 @@ class Coordinator:
     def remote_address(self) -> Address:
         """As `address`, for participants on other hosts."""
         return Address(self.address.token, "", self._servers[1].sockets[0].getsockname()[:2])
+
+    def address_for(self, host: int) -> Address:
+        """`address` on this host, `remote_address` on another.
+
+        Raises:
+            ValueError: nobody listens to other hosts.
+        """
+        if host == self._host:
+            return self.address
+        if not self._listen:
+            raise ValueError(_NO_LISTENING)
+        return self.remote_address
 
     async def __aexit__(self, *error: object) -> None:
         for server in self._servers:
@@ -212,7 +226,7 @@ class Coordinator:
         self, begin: Begin, host_of: Mapping[int, int], hosts: tuple[int, ...], epoch: int
     ) -> Prepare:
         if self._store is None:
-            raise ValueError("a coordinator of several hosts needs an address that they can reach: `listen`")
+            raise ValueError(_NO_LISTENING)
         store = (self._listen, self._store.port)
         return Prepare(begin.version, begin.plan_digest, begin.plan, dict(host_of), hosts, store, epoch)
 
@@ -228,6 +242,8 @@ class Coordinator:
                 assert before is not None
                 plan, digests = before.plan, _updated(before, transaction)
             self._committed = _Committed(push.version, plan, digests, kept)
+            if hosts is not None:
+                self.arena.close()  # what it held, agents hold now
             return
         # The agents' connections may be broken: they meet anew.
         self._members = ()

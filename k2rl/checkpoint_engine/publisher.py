@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from k2rl.checkpoint_engine.cells import CELL_BYTES
-from k2rl.checkpoint_engine.coordinator import Coordinator
+from k2rl.checkpoint_engine.coordinator import Coordinator, Hosts
 from k2rl.checkpoint_engine.disk import checkpoint_manifest
+from k2rl.checkpoint_engine.engines import EngineGroup, ReceivingEngine
 from k2rl.checkpoint_engine.manifest import Manifest, check_same_model, merge
-from k2rl.checkpoint_engine.messages import RECEIVER, SENDER, Address, DeltaRefusedError, Peer, TransferError
+from k2rl.checkpoint_engine.messages import AGENT, SENDER, Address, DeltaRefusedError, Peer, TransferError
 from k2rl.checkpoint_engine.plan import (
     RING_SLOTS,
     WHOLE_BUCKET,
@@ -33,33 +34,6 @@ from k2rl.inference.engine import EngineDeadError
 MIB = 1 << 20
 
 
-class ReceivingEngine(Protocol):
-    """An inference engine as the publisher sees it."""
-
-    @property
-    def num_receivers(self) -> int:
-        """Number of its workers; each is a receiver of a push."""
-        ...
-
-    @property
-    def needs(self) -> Sequence[Needs] | None:
-        """What each of them reads of a push; None: everything, as far as is known."""
-        ...
-
-    async def join_push(
-        self, address: Address, version: int, deadline_s: float, first_receiver: int
-    ) -> Invitations:
-        """Pause and let the workers take part; returns once paused. The engine is fenced until the commit.
-
-        Its workers are receivers `first_receiver` and following.
-        """
-        ...
-
-    async def push_settled(self) -> BaseException | None:
-        """Wait until it has left the push; returns why it does not serve what was pushed, if it does not."""
-        ...
-
-
 class TrainerRank(NamedTuple):
     """A trainer rank as the publisher sees it, wherever it runs."""
 
@@ -71,22 +45,48 @@ class TrainerRank(NamedTuple):
     #: For deltas: what differs there between two versions, of which it holds the second; `Sender.changes`
     #: there, with the plan of everything.
     changes: Callable[[Plan, int, int], Awaitable[Rows]]
+    #: Number of the host that it is on, as its `Sender` says.
+    host: int = 0
 
 
-def local_rank(sender: Sender, source: Source, run: Callable[..., Awaitable[Any]]) -> TrainerRank:
+#: Makes a host's agent take part in what the coordinator at an address does: `HostAgent.take_part` there.
+AgentCall = Callable[[Address, float], Awaitable[object]]
+
+
+def local_rank(
+    sender: Sender, source: Source, run: Callable[..., Awaitable[Any]], host: int = 0
+) -> TrainerRank:
     """A rank in this process; `run` calls a function in the thread that may touch its weights."""
     return TrainerRank(
         source.manifest,
         lambda address, deadline_s: run(sender.send, source, address, deadline_s),
         lambda plan, base, version: run(sender.changes, source, plan, base, version),
+        host,
     )
 
 
 async def _changes(
-    ranks: Mapping[int, TrainerRank], plan: Plan, base: int, version: int
+    ranks: Mapping[int, TrainerRank], plan: Plan, base: int, version: int, deadline_s: float
 ) -> dict[str, list[tuple[int, int]]]:
-    """What any rank says has changed since version `base`, once none reads its weights any more."""
-    calls = (rank.changes(plan, base, version) for rank in ranks.values())
+    """What any rank says has changed since version `base`, once none reads its weights any more.
+
+    Raises:
+        PushError: a rank died, or does not say it within the deadline; names it.
+        ValueError: the version is not newer.
+    """
+
+    async def ask(number: int, rank: TrainerRank) -> Rows:
+        peer = Peer(SENDER, number)
+        try:
+            return await asyncio.wait_for(rank.changes(plan, base, version), deadline_s)
+        except TimeoutError as error:
+            raise PushError(f"{peer} did not say within {deadline_s:g} s what has changed", peer) from error
+        except ValueError:
+            raise
+        except Exception as error:
+            raise PushError(f"{peer} failed: {error}", peer) from error
+
+    calls = (ask(number, rank) for number, rank in ranks.items())
     changed: dict[str, list[tuple[int, int]]] = {}
     for answer in await asyncio.gather(*calls, return_exceptions=True):
         if isinstance(answer, BaseException):
@@ -97,29 +97,41 @@ async def _changes(
 
 
 class Publisher:
-    """Pushes of a trainer's ranks into all engines, on one host."""
+    """Pushes of a trainer's ranks into all engines, on one host or on several."""
 
     def __init__(
         self,
         engines: Mapping[str, ReceivingEngine],
         config: CheckpointEngineConfig,
         expected: Mapping[str, tuple[str, tuple[int, ...]]],
+        agents: Mapping[int, AgentCall] | None = None,
+        host: int = 0,
+        listen: str = "",
     ) -> None:
         """
         Args:
             engines: that receive, by the names that errors call them.
             config: strategy, bucket size, memory, deadline.
             expected: dtype and shape of every tensor that the engines' model takes, by name.
+            agents: of every host with a trainer rank or an engine, by its number; none if all of them are on
+                this process's host.
+            host: this process's.
+            listen: address of this host under which others reach it; empty: there are no others.
         """
-        #: Of the next push. One that dies in a push is taken out; what replaces it may be put in.
+        #: Of the next push. One that dies in a push is taken out; `join` takes in what replaces it.
         self.engines = dict(engines)
+        #: Of the next push or join; one that died is replaced here.
+        self.agents = dict(agents or {})
         self._config = config
         self._expected = expected
+        self._host = host
         #: Of its pushes.
-        self.coordinator = Coordinator(config.deadline_s)
+        self.coordinator = Coordinator(config.deadline_s, host, listen)
         self._plan: tuple[object, Plan] | None = None
-        #: The version that these engines hold, if the last push has brought it there.
-        self._held: tuple[int, Mapping[str, ReceivingEngine]] | None = None
+        #: The last push's version and the engines that hold it, if it has brought it there.
+        self._held: tuple[int, dict[str, ReceivingEngine]] | None = None
+        self._turn = asyncio.Lock()
+        self._publishing: int | None = None
 
     async def start(self) -> None:
         await self.coordinator.__aenter__()
@@ -128,7 +140,7 @@ class Publisher:
         await self.coordinator.__aexit__()
 
     async def publish(self, ranks: Mapping[int, TrainerRank], version: int) -> PushReport:
-        """Push the weights that these trainer ranks hold together.
+        """Push the weights that these trainer ranks hold together; engines that are joining do so first.
 
         With the strategy `delta`, what has changed; everything if the engines cannot take that.
 
@@ -141,14 +153,25 @@ class Publisher:
             EngineDeadError: engines died or hang; it names them. The others serve the version if it was
                 committed (see `coordinator.version`), else they are fenced until the next push.
             PushError: the push failed; names the engine, if it was one. See `Coordinator.push`.
-            ValueError: the version is not newer, or an engine cannot join.
+            ValueError: the version is not newer, an engine cannot join, a host has no agent, or another push
+                is under way.
         """
+        if self._publishing is not None:
+            raise ValueError(f"a push of version {self._publishing} is under way: wait until it has ended")
+        self._publishing = version
+        try:
+            async with self._turn:
+                return await self._publish(ranks, version)
+        finally:
+            self._publishing = None
+
+    async def _publish(self, ranks: Mapping[int, TrainerRank], version: int) -> PushReport:
         manifests = [rank.manifest for rank in ranks.values()]
-        full = self._planned(manifests, _Engines(self.engines, version))
+        full = self._planned(manifests, self._group(self.engines, version))
         if self._config.strategy != "delta" or self._held is None or self._held[1] != self.engines:
             return await self._push(full, ranks, version)
         base = self._held[0]
-        changed = await _changes(ranks, full, base, version)
+        changed = await _changes(ranks, full, base, version, self._config.deadline_s)
         plan = plan_delta(merge(manifests), full, changed, base, self.coordinator.together)
         try:
             return await self._push(plan, ranks, version)
@@ -159,25 +182,83 @@ class Publisher:
         return await self._push(full, ranks, version)
 
     async def _push(self, plan: Plan, ranks: Mapping[int, TrainerRank], version: int) -> PushReport:
-        group = _Engines(self.engines, version)
-        deadline_s = self._config.deadline_s
+        group = self._group(self.engines, version)
+        # Of a delta, too, all hosts take part: those that have nothing to send keep the version.
+        hosts = self._hosts({number: rank.host for number, rank in ranks.items()}, group)
 
         def invite() -> Invitations:
-            address = self.coordinator.address
-            return {Peer(SENDER, owner): ranks[owner].send(address, deadline_s) for owner in plan.owners}
-
-        async def pause() -> Invitations:
-            return await group.join(self.coordinator.address, deadline_s)
+            address_for, deadline_s = self.coordinator.address_for, self._config.deadline_s
+            return {
+                Peer(SENDER, owner): ranks[owner].send(address_for(ranks[owner].host), deadline_s)
+                for owner in plan.owners
+            }
 
         self._held = None
-        try:
-            report = await self.coordinator.push(
-                version, plan, dict.fromkeys(plan.receivers, 0), invite, pause
+        report = await self._carry_out(
+            group, self.coordinator.push(version, plan, group.receivers, invite, group.join, hosts)
+        )
+        self._held = version, group.engines
+        return report
+
+    async def join(self, name: str, engine: ReceivingEngine) -> PushReport:
+        """Bring the committed version into an engine that is new or was restarted; later pushes reach it too.
+
+        It comes from an arena that holds it: neither the trainer nor any other engine takes part. Waits for
+        a push under way.
+
+        Args:
+            name: that errors call it; an engine of that name is replaced.
+            engine: on any host, which has an agent if it is another than this process's.
+
+        Raises:
+            EngineDeadError: it died or hangs.
+            PushError: it failed, and holds nothing that it could serve; names a host's agent if it was one.
+            ValueError: no committed version is there or kept, the engine cannot join, or its host has no
+                agent: put it into `engines`, for the next push.
+        """
+        async with self._turn:
+            version = self.coordinator.version
+            group = self._group({name: engine}, -1 if version is None else version)
+            hosts = self._hosts({}, group)
+            report = await self._carry_out(group, self.coordinator.join(group.receivers, group.join, hosts))
+            self.engines[name] = engine
+            if self._held is not None:
+                self._held[1][name] = engine
+            return report
+
+    def _group(self, engines: Mapping[str, ReceivingEngine], version: int) -> EngineGroup:
+        return EngineGroup(engines, version, self.coordinator.address_for, self._config.deadline_s)
+
+    def _hosts(self, of_ranks: Mapping[int, int], group: EngineGroup) -> Hosts | None:
+        """What the coordinator needs to reach them; None if there is no host but its own.
+
+        Raises:
+            ValueError: a host has no agent.
+        """
+        needed = {*of_ranks.values(), *group.receivers.values()}
+        if not self.agents and needed == {self._host}:
+            return None
+        if lacking := sorted(needed - self.agents.keys()):
+            raise ValueError(f"hosts {lacking} have no agent: each host of a push over several needs one")
+        return Hosts(of_ranks, self._invite_agents)
+
+    def _invite_agents(self, hosts: Collection[int]) -> Invitations:
+        deadline_s = self._config.deadline_s
+        return {
+            Peer(AGENT, host): self.agents.get(host, _no_agent)(
+                self.coordinator.address_for(host), deadline_s
             )
+            for host in hosts
+        }
+
+    async def _carry_out(self, group: EngineGroup, push: Awaitable[PushReport]) -> PushReport:
+        """Wait for a push or a join, and see what has become of its engines."""
+        try:
+            report = await push
         except BaseException as error:
             # The engines' own word counts: one may have died of the push.
             outcomes = await group.settled(error)
-            self._take_out_the_dead(outcomes, error)
+            self._take_out_the_dead(group, outcomes, error)
             if isinstance(error, PushError) and (name := group.name_of(error.culprit)):
                 refused = error.refused or any(
                     isinstance(why, DeltaRefusedError) for why in outcomes.values()
@@ -185,32 +266,35 @@ class Publisher:
                 raise PushError(f"{name}: {error}", error.culprit, refused=refused) from error
             raise
         outcomes = await group.settled()
-        self._take_out_the_dead(outcomes)
+        self._take_out_the_dead(group, outcomes)
         for outcome in outcomes.values():
             raise outcome
-        self._held = version, dict(self.engines)
         return report
 
     def _take_out_the_dead(
-        self, outcomes: Mapping[str, BaseException], error: BaseException | None = None
+        self,
+        group: EngineGroup,
+        outcomes: Mapping[str, BaseException],
+        error: BaseException | None = None,
     ) -> None:
         dead = {name: why for name, why in outcomes.items() if isinstance(why, EngineDeadError)}
         for name in dead:
-            del self.engines[name]
+            if self.engines.get(name) is group.engines[name]:
+                del self.engines[name]
         if dead:
             reasons = [f"{name}: {why}" for name, why in dead.items()]
             if error is not None and error not in dead.values():
                 reasons.append(str(error))
             raise EngineDeadError("; ".join(reasons)) from error
 
-    def _planned(self, manifests: Sequence[Manifest], group: _Engines) -> Plan:
+    def _planned(self, manifests: Sequence[Manifest], group: EngineGroup) -> Plan:
         """The plan for these tensors and engines; made once, as long as they stay the same."""
         needs = group.needs if self._config.strategy == "shard_aware" else None
-        key = (manifests, group.num_receivers, needs)
+        receivers = tuple(group.receivers)
+        key = (manifests, receivers, needs)
         if self._plan is None or self._plan[0] != key:
             manifest = merge(manifests)
             check_same_model(manifest.tensors, self._expected)
-            receivers = range(group.num_receivers)
             boxes = _complete(needs, manifest, receivers) if needs else None
             slots = RING_SLOTS if self._config.memory_mib else 0
             bucket_bytes = max(self._config.bucket_mib * MIB, largest_unit(manifest, boxes).nbytes)
@@ -219,7 +303,7 @@ class Publisher:
                 bucket_bytes = min(bucket_bytes, fit_bucket(manifest, budget, slots, boxes))
             plan = plan_push(
                 manifest,
-                tuple(receivers),
+                receivers,
                 bucket_bytes=bucket_bytes,
                 slots=slots,
                 needs=boxes,
@@ -229,84 +313,8 @@ class Publisher:
         return self._plan[1]
 
 
-class _Engines:
-    """The engines of one push: which receivers are whose, and what became of each."""
-
-    def __init__(self, engines: Mapping[str, ReceivingEngine], version: int) -> None:
-        """Raises:
-        EngineDeadError: there is none.
-        """
-        if not engines:
-            raise EngineDeadError("no engine is left that could take a push")
-        self._engines = dict(engines)
-        self._version = version
-        self._first: dict[str, int] = {}
-        self.num_receivers = 0
-        for name, engine in engines.items():
-            self._first[name] = self.num_receivers
-            self.num_receivers += engine.num_receivers
-        self._joining: dict[str, asyncio.Future[Invitations]] = {}
-
-    @property
-    def needs(self) -> dict[int, Needs]:
-        """By receiver, of those that know what they need."""
-        return {
-            self._first[name] + index: needs
-            for name, engine in self._engines.items()
-            for index, needs in enumerate(engine.needs or ())
-        }
-
-    async def join(self, address: Address, deadline_s: float) -> Invitations:
-        """Pause them all, and let their workers take part.
-
-        Raises:
-            EngineDeadError, ValueError: one cannot.
-        """
-        self._joining = {
-            name: asyncio.ensure_future(self._join(name, address, deadline_s)) for name in self._engines
-        }
-        try:
-            # All answer before an error ends the push: none may still be on its way into it.
-            answers = await asyncio.gather(*self._joining.values(), return_exceptions=True)
-            invitations: dict[Peer, Awaitable[object]] = {}
-            for answer in answers:
-                if isinstance(answer, BaseException):
-                    raise answer
-                invitations.update(answer)
-            return invitations
-        except BaseException:
-            for joining in self._joining.values():
-                if joining.done() and not joining.cancelled() and joining.exception() is None:
-                    for call in joining.result().values():
-                        asyncio.ensure_future(call).cancel()  # nobody will await it
-            raise
-
-    async def _join(self, name: str, address: Address, deadline_s: float) -> Invitations:
-        engine = self._engines[name]
-        try:
-            return await engine.join_push(address, self._version, deadline_s, self._first[name])
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-
-    async def settled(self, failure: BaseException | None = None) -> dict[str, BaseException]:
-        """Wait until all have left the push; why those do not serve it that do not, `failure` aside."""
-        outcomes = await asyncio.gather(*(engine.push_settled() for engine in self._engines.values()))
-        found = {name: why for name, why in zip(self._engines, outcomes, strict=True) if why is not None}
-        for name, joining in self._joining.items():
-            if not joining.done() or joining.cancelled():
-                if isinstance(failure, PushError) and failure.culprit is None:
-                    found[name] = EngineDeadError("it does not pause")
-            elif error := joining.exception():
-                found.setdefault(name, error)
-        return found
-
-    def name_of(self, culprit: Peer | None) -> str:
-        """The engine whose worker this is; empty: of none."""
-        if culprit is None or culprit.role != RECEIVER:
-            return ""
-        return max(
-            (name for name in self._first if self._first[name] <= culprit.rank), key=self._first.__getitem__
-        )
+async def _no_agent(address: Address, deadline_s: float) -> None:
+    raise TransferError("it was taken away")
 
 
 def _complete(needs: Mapping[int, Needs], manifest: Manifest, receivers: Iterable[int]) -> dict[int, Needs]:

@@ -1,36 +1,45 @@
-"""Bytes from the host that has them to all others, over gloo.
+"""Bytes from the host that has them to all others, over TCP.
 
-Each source's bytes go down a chain of hosts, in messages of a few mebibytes, and every host passes a message
-on as soon as it has it. So every link carries every byte once, all hops are busy at the same time, and with
-sources on every host the chains form a ring. gloo's own broadcast is a tree whose root sends everything twice
-with three hosts, and more often with more. Three namespaces on two cores, a bucket of 64 MiB at a time: the
-chain takes half as long as the tree where links set the limit; where the processor does, both make as many
-copies and the chain wakes more often, so that it is 10 to 25 % slower (`benchmarks/weight_hosts.py`).
+The hosts are a ring: each has a connection from the one before it and one to the one after it. What a host
+has goes round in messages of a mebibyte, and every host passes a message on as soon as it has it: every link
+carries every byte once, and all are busy at the same time. A message may consist of many pieces of memory,
+which the kernel gathers and scatters: nothing is copied besides.
+
+gloo's broadcast is a tree, whose root sends everything twice with three hosts, and more often with more. A
+ring made of gloo's own messages was slower than that tree where the processor sets the limit: each of them is
+announced and answered, and has one piece of memory (`benchmarks/weight_hosts.py`).
 """
 
 from __future__ import annotations
 
+import hmac
+import queue
 import re
+import secrets
 import socket
+import struct
+import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from itertools import pairwise
+from typing import NamedTuple
 
 import msgspec
+import psutil
 import torch
-from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, TCPStore, Work
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from k2rl.checkpoint_engine.plan import ALIGNMENT, Bucket
 
-#: Bounds of the bytes in a message of one run; see `message_bytes`.
-SMALLEST_MESSAGE, LARGEST_MESSAGE = 1 << 20, 8 << 20
-#: Runs of fewer bytes than this travel several to a message: copying them twice costs less than a message.
-GATHER_BELOW = 1 << 18
-#: Most bytes in a message of several runs, which takes memory of its own.
-GATHERED_BYTES = 1 << 20
-#: How many messages of each chain are awaited ahead of the one that is being passed on.
-AHEAD = 8
+#: Most bytes and pieces in a message: the kernel takes up to 1024 pieces at once, one of them our header.
+MESSAGE_BYTES, MESSAGE_PIECES = 1 << 20, 1000
+#: Before each message: the bucket's number, the source, and the message's number among those of that source.
+_HEADER = struct.Struct("!QQQ")
+#: First word on a connection: the random token that the listening host has put into the store.
+_TOKEN_BYTES = 16
 
 
 class RelayError(RuntimeError):
@@ -81,41 +90,35 @@ def runs(bucket: Bucket, host_of: Mapping[int, int]) -> list[Run]:
 
 
 def messages(
-    runs: Sequence[Run], message_bytes: int = LARGEST_MESSAGE, gathered_bytes: int = GATHERED_BYTES
+    runs: Sequence[Run], message_bytes: int = MESSAGE_BYTES, pieces: int = MESSAGE_PIECES
 ) -> dict[int, list[Message]]:
-    """By source: large runs cut into even messages, small ones put together."""
+    """By source, in order: large runs cut evenly, small ones put together."""
     found: dict[int, list[Message]] = {}
-    small: dict[int, list[Run]] = {}
-    waiting: dict[int, int] = {}
+    together: dict[int, list[Run]] = {}
+    room: dict[int, int] = {}
     for run in (run for run in runs if run.nbytes):
         source = run.source
         mine = found.setdefault(source, [])
-        if run.nbytes >= min(GATHER_BELOW, gathered_bytes):
+        if run.nbytes >= message_bytes:
             count = -(-run.nbytes // message_bytes)
             cuts = [run.offset + run.nbytes * index // count for index in range(count + 1)]
             mine += [Message((Run(source, start, stop - start),)) for start, stop in pairwise(cuts)]
             continue
-        if waiting.get(source, 0) + run.nbytes > gathered_bytes:
-            mine.append(Message(tuple(small.pop(source))))
-            waiting[source] = 0
-        small.setdefault(source, []).append(run)
-        waiting[source] = waiting.get(source, 0) + run.nbytes
-    for source, together in small.items():
-        found[source].append(Message(tuple(together)))
+        waiting = together.setdefault(source, [])
+        if waiting and (run.nbytes > room[source] or len(waiting) == pieces):
+            mine.append(Message(tuple(waiting)))
+            waiting = together[source] = []
+        if not waiting:
+            room[source] = message_bytes
+        waiting.append(run)
+        room[source] -= run.nbytes
+    for source, waiting in together.items():
+        found[source].append(Message(tuple(waiting)))
     return found
 
 
-def message_bytes(runs: Sequence[Run], hosts: int) -> int:
-    """How large messages should be: after an eighth of the time all hosts of a chain are busy.
-
-    Each message costs gloo 0.1 ms of computing, so they are as large as that allows.
-    """
-    share = sum(run.nbytes for run in runs) // max(len({run.source for run in runs}), 1)
-    return min(max(share // (8 * max(hosts - 2, 1)), SMALLEST_MESSAGE), LARGEST_MESSAGE)
-
-
 class HostRelay:
-    """One host's end of the relay. It has a gloo group of its own: torch's default group is not touched."""
+    """One host's place in the ring; its connections are kept from transfer to transfer."""
 
     def __init__(
         self,
@@ -126,67 +129,91 @@ class HostRelay:
         deadline_s: float,
         interface: str | None = None,
     ) -> None:
-        """Connect; returns when all have. No other thread of Python's runs meanwhile: gloo keeps the lock.
+        """Connect; returns once the neighbours in the ring have.
 
         Args:
             host: this host's number.
-            hosts: the numbers of all that take part, the same everywhere and in the same order.
+            hosts: the numbers of all that take part.
             store: where they find each other: a store, or address and port of a `TCPStore`.
             epoch: another for every relay that uses the store.
-            deadline_s: for connecting, and for each transfer.
+            deadline_s: for connecting, and of a neighbour's silence in a transfer.
             interface: network interface to use. Default: the one that leads to the store.
 
         Raises:
             RelayError: names the hosts that have not come.
         """
         self.host = host
-        self.hosts = tuple(hosts)
+        self.hosts = tuple(sorted(hosts))
         self._deadline_s = deadline_s
-        self._ends = 0.0
-        self._group: ProcessGroupGloo | None = None
-        if len(hosts) == 1:
+        here = self.hosts.index(host)
+        self._before, self._after = self.hosts[here - 1], self.hosts[(here + 1) % len(self.hosts)]
+        self._error: RelayError | None = None
+        #: From the host before, and to the one after.
+        self._connections: tuple[socket.socket, socket.socket] | None = None
+        if len(self.hosts) == 1:
             return
-        limit = timedelta(seconds=deadline_s)
+        place: Store | None = None
         try:
+            limit = timedelta(seconds=deadline_s)
             if isinstance(store, tuple):
                 store = TCPStore(store[0], store[1], is_master=False, timeout=limit, wait_for_workers=False)
+            address = _address(store, interface)
             place = PrefixStore(f"relay/{epoch}", store)
-            place.set(f"host/{host}", "")
-        except RuntimeError as error:
-            raise RelayError(
-                f"host {host} cannot reach the store of epoch {epoch}: {_line(error)}"
-            ) from error
-        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._timeout = limit
-        options._threads = 2
-        options._devices = [_device(store, interface)]
-        try:
-            self._group = ProcessGroupGloo(place, self.hosts.index(host), len(hosts), options)
-        except RuntimeError as error:
+            self._connections = self._meet(place, address)
+        except (RuntimeError, OSError) as error:
+            if place is None:
+                raise RelayError(
+                    f"host {host} cannot reach the store of epoch {epoch}: {_line(error)}"
+                ) from error
             missing = self._missing(place)
             raise RelayError(
                 f"host {host} waited {deadline_s:g} s for hosts {missing} in epoch {epoch}: {_line(error)}",
-                missing[0] if missing else None,
+                missing[0],
             ) from error
 
-    def transfer(
-        self, memory: torch.Tensor, runs: Sequence[Run], hosts: Sequence[int] | None = None, number: int = 0
-    ) -> None:
+    def _meet(self, place: Store, address: str) -> tuple[socket.socket, socket.socket]:
+        """Let the host before connect to this one, and connect to the one after."""
+        ends = time.monotonic() + self._deadline_s
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        token = secrets.token_bytes(_TOKEN_BYTES)
+        with ExitStack() as stack:
+            server = stack.enter_context(socket.create_server((address, 0), family=family))
+            place.set(f"host/{self.host}", f"{token.hex()} {server.getsockname()[1]} {address}")
+            place.wait([f"host/{other}" for other in self.hosts], timedelta(seconds=self._deadline_s))
+            word, port, there = place.get(f"host/{self._after}").decode().split()
+            after = stack.enter_context(socket.create_connection((there, int(port)), _left_s(ends)))
+            after.sendall(bytes.fromhex(word))
+            before = stack.enter_context(_accepted(server, token, ends))
+            for connection in (before, after):
+                self._limit(connection)
+            server.close()
+            stack.pop_all()
+        return before, after
+
+    def _limit(self, connection: socket.socket) -> None:
+        """Calls that block until a whole message has passed; the kernel ends one that hears nothing."""
+        connection.settimeout(None)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        seconds = int(self._deadline_s)
+        limit = struct.pack("@ll", seconds, int((self._deadline_s - seconds) * 1e6))
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            connection.setsockopt(socket.SOL_SOCKET, option, limit)
+
+    def transfer(self, memory: torch.Tensor, runs: Sequence[Run], number: int = 0) -> None:
         """Copy each run from its source into the same place of every other host's memory.
 
-        One at a time; all its hosts call it with the same arguments but `memory`. It returns when this host
-        has all it should get and needs its memory no longer for others; it does not say that others have got
-        theirs. Beyond `memory` it holds up to 16 MiB for each source with small runs.
+        One at a time; all hosts call it with the same arguments but `memory`. It returns when this host has
+        all it should get and needs its memory no longer for others; it does not say that others have got
+        theirs.
 
         Args:
             memory: [bytes] uint8, the bucket in this host's arena.
             runs: what to move; they do not overlap.
-            hosts: those that shall have the bytes; sources that are not among them only send. Default: all.
-            number: the bucket's. Hosts that are at different buckets wait for each other in vain, and nothing
-                arrives in the wrong one.
+            number: the bucket's. Hosts that are at different buckets fail, and nothing arrives in the wrong
+                one.
 
         Raises:
-            RelayError: a peer is gone, or nothing came from it within the deadline. The relay is closed: what
+            RelayError: a neighbour is gone, or silent for as long as the deadline. The relay is closed: what
                 `memory` holds is undefined, and a new relay, of another epoch, must be made.
         """
         if memory.dtype != torch.uint8 or memory.dim() != 1 or not memory.is_contiguous():
@@ -195,173 +222,185 @@ class HostRelay:
             )
         if any(run.offset < 0 or run.offset + run.nbytes > len(memory) for run in runs):
             raise ValueError(f"runs reach beyond the {len(memory)} bytes of the bucket")
-        takers = self.hosts if hosts is None else tuple(hosts)
         if len(self.hosts) == 1:
             return
-        if self._group is None:
+        if self._connections is None:
             raise RelayError(f"host {self.host}: the relay is closed")
-        lanes = []
-        for source, queue in messages(runs, message_bytes(runs, len(takers))).items():
-            chain = _chain(source, takers)
-            if self.host in chain:
-                tag = (number * len(self.hosts) + self.hosts.index(source)) % 2**31
-                lanes.append(_Lane(self, memory, chain, queue, tag))
-        # Nearest source first, as on every host: none then waits for one that waits for it.
-        lanes.sort(key=lambda lane: lane.distance)
+        before, after = self._connections
+        lanes = messages(runs)
+        own = lanes.pop(self.host, [])
+        bucket = _Bucket(memory.numpy().data, lanes, number)
+        # What comes from the host after has been everywhere.
+        onward = sum(len(lane) for source, lane in lanes.items() if source != self._after)
+        passed: queue.SimpleQueue[_Passed] = queue.SimpleQueue()
+        sending = threading.Thread(target=self._send, args=(after, bucket, own, onward, passed))
+        if own or onward:
+            sending.start()
         try:
-            self._run(lanes)
+            self._receive(before, bucket, passed)
+        except OSError as error:
+            self._fail(self._before, error)
         except BaseException:
-            # At once, whoever keeps the error: the peers see that this host has given up.
-            for lane in lanes:
-                lane.drop()
-            self.close()
+            self._wake()
             raise
+        finally:
+            if own or onward:
+                passed.put(None)
+                sending.join()
+        lost, self._error = self._error, None
+        if lost is not None:
+            self.close()
+            try:
+                raise lost
+            finally:
+                del lost  # its traceback would hold itself, and the memory with it
+
+    def _receive(
+        self, connection: socket.socket, bucket: _Bucket, passed: queue.SimpleQueue[_Passed]
+    ) -> None:
+        """Take all that the host before sends, and hand on what the one after does not have."""
+        header = bytearray(_HEADER.size)
+        for _ in range(sum(len(lane) for lane in bucket.lanes.values())):
+            _receive_into(connection, [memoryview(header)])
+            number, source, index = _HEADER.unpack(header)
+            lane = bucket.lanes.get(source, ())
+            if number != bucket.number or index >= len(lane):
+                raise ConnectionError(f"it is at bucket {number}, and not at {bucket.number}")
+            _receive_into(connection, bucket.views(lane[index]))
+            if source != self._after:
+                passed.put((source, index))
+
+    def _send(
+        self,
+        connection: socket.socket,
+        bucket: _Bucket,
+        own: Sequence[Message],
+        onward: int,
+        passed: queue.SimpleQueue[_Passed],
+    ) -> None:
+        """In a thread: send on what has come, and in between what is this host's own."""
+        waiting = deque(enumerate(own))
+        try:
+            while waiting or onward:
+                try:
+                    came = passed.get(block=not waiting)
+                except queue.Empty:
+                    index, message = waiting.popleft()
+                    source = self.host
+                else:
+                    if came is None:  # all has come, or nothing more will
+                        if onward:
+                            return
+                        continue
+                    source, index = came
+                    message = bucket.lanes[source][index]
+                    onward -= 1
+                header = memoryview(_HEADER.pack(bucket.number, source, index))
+                _send_all(connection, [header, *bucket.views(message)])
+        except OSError as error:
+            self._fail(self._after, error)
+
+    def _fail(self, peer: int, error: OSError) -> None:
+        """Remember the first error."""
+        if self._error is None:
+            silent = isinstance(error, BlockingIOError | TimeoutError)
+            what = f"was silent for {self._deadline_s:g} s" if silent else "is gone"
+            self._error = RelayError(f"host {peer} {what}, says host {self.host}: {_line(error)}", peer)
+            self._error.__cause__ = error
+        self._wake()
+
+    def _wake(self) -> None:
+        """End whatever waits in a connection."""
+        for connection in self._connections or ():
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def _missing(self, place: Store) -> list[int]:
         """Hosts that have not come; all others if the store cannot say."""
+        others = [other for other in self.hosts if other != self.host]
         try:
-            return [other for other in self.hosts if not place.check([f"host/{other}"])]
+            # If all have, it is a neighbour.
+            return [other for other in others if not place.check([f"host/{other}"])] or [self._before]
         except RuntimeError:
-            return [other for other in self.hosts if other != self.host]
-
-    def _run(self, lanes: Sequence[_Lane]) -> None:
-        self._ends = time.monotonic() + self._deadline_s
-        longest = max((len(lane.queue) for lane in lanes), default=0)
-        for step in range(longest + 2 * AHEAD):
-            for lane in lanes:
-                lane.begin(step)
-            for lane in lanes:
-                lane.pass_on(step - AHEAD)
-            for lane in lanes:
-                lane.settle(step - 2 * AHEAD)
-
-    def send(self, data: torch.Tensor, peer: int, tag: int) -> Work:
-        """Begin to send to a host."""
-        return self._begin("send", data, peer, tag)
-
-    def receive(self, data: torch.Tensor, peer: int, tag: int) -> Work:
-        """Begin to receive from a host."""
-        return self._begin("recv", data, peer, tag)
-
-    def _begin(self, what: str, data: torch.Tensor, peer: int, tag: int) -> Work:
-        try:
-            work: Work = getattr(self._group, what)([data], self.hosts.index(peer), tag)
-        except RuntimeError as error:
-            raise self._lost(peer, error) from error
-        return work
-
-    def wait(self, work: Work, peer: int) -> None:
-        """Wait for what was begun with a host, until the transfer's deadline at most."""
-        left = max(self._ends - time.monotonic(), 0.001)  # zero would be for ever
-        try:
-            done = work.wait(timedelta(seconds=left))
-        except RuntimeError as error:
-            raise self._lost(peer, error) from error
-        finally:
-            del work  # it holds the connection, and the error's traceback would hold it
-        if not done:
-            raise self._lost(peer, RuntimeError("broken off"))
-
-    def _lost(self, peer: int, error: RuntimeError) -> RelayError:
-        line = _line(error)
-        what = f"was silent for {self._deadline_s:g} s" if line.startswith("Timed out") else "is gone"
-        return RelayError(f"host {peer} {what}, says host {self.host}: {line}", peer)
+            return others
 
     def close(self) -> None:
         """Let go of the connections; peers that wait for this host get an error at once."""
-        self._group = None
+        for connection in self._connections or ():
+            connection.close()
+        self._connections = None
 
 
-class _Lane:
-    """One source's chain, as one host of it sees it: from whom a message comes, to whom it goes on."""
-
-    def __init__(
-        self, relay: HostRelay, memory: torch.Tensor, chain: Sequence[int], queue: Sequence[Message], tag: int
-    ) -> None:
-        self.queue = queue
-        self.distance = chain.index(relay.host)
-        self._relay = relay
-        self._tag = tag
-        self._memory = memory
-        self._view = memory.numpy().data
-        self._before = chain[self.distance - 1] if self.distance else None
-        self._after = chain[self.distance + 1] if self.distance + 1 < len(chain) else None
-        self._data: dict[int, torch.Tensor] = {}
-        self._work: dict[int, Work] = {}
-
-    def begin(self, index: int) -> None:
-        """Send a message, if it is this host's own, or get ready for it."""
-        if index >= len(self.queue):
-            return
-        message = self.queue[index]
-        first = message.pieces[0]
-        if len(message.pieces) == 1:
-            data = self._memory[first.offset : first.offset + first.nbytes]
-        else:
-            data = torch.empty(message.nbytes, dtype=torch.uint8)
-        self._data[index] = data
-        if self._before is not None:
-            self._work[index] = self._relay.receive(data, self._before, self._tag)
-            return
-        if len(message.pieces) > 1:
-            self._copy(message, data, gather=True)
-        self._send(index)
-
-    def pass_on(self, index: int) -> None:
-        """Wait for a message that is not this host's own, and send it on before anything else."""
-        if self._before is None or not 0 <= index < len(self.queue):
-            return
-        self._relay.wait(self._work.pop(index), self._before)
-        self._send(index)
-        message = self.queue[index]
-        if len(message.pieces) > 1:
-            self._copy(message, self._data[index], gather=False)
-
-    def settle(self, index: int) -> None:
-        """Wait until a message's memory is needed no longer."""
-        if not 0 <= index < len(self.queue):
-            return
-        if self._after is not None:
-            self._relay.wait(self._work.pop(index), self._after)
-        del self._data[index]
-
-    def drop(self) -> None:
-        """Let go of everything that is under way."""
-        self._work.clear()
-        self._data.clear()
-
-    def _send(self, index: int) -> None:
-        if self._after is not None:
-            self._work[index] = self._relay.send(self._data[index], self._after, self._tag)
-
-    def _copy(self, message: Message, data: torch.Tensor, *, gather: bool) -> None:
-        packed, start = data.numpy().data, 0
-        for piece in message.pieces:
-            here = slice(piece.offset, piece.offset + piece.nbytes)
-            there = slice(start, start + piece.nbytes)
-            if gather:
-                packed[there] = self._view[here]
-            else:
-                self._view[here] = packed[there]
-            start += piece.nbytes
+#: Source and number of a message that has come; None: no more will.
+_Passed = tuple[int, int] | None
 
 
-def _chain(source: int, takers: Sequence[int]) -> tuple[int, ...]:
-    """The source, then those after it in a ring; so with sources everywhere all links carry the same."""
-    others = sorted(taker for taker in takers if taker != source)
-    return (source, *(t for t in others if t > source), *(t for t in others if t < source))
+class _Bucket(NamedTuple):
+    """What a transfer moves, as this host has it."""
+
+    memory: memoryview
+    #: What other hosts have of it.
+    lanes: Mapping[int, Sequence[Message]]
+    number: int
+
+    def views(self, message: Message) -> list[memoryview]:
+        return [self.memory[piece.offset : piece.offset + piece.nbytes] for piece in message.pieces]
 
 
-def _device(store: Store, interface: str | None) -> ProcessGroupGloo.Device:
+def _receive_into(connection: socket.socket, views: list[memoryview]) -> None:
+    while views:
+        count = connection.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
+        if not count:
+            raise ConnectionError("it closed the connection")
+        views = _after_bytes(views, count)
+
+
+def _send_all(connection: socket.socket, views: list[memoryview]) -> None:
+    while views:
+        views = _after_bytes(views, connection.sendmsg(views))
+
+
+def _after_bytes(views: list[memoryview], count: int) -> list[memoryview]:
+    """What is left of these views after the first `count` bytes."""
+    for index, view in enumerate(views):
+        if count < len(view):
+            return [view[count:], *views[index + 1 :]]
+        count -= len(view)
+    return []
+
+
+def _accepted(server: socket.socket, token: bytes, ends: float) -> socket.socket:
+    """The connection of the host before; whoever does not know the token is sent away."""
+    while True:
+        server.settimeout(_left_s(ends))
+        connection, _ = server.accept()
+        with suppress(OSError):
+            connection.settimeout(_left_s(ends))
+            if hmac.compare_digest(connection.recv(len(token), socket.MSG_WAITALL), token):
+                return connection
+        connection.close()
+
+
+def _left_s(ends: float) -> float:
+    """Until then; never nothing, which would be for ever."""
+    return max(ends - time.monotonic(), 0.001)
+
+
+def _address(store: Store, interface: str | None) -> str:
+    """The address of an interface, or the one from which the store is reached."""
     if interface is not None:
-        return ProcessGroupGloo.create_device(interface=interface)
+        kinds = (socket.AF_INET, socket.AF_INET6)
+        found = [a.address for a in psutil.net_if_addrs().get(interface, ()) if a.family in kinds]
+        if not found:
+            raise OSError(f"network interface {interface} has no address")
+        return str(found[0])
     if not isinstance(store, TCPStore):
-        return ProcessGroupGloo.create_default_device()
-    # The address from which the store is reached; nothing is sent. The host's name may lead anywhere.
+        return "127.0.0.1"
+    # Nothing is sent. The host's own name may lead anywhere.
     family, kind, protocol, _, address = socket.getaddrinfo(store.host, store.port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(address)
-        return ProcessGroupGloo.create_device(hostname=probe.getsockname()[0])
+        return str(probe.getsockname()[0])
 
 
 def _line(error: Exception) -> str:

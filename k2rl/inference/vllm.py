@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import Awaitable
+import time
+from collections.abc import Awaitable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,16 +16,13 @@ import psutil
 
 from k2rl.checkpoint_engine.messages import (
     FAREWELL_S,
-    RECEIVER,
     Address,
     DeltaRefusedError,
     Outcome,
-    Peer,
     PushInvitation,
     TransferError,
 )
 from k2rl.checkpoint_engine.plan import Box, Needs
-from k2rl.checkpoint_engine.push import Invitations
 from k2rl.config import InferenceConfig
 from k2rl.inference.engine import EngineDeadError, Generation, GenerationError, Sampling
 from k2rl.inference.prefork import adopt, start_server
@@ -42,14 +41,13 @@ HEALTH_INTERVAL_S = 0.5
 _CPU_ARGUMENTS: dict[str, Any] = {"enable_chunked_prefill": False, "block_size": 32}
 
 
-def _cpu_binding(setting: str, ranks: int) -> str:
-    """vLLM's spelling of the cores to use, a set for each tensor-parallel rank.
+def _cpu_binding(setting: str, ranks: int, cores: Sequence[int]) -> str:
+    """vLLM's spelling of the cores to use, a set for each tensor-parallel rank; `all` is all of `cores`.
 
     Its `auto` would leave one idle for a scheduler that sleeps.
     """
     if setting != "all":
         return setting
-    cores = sorted(os.sched_getaffinity(0))
     share = max(len(cores) // ranks, 1)
     # With fewer cores than ranks, some have to share one.
     sets = [[cores[(rank * share + i) % len(cores)] for i in range(share)] for rank in range(ranks)]
@@ -74,18 +72,27 @@ class VLLMEngine:
         stop_token_ids: tuple[int, ...],
         config: InferenceConfig,
         seed: int,
+        cores: Sequence[int] = (),
     ) -> None:
         """Configure the engine; `start` starts it.
 
         vLLM sets environment variables for it: native code that reads one at that moment, in another thread,
         crashes.
 
+        Args:
+            model_path: folder of the checkpoint whose configuration and shapes the model has.
+            dtype: that it computes in.
+            stop_token_ids: end a turn.
+            config: of the engine.
+            seed: of vLLM's own generator.
+            cores: that it may use on a CPU; default: those that this process may.
+
         Raises:
             EngineDeadError: vLLM takes no such configuration.
         """
         os.environ[OWNER_PID] = str(os.getpid())
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = _cpu_binding(
-            config.cpu_threads_bind, int(config.engine_args.get("tensor_parallel_size", 1))
+            config.cpu_threads_bind, config.tensor_parallel, cores or sorted(os.sched_getaffinity(0))
         )
         os.environ.setdefault("VLLM_LOGGING_COLOR", "0")
         start_server()
@@ -101,6 +108,7 @@ class VLLMEngine:
             "max_model_len": config.max_model_len,
             "max_num_seqs": config.max_num_seqs,
             "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
+            "tensor_parallel_size": config.tensor_parallel,
             "enforce_eager": config.enforce_eager,
             "enable_prefix_caching": True,
             # Log-probs of what was really sampled from: after the temperature.
@@ -118,7 +126,10 @@ class VLLMEngine:
             self._vllm_config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
         except (RuntimeError, TypeError, ValueError) as error:
             raise EngineDeadError(f"vLLM did not start: {error}") from error
+        #: Number of the host it is on, where weights come to several.
+        self.host = 0
         self._stop_token_ids = list(stop_token_ids)
+        self._running_requests = config.running_requests
         self._request_ids = itertools.count()
         self._version = NO_WEIGHT_VERSION
         self._fenced = True
@@ -127,6 +138,7 @@ class VLLMEngine:
         self._push: asyncio.Future[None] | None = None
         self._settle_s = 0.0
         self._needs: tuple[Needs, ...] | None = None
+        self._pushed_until: float | None = time.monotonic()
 
     def start(self) -> VLLMEngine:
         """Start vLLM's processes; blocks until they are ready.
@@ -142,7 +154,9 @@ class VLLMEngine:
             self._llm = AsyncLLM.from_vllm_config(self._vllm_config)
         except (RuntimeError, TypeError, ValueError) as error:
             raise EngineDeadError(f"vLLM did not start: {error}") from error
-        self._segments = shared_memory_of(*(_descendants() - others)) - shared_memory_of(os.getpid())
+        self._processes = [psutil.Process(pid) for pid in _descendants() - others]
+        pids = [process.pid for process in self._processes]
+        self._segments = shared_memory_of(*pids) - shared_memory_of(os.getpid())
         return self
 
     async def generate(self, prompt_ids: list[int], sampling: Sampling) -> Generation:
@@ -197,8 +211,8 @@ class VLLMEngine:
 
     async def join_push(
         self, address: Address, version: int, deadline_s: float, first_receiver: int = 0
-    ) -> Invitations:
-        """Pause, keeping the requests, and let the workers take part in a push.
+    ) -> None:
+        """Pause, keeping or aborting the requests as configured, and let the workers take part in a push.
 
         The engine is fenced from here to the commit; if anything fails it stays so, and only another
         complete push lifts the fence.
@@ -208,9 +222,6 @@ class VLLMEngine:
             version: that it brings.
             deadline_s: longest silence of the coordinator.
             first_receiver: number of its first worker; the others follow.
-
-        Returns:
-            The call that ends with the push, once generation has stopped.
 
         Raises:
             ValueError: the version is not newer than the one in place, or the engine sleeps.
@@ -226,20 +237,31 @@ class VLLMEngine:
             if not self._paused and await self._while_alive(self._llm.is_sleeping()):
                 raise ValueError("the engine sleeps: wake it up before pushing weights into it")
             self._fenced = self._paused = True
-            await self._while_alive(self._llm.pause_generation(mode="keep", clear_cache=True))
+            await self._while_alive(self._llm.pause_generation(mode=self._running_requests, clear_cache=True))
         except VLLMEngineDeadError as error:
             raise EngineDeadError(str(error)) from error
         self._settle_s = deadline_s + FAREWELL_S
         self._push = asyncio.ensure_future(self._take_part(address, version, deadline_s, first_receiver))
-        return {Peer(RECEIVER, first_receiver): asyncio.shield(self._push)}
+
+    async def push_ended(self) -> None:
+        """Wait until the workers have left the push; raises what they failed with."""
+        if self._push is not None:
+            await asyncio.shield(self._push)
 
     async def _take_part(
         self, address: Address, version: int, deadline_s: float, first_receiver: int
     ) -> None:
-        invitation = msgspec.msgpack.encode(PushInvitation(address, deadline_s, first_receiver))
+        self._pushed_until = None
+        try:
+            await self._receive(PushInvitation(address, deadline_s, first_receiver, self.host), version)
+        finally:
+            self._pushed_until = time.monotonic()
+
+    async def _receive(self, invited: PushInvitation, version: int) -> None:
+        invitation = msgspec.msgpack.encode(invited)
         answers = await self._call_workers("take_part", invitation)
         outcomes = [msgspec.msgpack.decode(answer, type=Outcome) for answer in answers]
-        numbered = enumerate(outcomes, first_receiver)
+        numbered = enumerate(outcomes, invited.first_receiver)
         failed = "; ".join(
             f"receiver {number}: {outcome.error}" for number, outcome in numbered if outcome.error
         )
@@ -341,6 +363,28 @@ class VLLMEngine:
             await self._llm.check_health()
         except VLLMEngineDeadError as error:
             raise EngineDeadError(str(error)) from error
+
+    @property
+    def pushed_until(self) -> float | None:
+        """When the last push was over, on the monotonic clock; None while one is under way.
+
+        In a push its workers answer to nobody else.
+        """
+        return self._pushed_until
+
+    async def answer(self) -> None:
+        """Return as soon as its processes do: between two batches, and after a push.
+
+        Raises:
+            EngineDeadError: vLLM died.
+        """
+        await self._call_workers("resident_memory")
+
+    def kill(self) -> None:
+        """End vLLM's processes at once, also if they stand still; who waits for it finds it dead."""
+        for process in self._processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def shutdown(self) -> None:
         """Stop vLLM's processes; the engine is of no use afterwards."""

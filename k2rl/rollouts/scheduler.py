@@ -40,9 +40,14 @@ class RolloutScheduler:
         self._rubric = rubric
 
     async def run(
-        self, attempts: Sequence[Attempt], progress: Callable[[int, int], None] = lambda done, total: None
+        self,
+        attempts: Sequence[Attempt],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        finished: Callable[[Trajectory], None] = lambda trajectory: None,
     ) -> list[Trajectory]:
         """Play all attempts; returns judged trajectories in the order of the attempts.
+
+        Each is handed to `finished` as it ends.
 
         An environment (its constructor and `close()` too) or judge that raises, and an episode past its
         deadline, give a trajectory whose verdict is failed with the reason.
@@ -57,6 +62,7 @@ class RolloutScheduler:
             nonlocal done
             async with slots:
                 trajectory = await self._play(attempt)
+            finished(trajectory)
             done += 1
             progress(done, len(attempts))
             return trajectory

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from k2rl.evaluation.results import EvaluationResult, KindResult, load_results, reward_gain
 from k2rl.evaluation.stats import Interval
 from k2rl.tracking.metrics import read_metrics
+from k2rl.tracking.restarts import read_restarts
 from k2rl.tracking.timeline import read_timeline
 
 FILE = "summary.json"
@@ -39,6 +40,7 @@ class Summary(msgspec.Struct, frozen=True, omit_defaults=False):
 
     `eval_before` was made directly before RL, after any warm start, so that `rl_gain` is RL's alone;
     `eval_base` is the untouched model and exists only if there was a warm start.
+    `restarts` counts what died and was started again: a vLLM, or all workers.
     `samples_per_second` counts training episodes over the seconds of the RL steps, training and
     weight updates included. `failed_episodes` counts rollouts and evaluations.
     """
@@ -54,6 +56,7 @@ class Summary(msgspec.Struct, frozen=True, omit_defaults=False):
     model: str | None = None
     env: str | None = None
     seed: int | None = None
+    restarts: int = 0
 
 
 def summarise_run(run_dir: Path) -> Summary:
@@ -77,6 +80,7 @@ def summarise_run(run_dir: Path) -> Summary:
         model=config.get("model", {}).get("path"),
         env=config.get("env", {}).get("id"),
         seed=config.get("seed"),
+        restarts=len(read_restarts(run_dir)),
     )
 
 

@@ -6,18 +6,23 @@ block meets only the keys that any of its queries sees: a few contiguous runs (i
 above it). The cost is that of the sequences' own attention, however many groups share the row.
 
 Registered with transformers as the attention `k2rl_tree`; the blocks travel as the model's keyword
-argument `tree`. Without them it is transformers' own `sdpa`.
+argument `tree`. Without them it is transformers' own `sdpa`. Another argument, `probe`, is told the largest
+logits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from k2rl.models.logit_probe import LogitProbe
 
 NAME = "k2rl_tree"
 BLOCK = 96
@@ -78,6 +83,7 @@ def tree_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     tree: tuple[QueryBlock, ...] | None = None,
+    probe: LogitProbe | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface; grouped-query attention included.
@@ -90,6 +96,7 @@ def tree_attention(
         attention_mask: ignored where `tree` is given.
         scaling: of the scores; default `d ** -0.5`.
         tree: the row's query blocks.
+        probe: told the largest logit of each head; with `tree` only.
         kwargs: passed on where `tree` is not given.
 
     Returns:
@@ -101,7 +108,8 @@ def tree_attention(
         )
         return plain
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output: Tensor = _TreeAttention.apply(query, key, value, scale, tree)  # type: ignore[no-untyped-call]
+    record = partial(probe.record, module) if probe else None
+    output: Tensor = _TreeAttention.apply(query, key, value, scale, tree, record)  # type: ignore[no-untyped-call]
     return output, None
 
 
@@ -110,13 +118,21 @@ class _TreeAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, tree: tuple[QueryBlock, ...]
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        tree: tuple[QueryBlock, ...],
+        record: Callable[[Tensor], None] | None,
     ) -> Tensor:
         queries, keys, values = _by_key_head(query, key), key[0].float(), value[0].float()
         output = query.new_empty(query.shape[2], *queries.shape[:2], value.shape[-1])  # [T, heads, G, d_v]
         for block in tree:
-            probs = _probabilities(_rows(queries, block, scale), block.take(keys), block.mask)
-            result = torch.bmm(probs, block.take(values))
+            logits = _logits(_rows(queries, block, scale), block.take(keys), block.mask)
+            if record:
+                record(logits.amax(dim=-1).unflatten(1, (queries.shape[1], -1)).amax(dim=-1).flatten())
+            result = torch.bmm(torch.softmax(logits, dim=-1), block.take(values))
             output[block.start : block.stop] = result.unflatten(1, (queries.shape[1], -1)).permute(2, 0, 1, 3)
         ctx.save_for_backward(query, key, value, output)
         ctx.scale, ctx.tree = scale, tree
@@ -136,13 +152,13 @@ class _TreeAttention(torch.autograd.Function):
         for block in ctx.tree:
             rows, block_keys = _rows(queries, block, ctx.scale), block.take(keys)
             grad = _rows(grad_output, block)
-            probs = _probabilities(rows, block_keys, block.mask)
+            probs = torch.softmax(_logits(rows, block_keys, block.mask), dim=-1)
             grad_scores = torch.bmm(grad, block.take(values).mT).sub_(_rows(inner, block)).mul_(probs)
             grad_rows = torch.bmm(grad_scores, block_keys).mul_(ctx.scale)
             grad_queries[:, :, block.start : block.stop] = grad_rows.unflatten(1, (queries.shape[1], -1))
             block.give_back(grad_key, torch.bmm(grad_scores.mT, rows))
             block.give_back(grad_value, torch.bmm(probs.mT, grad))
-        return grad_query, grad_key.to(key.dtype)[None], grad_value.to(value.dtype)[None], None, None
+        return grad_query, grad_key.to(key.dtype)[None], grad_value.to(value.dtype)[None], None, None, None
 
 
 def _by_key_head(query: Tensor, key: Tensor) -> Tensor:
@@ -157,11 +173,11 @@ def _rows(queries: Tensor, block: QueryBlock, scale: float = 1.0) -> Tensor:
     return rows if scale == 1.0 else rows * scale
 
 
-def _probabilities(rows: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
-    """[heads, G * block, keys] float32."""
+def _logits(rows: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+    """[heads, G * block, keys] float32, -inf where a query does not see a key."""
     scores = torch.bmm(rows, keys.mT)
     scores.unflatten(1, (-1, mask.shape[0])).add_(mask)
-    return torch.softmax(scores, dim=-1)
+    return scores
 
 
 AttentionInterface.register(NAME, tree_attention)

@@ -1,4 +1,4 @@
-"""The colocated worker: one Ray actor that owns trainer and inference engine, which take turns."""
+"""The colocated worker: a Ray actor that owns a trainer rank and perhaps vLLM, which take turns."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import asyncio
 import gc
 import importlib
 import os
+import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -17,16 +18,24 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import msgspec
 import ray
 
-from k2rl.config import CheckpointEngineConfig, InferenceConfig, ObjectiveConfig, OptimizerConfig
+from k2rl.config import ObjectiveConfig
 from k2rl.hardware import fast_dtype
-from k2rl.inference.engine import Generation, Sampling
+from k2rl.inference.engine import EngineDeadError, Generation, Sampling
 from k2rl.inference.prefork import start_server
 from k2rl.training.batch import BatchTotals, SupervisedSequence, TrainSequence
+from k2rl.workers.hosted_engine import HostedEngine
 from k2rl.workers.memory import GIB, Kind, MemoryLedger, resident, trim
 from k2rl.workers.process import redirect_output
+from k2rl.workers.spec import Place, Site, WorkerSpec
 
 if TYPE_CHECKING:
-    from k2rl.checkpoint_engine.publisher import Publisher
+    from k2rl.checkpoint_engine.agent import HostAgent
+    from k2rl.checkpoint_engine.engines import ReceivingEngine
+    from k2rl.checkpoint_engine.manifest import Manifest
+    from k2rl.checkpoint_engine.messages import Address
+    from k2rl.checkpoint_engine.plan import Needs, Plan, Rows
+    from k2rl.checkpoint_engine.publisher import Publisher, TrainerRank
+    from k2rl.checkpoint_engine.push import PushReport
     from k2rl.checkpoint_engine.sender import Source
     from k2rl.inference.vllm import VLLMEngine
 
@@ -34,64 +43,83 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class WorkerSpec(msgspec.Struct, frozen=True):
-    """What a worker needs to start."""
+class Published(msgspec.Struct, frozen=True):
+    """What became of a push or a join."""
 
-    model_path: str
-    #: `bfloat16`, `float32`, or `auto`: what the worker's hardware is fast at.
-    dtype: str
-    #: Where the trainer computes: `cpu` or `cuda`. vLLM finds its own.
-    device: str
-    stop_token_ids: tuple[int, ...]
-    seed: int
-    log_path: str
-    optimizer: OptimizerConfig
-    micro_batch_tokens: int
-    num_threads: int
-    inference: InferenceConfig
-    checkpoint_engine: CheckpointEngineConfig
-    #: Without a trainer the worker serves the checkpoint as it is (evaluation alone).
-    trains: bool = True
-    #: Without vLLM it trains on what it is given, and publishes nothing (`debug=train_only`).
-    serves: bool = True
-    #: `file`: the trainer's weights and optimizer state are in files beside the log, and their memory is
-    #: given back while vLLM serves.
-    offload: str = "none"
+    version: int
+    #: Whether the version is committed: engines that live serve it.
+    committed: bool
+    #: Engines that died of it, by the rank of their worker, and why.
+    lost: dict[int, str]
+    #: Why it failed; empty if it did not.
+    error: str
+    metrics: dict[str, float]
 
 
 class ColocatedWorker:
     """Methods are coroutines; whatever computes runs in a thread, so heartbeats are always answered."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
-        redirect_output(Path(spec.log_path))
-        if spec.dtype == "auto":
-            spec = msgspec.structs.replace(spec, dtype=fast_dtype(gpu=spec.device == "cuda"))
+    def __init__(self, spec: WorkerSpec, rank: int) -> None:
+        redirect_output(Path(spec.log_folder) / log_name(rank))
         self._spec = spec
         self._ledger = MemoryLedger()
         self._vllm_bytes: dict[Kind, int] = {}
         # One thread for the trainer's whole life: OpenMP's thread count belongs to the thread that sets it,
         # and calls wait for each other.
         self._trainer_thread = ThreadPoolExecutor(1, thread_name_prefix="trainer")
+        self._vllm: HostedEngine | None = None
+        self._publisher: Publisher | None = None
+        self._agent: HostAgent | None = None
+        #: When the switch under way, or the last one, began.
+        self._switch_began: float | None = None
 
-    async def start(self) -> str:
-        """Start trainer and vLLM, at the same time; returns the dtype they compute in."""
-        if not self._spec.serves:
-            await asyncio.to_thread(_import_engines, "transformers.modeling_utils", "k2rl.training.engine")
-            await self._train(self._start_trainer)
-            return self._spec.dtype
-        start_server()
-        await asyncio.to_thread(
-            _import_engines,
-            *("transformers.modeling_utils", "vllm.v1.engine.async_llm", "k2rl.training.engine"),
+    async def site(self) -> Site:
+        """Where it is."""
+        context = ray.get_runtime_context()
+        return Site(
+            context.get_node_id(),
+            ray.util.get_node_ip_address(),
+            os.getpid(),
+            tuple(sorted(os.sched_getaffinity(0))),
+            tuple(str(gpu) for gpu in ray.get_gpu_ids()),
+            fast_dtype(gpu=self._spec.device == "cuda"),
         )
-        # The trainer begins after vLLM is configured: see `VLLMEngine`.
-        vllm = await asyncio.to_thread(self._configured_vllm)
+
+    async def free_address(self) -> str:
+        """`host:port` of this node that nobody uses now."""
+        address = ray.util.get_node_ip_address()
+        with socket.create_server((address, 0)) as server:
+            return f"{address}:{server.getsockname()[1]}"
+
+    async def start(self, place: Place) -> int:
+        """Start the trainer and, in one that leads a replica, vLLM, at the same time.
+
+        Returns:
+            The number of vLLM's workers.
+        """
+        self._place = place
+        self._spec = spec = msgspec.structs.replace(self._spec, dtype=place.dtype)
+        _use_cores(place.cores)
+        modules = ["transformers.modeling_utils", "k2rl.training.engine"]
+        vllm = None
+        if place.leads:
+            start_server()
+            modules.insert(1, "vllm.v1.engine.async_llm")
+        await asyncio.to_thread(_import_engines, *modules)
+        if place.leads:
+            # The trainer begins after vLLM is configured: see `VLLMEngine`.
+            vllm = await self._configured_vllm()
+            self._vllm = HostedEngine(self._configured_vllm, place.host)
         self._resident_before = resident()
-        _, self._vllm = await asyncio.gather(self._train(self._start_trainer), asyncio.to_thread(vllm.start))
-        self._publisher = self._make_publisher()
+        starting = [self._train(self._start_trainer)]
+        if self._vllm is not None:
+            starting.append(self._vllm.start(vllm))
+        await asyncio.gather(*starting)
+        if not spec.serves:
+            return 0
+        self._prepare_pushes()
         self._note_holdings()
-        await self._publisher.start()
-        return self._spec.dtype
+        return self._vllm.num_receivers if self._vllm is not None else 0
 
     async def _train(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
         """Let the trainer's thread do something, after whatever it was given before."""
@@ -99,10 +127,11 @@ class ColocatedWorker:
         return await loop.run_in_executor(self._trainer_thread, partial(work, *arguments, **options))
 
     def _start_trainer(self) -> None:
-        spec = self._spec
+        spec, place = self._spec, self._place
         if not spec.trains:
             return
         from k2rl.training.engine import TrainEngine
+        from k2rl.training.ranks import Ranks
 
         self._trainer = TrainEngine(
             spec.model_path,
@@ -112,17 +141,38 @@ class ColocatedWorker:
             spec.seed,
             spec.num_threads,
             spec.device,
-            Path(spec.log_path).parent if spec.offload == "file" else None,
+            spec.offload,
+            Path(spec.log_folder),
+            ranks=Ranks(place.rank, place.world, place.meeting_point, spec.collective_s),
         )
 
-    def _configured_vllm(self) -> VLLMEngine:
+    async def _configured_vllm(self) -> VLLMEngine:
+        """An engine to be started; made while the trainer does nothing, for the environment's sake."""
         from k2rl.inference.vllm import VLLMEngine
 
-        spec = self._spec
-        return VLLMEngine(Path(spec.model_path), spec.dtype, spec.stop_token_ids, spec.inference, spec.seed)
+        spec, place = self._spec, self._place
+        if place.engine_gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(place.engine_gpus)
+        return await self._train(
+            VLLMEngine,
+            Path(spec.model_path),
+            spec.dtype,
+            spec.stop_token_ids,
+            spec.inference,
+            spec.seed,
+            place.engine_cores,
+        )
+
+    @property
+    def _engine(self) -> VLLMEngine:
+        """Raises:
+        EngineDeadError: it has died.
+        """
+        assert self._vllm is not None, "this worker leads no replica"
+        return self._vllm.engine
 
     async def generate(self, prompt_ids: list[int], sampling: Sampling) -> Generation:
-        return await self._vllm.generate(prompt_ids, sampling)
+        return await self._engine.generate(prompt_ids, sampling)
 
     async def policy_step(
         self,
@@ -134,8 +184,8 @@ class ColocatedWorker:
         updates: int,
         totals: BatchTotals,
     ) -> dict[str, float]:
-        """See `TrainEngine.policy_step`; also the switch and what is held, see `_to_training`."""
-        switch = await self._to_training()
+        """See `TrainEngine.policy_step`; also what is held, and `memory/to_training_s` after vLLM's turn."""
+        switch = await self._begin_training()
         learned = await self._train(
             self._trainer.policy_step,
             groups,
@@ -151,62 +201,81 @@ class ColocatedWorker:
 
     async def sft_step(self, sequences: Sequence[SupervisedSequence]) -> dict[str, float]:
         """See `TrainEngine.sft_step`."""
-        await self._to_training()
+        await self._begin_training()
         learned = await self._train(self._trainer.sft_step, sequences)
         self._note_holdings()
         return learned
 
-    async def _to_training(self) -> dict[str, float]:
-        """Let vLLM give its memory back, if it has not yet, and the trainer take its own again.
-
-        Returns:
-            `memory/to_training_s`, and in GiB the physical memory that vLLM's workers hold now
-            (`memory/vllm_while_training_gib`) and held before they had a model
-            (`memory/vllm_without_model_gib`); nothing if vLLM slept already, or is not to.
+    async def _begin_training(self) -> dict[str, float]:
+        """Take the trainer's memory again.
 
         Raises:
             RunError: vLLM holds memory that it should have given back.
         """
-        start = time.perf_counter()
-        spec = self._spec
-        turns = spec.serves and spec.inference.sleep_while_training and not self._vllm.asleep
-        if turns:
-            await self._vllm.sleep()
-            self._ledger.give_up("vllm")
+        if self._ledger.turn == "trainer":
+            return {}
         self._ledger.begin("trainer")
         await self._train(self._trainer.reload)
         self._note_holdings()
-        if not turns:
-            return {}
-        seconds = time.perf_counter() - start
-        now, before = await self._vllm.resident_memory()
-        return {
-            "memory/to_training_s": seconds,
-            "memory/vllm_while_training_gib": now / GIB,
-            "memory/vllm_without_model_gib": before / GIB,
-        }
+        began = self._switch_began
+        return {} if began is None else {"memory/to_training_s": time.perf_counter() - began}
 
-    async def _to_serving(self) -> dict[str, float]:
-        """Let the trainer give back what it can, and wake vLLM up; returns `memory/to_serving_s`.
+    async def end_serving(self) -> dict[str, float]:
+        """Let vLLM give its memory back, before any worker begins to train.
+
+        A vLLM that has died has none: it is not missed before the next push.
+
+        Returns:
+            In GiB the physical memory that vLLM's workers hold now (`memory/vllm_while_training_gib`) and
+            held before they had a model (`memory/vllm_without_model_gib`); nothing if there is no vLLM, or it
+            is not to sleep.
+        """
+        self._switch_began = time.perf_counter()
+        vllm = self._vllm
+        if vllm is None or not self._spec.inference.sleep_while_training:
+            return {}
+        try:
+            await vllm.engine.sleep()
+            self._ledger.give_up("vllm")
+            now, before = await vllm.engine.resident_memory()
+        except EngineDeadError as error:
+            await vllm.give_up(str(error))
+            self._ledger.give_up("vllm")
+            return {}
+        return {"memory/vllm_while_training_gib": now / GIB, "memory/vllm_without_model_gib": before / GIB}
+
+    async def end_training(self) -> None:
+        """Let the trainer give back what it can, before any vLLM takes memory."""
+        self._switch_began = time.perf_counter()
+        await self._rest()
+        self._ledger.give_up("trainer")
+
+    async def begin_serving(self) -> dict[str, float]:
+        """Wake vLLM up, for a push; returns `memory/to_serving_s`.
+
+        A vLLM that has died is left dead: see `heartbeat`.
 
         Raises:
             RunError: the trainer holds memory that it should have given back.
         """
-        start = time.perf_counter()
-        await self._rest()
-        self._ledger.give_up("trainer")
         self._ledger.begin("vllm")
-        if self._vllm.asleep:
-            await self._vllm.wake_up()
+        vllm = self._vllm
+        if vllm is not None and not vllm.died and vllm.engine.asleep:
+            try:
+                await vllm.engine.wake_up()
+            except EngineDeadError as error:
+                await vllm.give_up(str(error))
         self._note_holdings()
-        return {"memory/to_serving_s": time.perf_counter() - start}
+        began = self._switch_began
+        return {} if began is None else {"memory/to_serving_s": time.perf_counter() - began}
 
     async def _rest(self) -> None:
         """Let go of what this process needs for training, and for pushes, alone.
 
         Reading the trainer's weights, for a push, say, takes those pages again.
         """
-        self._sender.unload()
+        if self._spec.serves:
+            self._sender.unload()
         if self._spec.trains:
             await self._train(self._trainer.offload)
         trim()
@@ -219,7 +288,7 @@ class ColocatedWorker:
             hold("trainer", "parameters", state["parameters"], spec.device, spec.offload == "file")
             hold("trainer", "optimizer", state["optimizer"], spec.device, spec.offload == "file")
             hold("trainer", "gradients", state["gradients"] if turn else 0, spec.device)
-        if turn != "trainer":
+        if turn != "trainer" and self._vllm is not None:
             for kind, nbytes in self._vllm_bytes.items():
                 hold("vllm", kind, nbytes, spec.device, spec.inference.sleep_while_training)
 
@@ -229,32 +298,140 @@ class ColocatedWorker:
     async def reset_optimizer(self, lr: float) -> None:
         await self._train(self._trainer.reset_optimizer, lr)
 
-    async def publish(self) -> dict[str, float]:
-        """Push the trainer's weights (the checkpoint's where nothing trains) into vLLM.
+    async def restart_engine(self) -> int:
+        """Start vLLM again, with random weights; returns the number of its workers.
+
+        Raises:
+            EngineDeadError: it could not start.
+        """
+        assert self._vllm is not None
+        await self._vllm.start()
+        self._note_holdings()
+        return self._vllm.num_receivers
+
+    async def give_up_engine(self, why: str) -> None:
+        """Kill a vLLM that does not answer."""
+        assert self._vllm is not None
+        await self._vllm.give_up(why)
+
+    def _prepare_pushes(self) -> None:
+        from k2rl.checkpoint_engine.disk import checkpoint_manifest
+        from k2rl.checkpoint_engine.sender import Sender
+
+        spec, place = self._spec, self._place
+        self._sender = Sender(place.rank, place.host)
+        if self._vllm is not None:
+            self._vllm_bytes = {
+                "weights": checkpoint_manifest(Path(spec.model_path), 1, spec.dtype).nbytes,
+                "kv_cache": int(spec.inference.kv_cache_gib * GIB) * self._vllm.num_receivers,
+            }
+
+    async def lead_pushes(
+        self, actors: Sequence[Any], places: Sequence[Place], receivers: Mapping[int, int]
+    ) -> None:
+        """Rank 0 makes the pushes, once all have started.
+
+        Args:
+            actors: all workers, by rank.
+            places: theirs.
+            receivers: vLLM's workers, by the rank of each worker that leads a replica.
+        """
+        from k2rl.checkpoint_engine.publisher import Publisher, expected_tensors
+
+        spec, place = self._spec, self._place
+        self._actors, self._places = actors, places
+        agents = {}
+        if place.listen:
+            first = {other.host: other.rank for other in reversed(places)}
+            agents = {host: _remote_agent(actors[rank]) for host, rank in first.items()}
+        expected = expected_tensors(Path(spec.model_path), spec.dtype)
+        engines = {engine_name(rank): self._engine_of(rank, count) for rank, count in receivers.items()}
+        self._publisher = Publisher(
+            engines, spec.checkpoint_engine, expected, agents, place.host, place.listen
+        )
+        await self._publisher.start()
+
+    def _engine_of(self, rank: int, receivers: int) -> ReceivingEngine:
+        from k2rl.workers.remote import RemoteEngine
+
+        if rank == self._place.rank:
+            assert self._vllm is not None
+            return self._vllm
+        return RemoteEngine(self._actors[rank], self._places[rank].host, receivers)
+
+    async def publish(self, restarted: Mapping[int, int]) -> Published:
+        """Push the trainers' weights (the checkpoint's where nothing trains) into every vLLM.
 
         Their version is the number of optimizer steps that made them, so that a resumed run goes on
         counting.
 
-        Returns:
-            `version`, `bytes`, and the seconds spent copying out (`write_s`) and in place (`update_s`, in
-            which nothing is generated); what `_to_serving` says; in GiB the physical memory that this process
-            holds now (`memory/trainer_while_serving_gib`) and held before the trainer had a model
-            (`memory/trainer_without_model_gib`), and what is held of which kind (`memory/serving/...`).
-        """
-        switch = await self._to_serving()
-        from k2rl.checkpoint_engine.publisher import local_rank
+        Args:
+            restarted: workers of engines that take part again, by the rank of the worker that leads them.
 
+        Returns:
+            Its metrics: `version`, `bytes`, and the seconds spent copying out (`write_s`) and in place
+            (`update_s`, in which nothing is generated).
+        """
+        from k2rl.checkpoint_engine.publisher import local_rank
+        from k2rl.workers.remote import remote_rank
+
+        assert self._publisher is not None
+        for rank, receivers in restarted.items():
+            self._publisher.engines[engine_name(rank)] = self._engine_of(rank, receivers)
         version = self._trainer.step_count if self._spec.trains else 0
         with self._source() as source:
-            rank = local_rank(self._sender, source, self._train)
-            report = await self._publisher.publish({0: rank}, version)
+            ranks: dict[int, TrainerRank] = {
+                0: local_rank(self._sender, source, self._train, self._place.host)
+            }
+            if self._spec.trains:
+                others = list(zip(self._places, self._actors, strict=True))[1:]
+                found = await asyncio.gather(*(remote_rank(actor, place.host) for place, actor in others))
+                ranks |= dict(enumerate(found, start=1))
+            return await self._pushed(self._publisher.publish(ranks, version), version)
+
+    async def bring_up(self, rank: int, receivers: int) -> Published:
+        """Bring the committed version into a vLLM that was started again; the others are not disturbed."""
+        assert self._publisher is not None
+        version = self._publisher.coordinator.version
+        joining = self._publisher.join(engine_name(rank), self._engine_of(rank, receivers))
+        return await self._pushed(joining, -1 if version is None else version, (engine_name(rank),))
+
+    async def _pushed(
+        self, push: Awaitable[PushReport], version: int, joining: Collection[str] = ()
+    ) -> Published:
+        from k2rl.checkpoint_engine.messages import TransferError
+
+        assert self._publisher is not None
+        before = {*self._publisher.engines, *joining}
+        metrics: dict[str, float] = {}
+        lost: dict[int, str] = {}
+        error = ""
+        try:
+            report = await push
+            metrics = {
+                "version": float(report.version),
+                "bytes": float(report.nbytes),
+                "write_s": report.stage_s,
+                "update_s": report.apply_s,
+            }
+        except EngineDeadError as died:
+            error = str(died)
+            gone = before - self._publisher.engines.keys()
+            lost = {int(name.rpartition(" ")[2]): error for name in gone}
+        except TransferError as failed:
+            error = str(failed)
+        return Published(version, self._publisher.coordinator.version == version, lost, error, metrics)
+
+    async def rest(self) -> dict[str, float]:
+        """After a push: let go of what only training and pushes need.
+
+        Returns:
+            In GiB the physical memory that this process holds now (`memory/trainer_while_serving_gib`) and
+            held before the trainer had a model (`memory/trainer_without_model_gib`), and what is held of
+            which kind (`memory/serving/...`).
+        """
         await self._rest()
         return {
-            "version": float(report.version),
-            "bytes": float(report.nbytes),
-            "write_s": report.stage_s,
-            "update_s": report.apply_s,
-            **switch,
             "memory/trainer_while_serving_gib": resident() / GIB,
             "memory/trainer_without_model_gib": self._resident_before / GIB,
             **self._holdings("serving"),
@@ -262,57 +439,67 @@ class ColocatedWorker:
 
     async def weights_digest(self) -> str:
         """Of the weights that vLLM serves: equal for equal bits, also in another process."""
+        assert self._publisher is not None
         return self._publisher.coordinator.digest
 
-    def _make_publisher(self) -> Publisher:
-        from k2rl.checkpoint_engine.disk import checkpoint_manifest
-        from k2rl.checkpoint_engine.publisher import Publisher, expected_tensors
-        from k2rl.checkpoint_engine.sender import Sender
+    # This worker's parts in rank 0's pushes.
 
-        self._sender = Sender(0)
-        spec = self._spec
-        expected = expected_tensors(Path(spec.model_path), spec.dtype)
-        self._vllm_bytes = {
-            "weights": checkpoint_manifest(Path(spec.model_path), 1, spec.dtype).nbytes,
-            "kv_cache": int(spec.inference.kv_cache_gib * GIB) * self._vllm.num_receivers,
-        }
-        return Publisher({"vLLM": self._vllm}, spec.checkpoint_engine, expected)
+    async def weights_manifest(self) -> Manifest:
+        with self._source() as source:
+            return source.manifest
+
+    async def send_weights(self, address: Address, deadline_s: float) -> int:
+        with self._source() as source:
+            return await self._train(self._sender.send, source, address, deadline_s)
+
+    async def changed_weights(self, plan: Plan, base: int, version: int) -> Rows:
+        with self._source() as source:
+            return await self._train(self._sender.changes, source, plan, base, version)
+
+    async def pass_on(self, address: Address, deadline_s: float) -> int:
+        """Serve as the host's agent: see `HostAgent.take_part`."""
+        from k2rl.checkpoint_engine.agent import HostAgent
+
+        if self._agent is None:
+            self._agent = HostAgent(self._place.host)
+        return await asyncio.to_thread(self._agent.take_part, address, deadline_s)
+
+    async def join_push(self, address: Address, version: int, deadline_s: float, first_receiver: int) -> None:
+        assert self._vllm is not None
+        await self._vllm.join_push(address, version, deadline_s, first_receiver)
+
+    async def push_ended(self) -> None:
+        assert self._vllm is not None
+        await self._vllm.push_ended()
+
+    async def push_settled(self) -> tuple[BaseException | None, Sequence[Needs] | None]:
+        assert self._vllm is not None
+        outcome = await self._vllm.push_settled()
+        return outcome, None if self._vllm.died else self._vllm.needs
 
     @contextmanager
     def _source(self) -> Iterator[Source]:
-        from k2rl.checkpoint_engine.sender import TensorSource
         from k2rl.checkpoint_engine.source import StoredWeights
 
         if self._spec.trains:
-            yield TensorSource(self._trainer.named_weights(), rank=0)
+            yield self._trainer.weights_source()
             return
         with closing(StoredWeights(Path(self._spec.model_path), self._spec.dtype)) as stored:
             yield stored
 
-    async def logprob_gap(self, prompts: Sequence[list[int]], max_tokens: int, seed: int) -> dict[str, float]:
-        """Sample from vLLM at temperature 1 and score the same tokens with the trainer.
-
-        Returns:
-            `mean` and `max` of |trainer log-prob - vLLM log-prob| in nats, and `tokens`.
-        """
-        sampling = Sampling(1.0, max_tokens, seed)
-        generations = await asyncio.gather(*(self._vllm.generate(prompt, sampling) for prompt in prompts))
-        sequences = [[*prompt, *g.token_ids] for prompt, g in zip(prompts, generations, strict=True)]
+    async def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """See `TrainEngine.logprobs`."""
         scored = await self._train(self._trainer.logprobs, sequences)
-        await self._rest()
-        gaps = [
-            abs(ours - theirs)
-            for g, logprobs in zip(generations, scored, strict=True)
-            for ours, theirs in zip(logprobs[-len(g.token_ids) :], g.logprobs, strict=True)
-        ]
-        return {"mean": sum(gaps) / len(gaps), "max": max(gaps), "tokens": float(len(gaps))}
+        await self._rest_unless_training()
+        return scored
 
     async def _rest_unless_training(self) -> None:
-        if self._spec.serves and not self._vllm.asleep:
+        if self._ledger.turn == "vllm":
             await self._rest()
 
     async def save(self, folder: str) -> None:
         await self._train(self._trainer.save, folder)
+        await self._train(self._trainer.saved)
         await self._rest_unless_training()
 
     async def load(self, folder: str) -> None:
@@ -322,22 +509,42 @@ class ColocatedWorker:
         await self._train(self._trainer.save_pretrained, folder)
         await self._rest_unless_training()
 
-    async def heartbeat(self) -> dict[str, Any]:
+    async def heartbeat(self) -> tuple[str, float]:
         """Answers at once, whatever is being computed.
 
-        Raises:
-            EngineDeadError: vLLM is gone.
+        Returns:
+            Why its vLLM is dead (empty: it lives, or is not here), and for how many seconds that has not
+            answered.
         """
-        if not self._spec.serves:
-            return {"pid": os.getpid()}
-        await self._vllm.check_health()
-        return {"pid": os.getpid(), "version": self._vllm.version}
+        vllm = self._vllm
+        return ("", 0.0) if vllm is None else (vllm.died, vllm.silent_s)
 
     async def shutdown(self) -> None:
-        if hasattr(self, "_publisher"):
+        if self._publisher is not None:
             await self._publisher.close()
-        if hasattr(self, "_vllm"):
-            await asyncio.to_thread(self._vllm.shutdown)
+        if self._vllm is not None:
+            await self._vllm.shutdown()
+
+
+def log_name(rank: int) -> str:
+    """File of a worker's output."""
+    return f"worker-{rank}.log"
+
+
+def engine_name(rank: int) -> str:
+    """What errors of pushes call the vLLM of a worker."""
+    return f"vLLM of worker {rank}"
+
+
+def _use_cores(cores: Sequence[int]) -> None:
+    """For all threads of this process, and those that they will start."""
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread.name), cores)
+
+
+def _remote_agent(actor: Any) -> Callable[[Address, float], Awaitable[object]]:
+    return lambda address, deadline_s: actor.pass_on.remote(address, deadline_s)
 
 
 def _import_engines(*modules: str) -> None:
@@ -352,9 +559,3 @@ def _import_engines(*modules: str) -> None:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def create_actor(spec: WorkerSpec, cpus: float, gpus: float) -> Any:
-    """Place a worker in the Ray cluster."""
-    options = {"num_cpus": cpus, "num_gpus": gpus, "max_concurrency": 4096, "max_restarts": 0}
-    return ray.remote(ColocatedWorker).options(**options).remote(spec)

@@ -1,134 +1,109 @@
-"""The driver's side of a worker: every call has a deadline, every death is named and shown."""
+"""The driver's side of one worker: every call has a deadline, every death is named and shown."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping, Sequence
+import os
+import signal
+from collections.abc import Awaitable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from k2rl.config import ClusterConfig, Config, DeadlineConfig
+from k2rl.config import DeadlineConfig
 from k2rl.errors import ConfigError, RunError
-from k2rl.inference.engine import EngineDeadError, Generation, GenerationError, Sampling
-from k2rl.training.batch import BatchTotals, SupervisedSequence, TrainSequence
-from k2rl.workers.colocated import WorkerSpec, create_actor
+from k2rl.inference.engine import EngineDeadError, GenerationError
 from k2rl.workers.process import last_lines
+from k2rl.workers.spec import Site
 
 T = TypeVar("T")
 
-HEARTBEAT_INTERVAL_S = 2.0
-HEARTBEAT_DEADLINE_S = 60.0
 SHUTDOWN_DEADLINE_S = 20.0
 
 
-class Worker:
-    """A started colocated worker. Raises `RunError` with the dead part and its last log lines."""
+class WorkerLostError(RunError):
+    """A worker died or no longer answers, and its part of the trainer with it."""
 
-    def __init__(self, actor: Any, name: str, log_path: Path, deadlines: DeadlineConfig) -> None:
-        self._actor = actor
-        self._name = name
+
+class EngineLostError(RunError):
+    """A worker's vLLM died or no longer answers."""
+
+
+class Worker:
+    """An actor. Raises `RunError` with the dead part and its last log lines."""
+
+    def __init__(self, actor: Any, rank: int, log_path: Path, deadlines: DeadlineConfig) -> None:
+        self.actor = actor
+        self.rank = rank
+        self.name = f"worker {rank}"
         self._log_path = log_path
         self._deadlines = deadlines
-        #: What trainer and vLLM compute in; known once started.
-        self.dtype = ""
+        self.site: Site | None = None
         #: Whether the actor died or no longer answers: nothing more can be asked of it.
         self.lost = False
 
-    @classmethod
-    async def start(cls, config: Config, spec: WorkerSpec) -> Worker:
-        """Place the actor in Ray and start its engines.
-
-        Raises:
-            ConfigError: no node of the cluster is large enough.
-            RunError: it did not start in time, or died.
-        """
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        actor = create_actor(spec, *reservation(config.cluster, nodes))
-        worker = cls(actor, "worker 0", Path(spec.log_path), config.deadlines)
-        try:
-            worker.dtype = await worker._call("starting", actor.start.remote(), "start_s")
-        except BaseException:
-            ray.kill(actor)
-            raise
-        return worker
-
-    async def generate(self, prompt_ids: list[int], sampling: Sampling) -> Generation:
-        """See `InferenceEngine.generate`."""
-        reference = self._actor.generate.remote(prompt_ids, sampling)
-        # vLLM that is slow or stuck leaves the trainer able to save.
-        return await self._await("generating", reference, self._deadlines.generate_s, late_is_lost=False)
-
-    async def policy_step(
+    async def call(
         self,
-        groups: Sequence[Sequence[TrainSequence]],
-        config: Config,
-        temperature: float,
-        ptx_sequences: Sequence[SupervisedSequence],
-        totals: BatchTotals,
-    ) -> dict[str, float]:
-        """See `TrainEngine.policy_step`."""
-        reference = self._actor.policy_step.remote(
-            groups,
-            config.objective,
-            temperature,
-            ptx_sequences,
-            config.ptx.weight,
-            config.train.updates_per_step,
-            totals,
-        )
-        return await self._call("training", reference, "train_s")
+        what: str,
+        method: str,
+        deadline: str,
+        *arguments: object,
+        late_is_lost: bool = True,
+    ) -> Any:
+        """The answer of one of its methods.
 
-    async def sft_step(self, sequences: Sequence[SupervisedSequence]) -> dict[str, float]:
-        return await self._call("warm start", self._actor.sft_step.remote(sequences), "train_s")
-
-    async def reset_optimizer(self, lr: float) -> None:
-        await self._call("resetting the optimizer", self._actor.reset_optimizer.remote(lr), "train_s")
-
-    async def publish(self) -> dict[str, float]:
-        return await self._call("publishing weights", self._actor.publish.remote(), "publish_s")
-
-    async def weights_digest(self) -> str:
-        """See `ColocatedWorker.weights_digest`."""
-        return await self._call("naming its weights", self._actor.weights_digest.remote(), "publish_s")
-
-    async def logprob_gap(self, prompts: Sequence[list[int]], max_tokens: int, seed: int) -> dict[str, float]:
-        reference = self._actor.logprob_gap.remote(prompts, max_tokens, seed)
-        return await self._call("comparing log-probs", reference, "generate_s")
-
-    async def save(self, folder: Path) -> None:
-        await self._call("saving a checkpoint", self._actor.save.remote(str(folder)), "checkpoint_s")
-
-    async def load(self, folder: Path) -> None:
-        await self._call("loading a checkpoint", self._actor.load.remote(str(folder)), "checkpoint_s")
-
-    async def save_pretrained(self, folder: Path) -> None:
-        await self._call("saving the model", self._actor.save_pretrained.remote(str(folder)), "checkpoint_s")
-
-    async def watch(self) -> None:
-        """Heartbeats without end.
+        Args:
+            what: it is doing, for messages.
+            method: of `ColocatedWorker`.
+            deadline: the field of `DeadlineConfig` that says how long it may take.
+            arguments: or references to them in Ray's object store.
+            late_is_lost: a worker that misses this deadline is given up.
 
         Raises:
-            RunError: the worker or its vLLM died, or does not answer.
+            WorkerLostError: it died, or is late.
+            EngineLostError: its vLLM died.
+            RunError, ConfigError, GenerationError: what it raised.
         """
-        while True:
-            await self._await("answering heartbeats", self._actor.heartbeat.remote(), HEARTBEAT_DEADLINE_S)
-            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+        reference = getattr(self.actor, method).remote(*arguments)
+        return await self._await(what, reference, getattr(self._deadlines, deadline), late_is_lost)
+
+    async def heartbeat(self) -> tuple[str, float]:
+        """See `ColocatedWorker.heartbeat`; raises as `call`."""
+        answer: tuple[str, float] = await self.call("answering heartbeats", "heartbeat", "heartbeat_s")
+        return answer
+
+    def engine_lost(self, what: str) -> EngineLostError:
+        """The error for its vLLM, which `what` (died, hangs …)."""
+        return EngineLostError(self._obituary(f"the vLLM engine of {self.name} {what}"))
 
     async def shutdown(self) -> None:
         """Stop vLLM and the actor; a worker that does not stop in time is killed."""
-        with suppress(TimeoutError, RayError):
-            await asyncio.wait_for(self._actor.shutdown.remote(), SHUTDOWN_DEADLINE_S)
-        ray.kill(self._actor)
+        if not self.lost:
+            with suppress(TimeoutError, RayError):
+                await asyncio.wait_for(self.actor.shutdown.remote(), SHUTDOWN_DEADLINE_S)
+        self.kill()
 
-    async def _call(self, what: str, reference: Awaitable[T], deadline: str) -> T:
-        return await self._await(what, reference, getattr(self._deadlines, deadline))
+    def kill(self) -> None:
+        """At once, also if it stands still."""
+        self.lost = True
+        ray.kill(self.actor)
+        site = self.site
+        # Where Ray cannot: it asks the process, and that may have been stopped.
+        if site is not None and site.node == ray.get_runtime_context().get_node_id():
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):
+                if "ColocatedWorker" in " ".join(psutil.Process(site.pid).cmdline()):
+                    os.kill(site.pid, signal.SIGKILL)
 
     async def _await(
-        self, what: str, reference: Awaitable[T], seconds: float, late_is_lost: bool = True
+        self,
+        what: str,
+        reference: Awaitable[T],
+        seconds: float,
+        late_is_lost: bool = True,
     ) -> T:
         try:
             return await asyncio.wait_for(reference, seconds)
@@ -136,48 +111,25 @@ class Worker:
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, EngineDeadError):
-                raise RunError(self._obituary(f"the vLLM engine of {self._name} died while {what}")) from None
+                raise self.engine_lost(f"died while {what}") from None
             if isinstance(cause, (RunError, ConfigError, GenerationError)):
                 raise type(cause)(str(cause)) from None
-            raise RunError(self._obituary(f"{self._name} failed while {what}: {cause!r}")) from error
+            raise RunError(self._obituary(f"{self.name} failed while {what}: {cause!r}")) from error
         except TimeoutError:
+            late = f"hangs: {what} took more than {seconds:g} s"
             self.lost = self.lost or late_is_lost
-            raise RunError(
-                self._obituary(f"{self._name} hangs: {what} took more than {seconds:g} s")
-            ) from None
+            kind = WorkerLostError if late_is_lost else RunError
+            raise kind(self._obituary(f"{self.name} {late}")) from None
         except RayActorError:
             self.lost = True
-            raise RunError(self._obituary(f"{self._name} died while {what}")) from None
+            raise WorkerLostError(self._obituary(f"{self.name} died while {what}")) from None
         except RayError as error:
             self.lost = True
             reason = " ".join(str(error).split())
-            raise RunError(
-                self._obituary(f"{self._name} was lost while {what}: {type(error).__name__}: {reason}")
+            raise WorkerLostError(
+                self._obituary(f"{self.name} was lost while {what}: {type(error).__name__}: {reason}")
             ) from error
 
     def _obituary(self, what: str) -> str:
         lines = last_lines(self._log_path)
         return f"{what}; last lines of {self._log_path}:\n{lines}" if lines else what
-
-
-def reservation(config: ClusterConfig, nodes: Sequence[Mapping[str, float]]) -> tuple[float, float]:
-    """The CPUs and GPUs to reserve for a worker, all of them on one of these nodes.
-
-    Raises:
-        ConfigError: no node has that many, so Ray would wait for them without end.
-    """
-    gpus = config.gpus_per_worker
-    large = [node for node in nodes if node.get("GPU", 0.0) >= gpus]
-    if not large:
-        most = max((node.get("GPU", 0.0) for node in nodes), default=0.0)
-        raise ConfigError(
-            f"cluster.gpus_per_worker={gpus:g}, but no node of the Ray cluster has more than {most:g}"
-        )
-    most = max(node.get("CPU", 0.0) for node in large)
-    if config.cpus_per_worker > most:
-        kind = "node with such GPUs" if gpus else "node of the Ray cluster"
-        raise ConfigError(
-            f"cluster.cpus_per_worker={config.cpus_per_worker}, but no {kind} has more than {most:g}; "
-            "0 reserves all of the largest"
-        )
-    return config.cpus_per_worker or most, gpus

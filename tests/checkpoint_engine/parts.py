@@ -44,8 +44,10 @@ SHAPES = {
 BUCKET_BYTES = 5376
 DTYPE = torch.bfloat16
 
-#: What goes wrong: ("kill" | "stop" | "raise" | "flip", at which call of copying, placing or transferring).
-Fault = tuple[str, int]
+#: What goes wrong: ("kill" | "stop" | "raise" | "flip", at which call of copying, placing or transferring);
+#: half a call more: right after it, before anybody has been told; `BEFORE`: before it even connects.
+Fault = tuple[str, float]
+BEFORE = -1
 
 
 def weights(version: int) -> dict[str, Tensor]:
@@ -66,9 +68,18 @@ class Trigger:
 
     def arm(self, fault: Fault | None) -> None:
         self.fault, self._calls = fault, 0
+        self._act(BEFORE)
 
     def __call__(self) -> None:
-        if self.fault is None or not self._is_time():
+        self._calls += 1
+        self._act(self._calls - 1)
+
+    def after(self) -> None:
+        """The call is done."""
+        self._act(self._calls - 0.5)
+
+    def _act(self, now: float) -> None:
+        if self.fault is None or self.fault[1] != now:
             return
         kind = self.fault[0]
         if kind == "kill":
@@ -80,10 +91,8 @@ class Trigger:
 
     def flips(self) -> bool:
         """Whether a byte is to be flipped at this call."""
-        return self.fault is not None and self.fault[0] == "flip" and self._is_time()
-
-    def _is_time(self) -> bool:
-        assert self.fault is not None
+        if self.fault is None or self.fault[0] != "flip":
+            return False
         self._calls += 1
         return self._calls - 1 == self.fault[1]
 
@@ -114,6 +123,7 @@ class ShardedSource(TensorSource):
         def copy_or_fail() -> None:
             self._trigger()
             copy()
+            self._trigger.after()
 
         return copy_or_fail
 
@@ -131,6 +141,7 @@ class FaultyTarget(TensorTarget):
             def act() -> None:
                 self._trigger()
                 place()
+                self._trigger.after()
 
             return act
 

@@ -47,7 +47,7 @@ def main() -> None:
                 memory = torch.from_numpy(pattern(host, order["nbytes"]))
                 runs = [Run(*run) for run in order["runs"]]
                 for number in itertools.count() if order["do"] == "move for ever" else range(1):
-                    relay.transfer(memory, runs, order.get("hosts"), number)
+                    relay.transfer(memory, runs, number)
                     if order["do"] == "move for ever" and number == 0:
                         say({"moving": True})
                 answer["digest"] = xxhash.xxh3_128_hexdigest(memory.numpy())

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from multiprocessing.connection import Connection
-from typing import Any
 
 import pytest
 import torch
 
 from k2rl.checkpoint_engine.cells import CELL_BYTES
-from k2rl.checkpoint_engine.manifest import Manifest
 from k2rl.checkpoint_engine.messages import RECEIVER, SENDER, Address, Peer
-from k2rl.checkpoint_engine.plan import Needs, Plan, Rows
-from k2rl.checkpoint_engine.publisher import Publisher, TrainerRank, local_rank
-from k2rl.checkpoint_engine.push import Invitations, PushReport
+from k2rl.checkpoint_engine.publisher import Publisher, local_rank
+from k2rl.checkpoint_engine.push import PushReport
 from k2rl.checkpoint_engine.receiver import Receiver, TensorTarget
 from k2rl.checkpoint_engine.sender import Sender, TensorSource
 from k2rl.checkpoint_engine.transaction import PushError
@@ -25,18 +19,16 @@ from k2rl.inference.engine import EngineDeadError
 from k2rl.inference.vllm import VLLMEngine
 from tests.checkpoint_engine.parts import (
     SHAPES,
-    FaultyTarget,
     Part,
-    Trigger,
-    answer_with,
-    serve_sender,
     weights,
 )
+from tests.checkpoint_engine.publishing import Group, serve_worker, with_group
 
 
 class Engine:
     """Takes a push, and then says what `outcome` is."""
 
+    host = 0
     num_receivers = 1
     needs = None
 
@@ -48,11 +40,14 @@ class Engine:
     def restart(self) -> None:
         self.receiver = Receiver(0, TensorTarget(self.tensors))
 
-    async def join_push(self, address: Address, version: int, deadline_s: float, first: int) -> Invitations:
+    async def join_push(self, address: Address, version: int, deadline_s: float, first: int) -> None:
         if not self._joins:
             raise ValueError("the engine sleeps")
         self.receiver.peer = Peer(RECEIVER, first)
-        return {Peer(RECEIVER, first): asyncio.to_thread(self.receiver.receive, address, deadline_s)}
+        self._push = asyncio.ensure_future(asyncio.to_thread(self.receiver.receive, address, deadline_s))
+
+    async def push_ended(self) -> None:
+        await asyncio.shield(self._push)
 
     async def push_settled(self) -> BaseException | None:
         return self._outcome
@@ -146,108 +141,6 @@ def test_an_engine_that_hangs_in_a_push_is_dead_at_the_deadline() -> None:
     asyncio.run(asyncio.wait_for(run(), 20))
 
 
-def serve_worker(pipe: Connection) -> None:
-    """An inference worker: its number differs from push to push."""
-    trigger = Trigger()
-    target = FaultyTarget(trigger)
-    receiver = Receiver(0, target)
-    pipe.send(None)
-    while (job := pipe.recv()) is not None:
-        if job == "state":
-            pipe.send((receiver.version, {k: v.float().tolist() for k, v in target.tensors.items()}))
-            continue
-        number, address, fault, deadline_s = job
-        receiver.peer = Peer(RECEIVER, number)
-        trigger.arm(fault)
-        pipe.send(answer_with(receiver.receive, address, deadline_s))
-
-
-class ProcessEngine:
-    """An engine of two workers, which are processes; `fault` happens in the second."""
-
-    num_receivers = 2
-
-    def __init__(self, needs: Sequence[Needs] | None = None) -> None:
-        self.needs = needs
-        self.fault: tuple[str, int] | None = None
-        self.pauses = True
-        self.parts = [Part(serve_worker) for _ in range(self.num_receivers)]
-        self._calls: list[asyncio.Future[Any]] = []
-
-    async def join_push(self, address: Address, version: int, deadline_s: float, first: int) -> Invitations:
-        if not self.pauses:
-            await asyncio.Event().wait()
-        jobs = [(first, address, None, deadline_s), (first + 1, address, self.fault, deadline_s)]
-        self._calls = [
-            asyncio.ensure_future(part.ask(job)) for part, job in zip(self.parts, jobs, strict=True)
-        ]
-        return {Peer(RECEIVER, first + i): asyncio.shield(call) for i, call in enumerate(self._calls)}
-
-    async def push_settled(self) -> BaseException | None:
-        calls, self._calls = self._calls, []
-        outcomes = await asyncio.gather(*calls, return_exceptions=True)
-        if any(isinstance(outcome, EOFError) for outcome in outcomes):
-            return EngineDeadError("a worker died")
-        return next((outcome for outcome in outcomes if isinstance(outcome, BaseException)), None)
-
-    async def versions(self) -> list[int | None]:
-        return [(await part.ask("state"))[0] for part in self.parts]
-
-    async def holds(self, version: int) -> bool:
-        expected = {name: tensor.float().tolist() for name, tensor in weights(version).items()}
-        return [await part.ask("state") for part in self.parts] == [(version, expected)] * 2
-
-
-class Group:
-    """Two trainer ranks, and two engines."""
-
-    def __init__(
-        self, publisher: Publisher, senders: list[Part], first: ProcessEngine, second: ProcessEngine
-    ):
-        self.publisher, self._senders = publisher, senders
-        self.first, self.second = first, second
-
-    async def push(self, version: int, fault: tuple[str, int] | None = None) -> PushReport:
-        """A fault happens to trainer rank 1."""
-
-        def rank(number: int, part: Part) -> TrainerRank:
-            def send(address: Address, deadline_s: float) -> Awaitable[Any]:
-                return part.ask((address, version, fault if number else None, deadline_s))
-
-            def changes(plan: Plan, base: int, version: int) -> Awaitable[Rows]:
-                return part.ask(("changes", plan, base, version))
-
-            manifest: Manifest = part.ready
-            return TrainerRank(manifest, send, changes)
-
-        ranks = {number: rank(number, part) for number, part in enumerate(self._senders)}
-        return await self.publisher.publish(ranks, version)
-
-
-@contextlib.asynccontextmanager
-async def group(needs: Sequence[Needs] | None = None, **config: Any) -> AsyncIterator[Group]:
-    engines = {"first": ProcessEngine(), "second": ProcessEngine(needs)}
-    senders = [Part(serve_sender, rank, 2, 0) for rank in range(2)]
-    expected = {name: ("bfloat16", shape) for name, shape in SHAPES.items()}
-    publisher = Publisher(engines, CheckpointEngineConfig(**config), expected)
-    await publisher.start()
-    everything = Group(publisher, senders, *engines.values())
-    try:
-        yield everything
-    finally:
-        await publisher.close()
-        for part in (*senders, *everything.first.parts, *everything.second.parts):
-            part.end()
-
-
-def with_group(test: Callable[[Group], Awaitable[None]], **options: Any) -> None:
-    async def run() -> None:
-        async with group(**options) as everything:
-            await asyncio.wait_for(test(everything), 60)
-
-    asyncio.run(run())
-
-
 def test_all_ranks_push_into_all_engines() -> None:
     async def test(everything: Group) -> None:
         for version in (1, 2):
@@ -281,12 +174,12 @@ def test_deltas_of_all_ranks_reach_all_engines_and_after_any_trouble_everything_
         # Nobody says that the second engine's workers are new: they refuse.
         for part in everything.second.parts:
             part.end()
-        everything.second.parts = [Part(serve_worker) for _ in range(2)]
+        everything.second.parts = [Part(serve_worker, 0) for _ in range(2)]
         await brings(1005, delta=False)
         await brings(1006, delta=True)
         for part in everything.first.parts:
             part.end()
-        everything.first = everything.publisher.engines["first"] = ProcessEngine()
+        everything.first = everything.publisher.engines["first"] = everything.engine()
         await brings(1007, delta=False)
         del everything.publisher.engines["second"]
         assert (await everything.push(1008)).nbytes == whole
@@ -307,7 +200,7 @@ def test_one_engines_death_is_named_and_the_others_wait_for_the_next_push() -> N
         await everything.push(2)
         assert await everything.second.holds(2)
         everything.first.parts[0].end()
-        everything.first = everything.publisher.engines["first"] = ProcessEngine()
+        everything.first = everything.publisher.engines["first"] = everything.engine()
         await everything.push(3)
         assert await everything.first.holds(3)
         assert await everything.second.holds(3)

@@ -17,6 +17,7 @@ from k2rl.checkpoint_engine.messages import AGENT, RECEIVER, SENDER, Peer, Trans
 from k2rl.checkpoint_engine.plan import Box, plan_push
 from k2rl.checkpoint_engine.transaction import PushError
 from tests.checkpoint_engine.parts import (
+    BEFORE,
     BUCKET_BYTES,
     SHAPES,
     Cluster,
@@ -45,7 +46,9 @@ def with_cluster(
         async with cluster(deadline_s, slots, hosts) as parts:
             await test(parts)
 
+    before = _segments()
     asyncio.run(run())
+    assert _segments() <= before
 
 
 @pytest.mark.parametrize("slots", [0, 2, 3])
@@ -100,10 +103,13 @@ async def _fails_names_and_heals(parts: Cluster, culprit: Peer, fault: Fault, re
             assert await parts.holds(rank, version)
 
 
-@pytest.mark.parametrize("at", [0, 2], ids=["first bucket", "later bucket"])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("rank", "at"),
+    [(0, 0), (1, 0), (0, 2), (1, 2), (1, BEFORE), (0, 0.5)],
+    ids=["first bucket, 0", "first bucket, 1", "later bucket, 0", "later bucket, 1", "before", "in a bucket"],
+)
 @pytest.mark.parametrize("role", [SENDER, RECEIVER])
-def test_a_killed_part_is_named_at_once_and_the_next_push_heals(role: str, rank: int, at: int) -> None:
+def test_a_killed_part_is_named_at_once_and_the_next_push_heals(role: str, rank: int, at: float) -> None:
     with_cluster(lambda parts: _fails_names_and_heals(parts, Peer(role, rank), ("kill", at), "died|failed"))
 
 
@@ -129,6 +135,34 @@ def test_a_receiver_that_dies_while_finishing_keeps_all_from_committing() -> Non
         await _fails_names_and_heals(parts, Peer(RECEIVER, 0), after_all_buckets, "died|failed")
 
     with_cluster(test)
+
+
+def test_a_trainer_that_dies_after_its_last_bucket_is_not_missed() -> None:
+    async def test(parts: Cluster) -> None:
+        await parts.push(1)
+        await parts.push(2, before_delivery=parts.senders[1].end)
+        for rank in parts.receivers:
+            assert await parts.holds(rank, 2)
+        parts.restart(SENDER, 1)
+        await parts.push(3)
+        assert await parts.holds(1, 3)
+
+    with_cluster(test)
+
+
+def test_a_byte_that_changes_between_hosts_is_found_before_anything_is_committed() -> None:
+    async def test(parts: Cluster) -> None:
+        await parts.push(1)
+        with pytest.raises(PushError, match="receiver . failed: .*bucket 1 arrived corrupted: not the bytes"):
+            await parts.push(2, agent_faults={1: ("flip", 1)})
+        for rank in parts.receivers:
+            assert await parts.holds(rank, 1) or (await parts.state(rank))[0] is None
+        for version in (2, 3):
+            await parts.push(version)
+            for rank in parts.receivers:
+                assert await parts.holds(rank, version)
+
+    with_cluster(test, hosts=3)
 
 
 def test_a_corrupted_byte_is_found_before_anything_is_committed() -> None:

@@ -28,7 +28,7 @@ from k2rl.checkpoint_engine.publisher import (
     expected_tensors,
     local_rank,
 )
-from k2rl.checkpoint_engine.push import Invitations, PushReport
+from k2rl.checkpoint_engine.push import PushReport
 from k2rl.checkpoint_engine.sender import Sender, TensorSource
 from k2rl.checkpoint_engine.transaction import PushError
 from k2rl.config import CheckpointEngineConfig, InferenceConfig
@@ -53,10 +53,8 @@ def start_engine(path: Path, ranks: int) -> VLLMEngine:
         max_model_len=2048,
         max_num_seqs=16,
         kv_cache_gib=0.25,
-        engine_args={
-            "tensor_parallel_size": ranks,
-            "worker_extension_cls": "tests.integration.push_probe.PushProbe",
-        },
+        tensor_parallel=ranks,
+        engine_args={"worker_extension_cls": "tests.integration.push_probe.PushProbe"},
     )
     engine, environment = VLLMEngine(path, "float32", (), config, seed=0), dict(os.environ)
     engine.start()
@@ -187,16 +185,13 @@ def live() -> Iterator[Live]:
 
 
 @contextlib.contextmanager
-def joining(
-    engine: VLLMEngine, act: Callable[[Invitations], object] = lambda invitations: None
-) -> Iterator[None]:
+def joining(engine: VLLMEngine, act: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Do something once the engine has joined a push."""
     join = engine.join_push
 
-    async def join_and_act(*arguments: Any) -> Invitations:
-        invitations = await join(*arguments)
-        act(invitations)
-        return invitations
+    async def join_and_act(*arguments: Any) -> None:
+        await join(*arguments)
+        act()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "join_push", join_and_act)
@@ -287,6 +282,22 @@ def test_an_aborted_request_is_no_turn(live: Live) -> None:
     live.run(test())
 
 
+def test_requests_are_aborted_by_choice(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with live.publisher() as publisher:
+            await live.push(publisher)
+            monkeypatch.setattr(live.engine, "_running_requests", "abort")
+            running = asyncio.create_task(live.engine.generate(PROMPTS[0], Sampling(1.0, 1500, 1)))
+            await live.engine.generate(PROMPTS[1], Sampling(1.0, 8))
+            live.perturb()
+            await live.push(publisher)
+            with pytest.raises(GenerationError, match="'abort'"):
+                await running
+            await live.serves()
+
+    live.run(test())
+
+
 def test_each_worker_gets_only_what_it_needs(live: Live) -> None:
     """And the same comes of it as of a broadcast."""
 
@@ -333,12 +344,7 @@ def test_an_engine_that_knows_nothing_joins_at_a_version_in_shares_without_the_t
                 await live.push(publisher)
             await live.engine._llm.collective_rpc("forget")
             await live.watch()
-
-            async def pause() -> Invitations:
-                return await live.engine.join_push(publisher.coordinator.address, committed, 30.0)
-
-            assert (await publisher.coordinator.join({0: 0, 1: 0}, pause)).version == committed
-            assert await live.engine.push_settled() is None
+            assert (await publisher.join("vLLM", live.engine)).version == committed
             live.version = committed
             await live.serves()
 
@@ -402,7 +408,7 @@ def test_a_delta_that_is_refused_becomes_a_push_of_everything(live: Live) -> Non
     async def test() -> None:
         async with live.publisher(strategy="delta") as publisher:
 
-            def flip(invitations: Invitations) -> None:
+            def flip() -> None:
                 arena, base = publisher.coordinator.arena.being_written
                 assert publisher.coordinator._push is not None
                 bucket = publisher.coordinator._push.transaction.plan.buckets[0]
@@ -420,8 +426,8 @@ def test_a_delta_that_is_refused_becomes_a_push_of_everything(live: Live) -> Non
             await live.is_fenced()
             # As if nobody had told it: what it builds on is torn.
             publisher._held = before, dict(publisher.engines)
-            joined: list[Invitations] = []
-            with joining(live.engine, joined.append):
+            joined: list[int] = []
+            with joining(live.engine, lambda: joined.append(live.version)):
                 assert (await live.push(publisher)).nbytes == live.nbytes
             assert len(joined) == 2
             spans = [[version for _, version in (await task).weight_spans] for task in running]
@@ -479,7 +485,7 @@ def test_a_corrupted_push_fences_until_the_next(live: Live) -> None:
     async def test() -> None:
         async with live.publisher() as publisher:
 
-            def flip(invitations: Invitations) -> None:
+            def flip() -> None:
                 arena, base = publisher.coordinator.arena.being_written
                 arena.memory[base + 5] ^= 1
 
@@ -559,6 +565,8 @@ def test_a_killed_trainer_leaves_the_engine_fenced(live: Live) -> None:
 
 
 def test_the_death_of_one_engine_is_named_and_the_others_go_on(live: Live) -> None:
+    """And what replaces it joins at their version, while they generate."""
+
     async def test() -> None:
         others = engine_cores()
         second = start_engine(live.path, 1)
@@ -576,7 +584,7 @@ def test_the_death_of_one_engine_is_named_and_the_others_go_on(live: Live) -> No
                     live.perturb()
                 committed = live.version
                 died = pytest.raises(EngineDeadError, match="^second: .*engine core died")
-                with joining(second, lambda _: core.kill()), died:
+                with joining(second, core.kill), died:
                     await live.push(publisher)
                 assert publisher.coordinator.version == committed
                 await live.is_fenced()
@@ -585,6 +593,19 @@ def test_the_death_of_one_engine_is_named_and_the_others_go_on(live: Live) -> No
                 await live.push(publisher)
                 await live.serves()
                 await live.is_fenced(second)
+                second.shutdown()
+                second = start_engine(live.path, 1)
+                paused: list[int] = []
+                with joining(live.engine, lambda: paused.append(live.version)):
+                    running = asyncio.create_task(live.engine.generate(PROMPTS[0], Sampling(1.0, 400, 1)))
+                    assert (await publisher.join("second", second)).version == live.version
+                    await live.serves(engine=second)
+                    assert (await running).weight_spans == ((0, live.version),)
+                assert not paused
+                live.perturb()
+                await live.push(publisher)
+                await live.serves()
+                await live.serves(engine=second)
         finally:
             second.shutdown()
 

@@ -21,9 +21,11 @@ from k2rl.preflight import Preflight, preflight
 from k2rl.rollouts.episode import Attempt
 from k2rl.run import Run
 from k2rl.tracking.tracker import Tracker
-from k2rl.training.checkpoint import ABOUT_FILE, FORMAT, STATE_FILE, About, file_digest, replaced_folder
+from k2rl.training.checkpoint import FORMAT, About, file_records, replaced_folder, write_about
 from k2rl.training.supervised import PTXCorpus
 from k2rl.types import Segment, Trajectory, Verdict
+from k2rl.workers.handle import WorkerLostError
+from k2rl.workers.recovery import Recovery
 
 OVERRIDES = [
     "experiment=tiny",
@@ -34,6 +36,9 @@ OVERRIDES = [
     "tracking.tensorboard=false",
 ]
 WARM_START_GAIN = 100
+#: Episodes that are over when something happens in a rollout.
+FINISHED_AT_DEATH = 3
+STATE_FILE = "state"
 
 Trouble = Callable[["FakeWorker"], Awaitable[None]]
 
@@ -51,7 +56,7 @@ async def fail(worker: FakeWorker) -> None:
 
 async def die(worker: FakeWorker) -> None:
     worker.lost = True
-    raise RunError("worker 0 died")
+    raise WorkerLostError("worker 0 died; last lines of its log:\nnothing")
 
 
 @dataclass
@@ -63,13 +68,15 @@ class FakeWorker:
     weights: int = 0
     lost: bool = False
     calls: list[str] = field(default_factory=list)
+    #: Episodes of each rollout.
+    played: list[int] = field(default_factory=list)
 
     async def happen(self, name: str) -> None:
         call = f"{name} {1 + Counter(made.split()[0] for made in self.calls)[name]}"
         self.calls.append(call)
         await asyncio.sleep(0)
         if call in self.trouble:
-            await self.trouble[call](self)
+            await self.trouble.pop(call)(self)
 
     async def policy_step(self, *_: object) -> dict[str, float]:
         await self.happen("policy_step")
@@ -99,10 +106,8 @@ class FakeWorker:
         await self.happen("save")
         with replaced_folder(folder) as target:
             (target / STATE_FILE).write_text(str(self.weights))
-            size = (target / STATE_FILE).stat().st_size
-            digest = file_digest(target / STATE_FILE)
-            about = msgspec.structs.replace(self.about, state_bytes=size, state_digest=digest)
-            (target / ABOUT_FILE).write_bytes(msgspec.json.encode(about))
+            files = file_records([target / STATE_FILE])
+            write_about(target, msgspec.structs.replace(self.about, files=files))
 
     async def load(self, folder: Path) -> None:
         await self.happen("load")
@@ -123,9 +128,13 @@ class FakeScheduler:
 
     worker: FakeWorker
 
-    async def run(self, attempts: Sequence[Attempt], progress: object) -> list[Trajectory]:
-        await self.worker.happen("rollout")
-        return [
+    async def run(
+        self,
+        attempts: Sequence[Attempt],
+        progress: object,
+        finished: Callable[[Trajectory], None] = lambda trajectory: None,
+    ) -> list[Trajectory]:
+        trajectories = [
             Trajectory(
                 attempt.id,
                 attempt.group_id,
@@ -136,6 +145,13 @@ class FakeScheduler:
             )
             for number, attempt in enumerate(attempts)
         ]
+        for trajectory in trajectories[:FINISHED_AT_DEATH]:
+            finished(trajectory)
+        self.worker.played.append(len(attempts))
+        await self.worker.happen("rollout")
+        for trajectory in trajectories[FINISHED_AT_DEATH:]:
+            finished(trajectory)
+        return trajectories
 
 
 @dataclass
@@ -146,6 +162,7 @@ class Story:
     run_dir: Path
     monkeypatch: pytest.MonkeyPatch
     recorded: int = 0
+    workers: list[FakeWorker] = field(default_factory=list)
 
     def play(
         self,
@@ -153,20 +170,27 @@ class Story:
         checkpoint_every: int = 1,
         resume: bool = False,
         keep: int = 1,
+        restarts: int = 0,
     ) -> FakeWorker:
-        """Run to the end; raises what the run raises. `self.worker` is the worker, also afterwards."""
+        """Run to the end; raises what the run raises. `self.worker` is the last worker, also afterwards.
+
+        The first one has the trouble; those that take its place have what it leaves.
+        """
         prepared = replace(self.prepared, config=copy.deepcopy(self.prepared.config))
         prepared.config.train.checkpoint_every = checkpoint_every
         prepared.config.train.keep_checkpoints = keep
+        prepared.config.recovery.max_restarts = restarts
         prepared.config.resume = str(self.run_dir) if resume else None
         shapes = launch.shapes_fingerprint(prepared.model_path)
-        self.worker = FakeWorker(About(FORMAT, 0, "", "muon", "tiny", shapes), trouble or {})
+        about, left = About(FORMAT, {}, "muon", "tiny", shapes), dict(trouble or {})
+        self.workers = []
 
         @asynccontextmanager
-        async def started(*arguments: Any, **_: object) -> AsyncIterator[Run]:
+        async def started(*arguments: Any, recovery: Recovery, **_: object) -> AsyncIterator[Run]:
             config, step = prepared.config, arguments[2]
+            self.workers.append(FakeWorker(about, left))
             with Tracker(self.run_dir, config.tracking, config.train.steps, step) as tracker:
-                yield Run(
+                run = Run(
                     config,
                     prepared,
                     self.run_dir,
@@ -176,10 +200,16 @@ class Story:
                     PTXCorpus(prepared.ptx, config.ptx.sequences_per_step, config.seed),
                     step or 0,
                 )
+                with recovery.begun(tracker.note, lambda: run.finished_steps):
+                    yield run
 
         self.monkeypatch.setattr(launch, "started", started)
         launch.execute(prepared, self.run_dir, self._record)
         return self.worker
+
+    @property
+    def worker(self) -> FakeWorker:
+        return self.workers[-1]
 
     def _record(self) -> None:
         self.recorded += 1

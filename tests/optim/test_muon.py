@@ -12,7 +12,7 @@ from k2rl import hardware
 from k2rl.config import OptimizerConfig
 from k2rl.errors import ConfigError
 from k2rl.optim.muon import MuonAdamW, build_optimizer, is_muon_matrix
-from k2rl.optim.newton_schulz import newton_schulz
+from k2rl.optim.newton_schulz import newton_schulz, orthogonalise
 
 SHAPES = [(16, 16), (8, 24), (24, 8), (32, 16), (16, 16)]
 
@@ -66,6 +66,43 @@ def test_muon_follows_torch_muon(
         for mine, reference, start in zip(ours, theirs, before, strict=True):
             gap, step_size = (mine - reference).detach().norm(), (reference - start).detach().norm()
             assert float(gap) < tolerance * float(step_size)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_fifty_steps_follow_torch_muon_in_float32(monkeypatch: pytest.MonkeyPatch, nesterov: bool) -> None:
+    """Torch's own optimizer, its cast to bfloat16 apart; the tolerance is against the way that was gone."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self.to(torch.float32, copy=True))
+    monkeypatch.setattr(hardware, "cpu_multiplies_bfloat16", lambda: False)
+    shapes = [*SHAPES, (64, 64), (64, 192), (192, 64), (144, 160)]
+    ours, theirs = parameters(shapes), parameters(shapes)
+    start = [parameter.detach().clone() for parameter in ours]
+    config = OptimizerConfig(lr=0.02, nesterov=nesterov, weight_decay=0.1)
+    optimizer = build_optimizer(named(ours), config, config.lr)
+    oracle = torch.optim.Muon(
+        theirs, lr=0.02, weight_decay=0.1, nesterov=nesterov, adjust_lr_fn="match_rms_adamw"
+    )
+    for step in range(50):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        optimizer.step()
+        oracle.step()
+    for mine, reference, origin in zip(ours, theirs, start, strict=True):
+        gap, way = (mine - reference).detach().norm(), (reference - origin).detach().norm()
+        assert float(gap) <= 1e-5 * float(way)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_batches_give_what_single_matrices_give(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(16, 24), (24, 16), (8, 8), (16, 24), (8, 40), (40, 8), (7, 5)]
+    matrices = [torch.randn(shape, generator=generator) for shape in shapes]
+    batched = orthogonalise(matrices, 5, dtype, batched=True)
+    for matrix, result in zip(matrices, batched, strict=True):
+        assert result.shape == matrix.shape
+        alone = newton_schulz(matrix, 5, dtype)
+        assert float((result - alone).norm()) <= (1e-5 if dtype == torch.float32 else 3e-2) * float(
+            alone.norm()
+        )
 
 
 def test_adamw_follows_torch_adamw() -> None:
@@ -198,4 +235,4 @@ def test_unknown_names_and_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="matrices"):
         MuonAdamW([{"params": parameters([(2,)]), "algorithm": "muon"}])
     with pytest.raises(ValueError, match="matrix"):
-        newton_schulz(torch.zeros(2, 2, 2), steps=5)
+        newton_schulz(torch.zeros(2), steps=5)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from k2rl.models.logit_probe import LogitProbe
 from k2rl.training.tree_attention import plan_blocks, tree_attention
 
 
@@ -55,6 +56,26 @@ def test_blocks_compute_what_a_dense_mask_computes(subtree_end: Tensor, block: i
     theirs = torch.autograd.grad((expected * weights).sum(), (query, key, value))
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+@given(trees(), st.integers(1, 50))
+@settings(max_examples=50, deadline=None)
+def test_the_probe_sees_the_largest_visible_logit_of_each_head(subtree_end: Tensor, block: int) -> None:
+    query, key, value = inputs(len(subtree_end))
+    layer, probe = nn.Module(), LogitProbe(3, 6)
+    layer.layer_idx = 2
+    with_probe, _ = tree_attention(
+        layer, query, key, value, None, scaling=0.3, tree=plan_blocks(subtree_end, block), probe=probe
+    )
+    without, _ = tree_attention(
+        layer, query, key, value, None, scaling=0.3, tree=plan_blocks(subtree_end, block)
+    )
+    assert torch.equal(with_probe, without)
+    logits = 0.3 * query.detach()[0] @ key.detach()[0].repeat_interleave(3, dim=0).mT
+    expected = logits.masked_fill(~dense_mask(subtree_end), -torch.inf).amax(dim=(1, 2))
+    taken = probe.take()
+    torch.testing.assert_close(taken[2], expected)
+    assert bool(torch.isinf(taken[:2]).all())
 
 
 def test_blocks_meet_only_the_keys_they_need() -> None:

@@ -15,22 +15,27 @@ import torch
 from k2rl.checkpoint_engine.plan import plan_push
 from k2rl.checkpoint_engine.publisher import TrainerRank
 from k2rl.checkpoint_engine.push import PushReport
-from k2rl.checkpoint_engine.sender import Sender
+from k2rl.checkpoint_engine.sender import Sender, TensorSource
+from k2rl.checkpoint_engine.transaction import PushError
 from k2rl.config import CheckpointEngineConfig, InferenceConfig, OptimizerConfig
+from k2rl.inference.engine import EngineDeadError
 from k2rl.models.hub import resolve_model
 from k2rl.training.engine import compute_with
 from k2rl.workers import colocated
-from k2rl.workers.colocated import ColocatedWorker, WorkerSpec
+from k2rl.workers.colocated import ColocatedWorker
+from k2rl.workers.colocated import Published as PushOutcome
+from k2rl.workers.spec import Place, WorkerSpec
 
 
 class Published:
     """Takes what would be pushed."""
 
     def __init__(self) -> None:
-        self.versions: list[int] = []
+        self.engines: dict[str, object] = {}
+        self.coordinator = SimpleNamespace(version=None)
 
     async def publish(self, ranks: dict[int, TrainerRank], version: int) -> PushReport:
-        self.versions.append(version)
+        self.coordinator.version = version
         return PushReport(version, ranks[0].manifest.nbytes, 1, 0.0, 0.0, 0.0)
 
 
@@ -43,14 +48,17 @@ def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ColocatedWorker:
         "cpu",
         (),
         0,
-        "log",
+        str(tmp_path),
         OptimizerConfig(),
         64,
         2,
         InferenceConfig(),
         CheckpointEngineConfig(),
     )
-    return ColocatedWorker(spec)
+    worker = ColocatedWorker(spec, 0)
+    worker._place = Place(0, 1, "", "float32", 0, "", (0,), (0,))
+    worker._places, worker._actors, worker._sender = [worker._place], [None], Sender(0)
+    return worker
 
 
 def test_the_trainer_keeps_its_thread_and_its_thread_count(worker: ColocatedWorker) -> None:
@@ -77,19 +85,43 @@ def test_the_trainer_keeps_its_thread_and_its_thread_count(worker: ColocatedWork
 def test_versions_count_the_optimizer_steps(worker: ColocatedWorker) -> None:
     """So they go on where a resumed trainer does."""
     publisher, trainer = Published(), SimpleNamespace(step_count=0)
-    trainer.named_weights = lambda: iter([("weight", torch.ones(3))])
-    trainer.offload = lambda: None
+    trainer.weights_source = lambda: TensorSource([("weight", torch.ones(3))], 0)
     worker_with_parts: Any = worker
     worker_with_parts._publisher, worker_with_parts._trainer = publisher, trainer
-    worker_with_parts._sender, worker_with_parts._vllm = Sender(0), SimpleNamespace(asleep=False)
-    worker_with_parts._vllm_bytes, worker_with_parts._resident_before = {}, 0
 
-    async def publish(step_count: int) -> float:
+    async def publish(step_count: int) -> PushOutcome:
         trainer.step_count = step_count
-        return (await worker.publish())["version"]
+        return await worker.publish({})
 
-    assert [asyncio.run(publish(count)) for count in (7, 8)] == [7.0, 8.0]
-    assert publisher.versions == [7, 8]
+    for count in (7, 8):
+        published = asyncio.run(publish(count))
+        assert (published.version, published.metrics["version"]) == (count, count)
+        assert published.committed
+        assert not published.lost
+
+
+def test_what_a_push_has_cost_is_told_and_not_raised(worker: ColocatedWorker) -> None:
+    class Losing(Published):
+        async def publish(self, ranks: dict[int, TrainerRank], version: int) -> PushReport:
+            del self.engines["vLLM of worker 2"]
+            raise EngineDeadError("vLLM of worker 2: gone")
+
+    class Failing(Published):
+        async def publish(self, ranks: dict[int, TrainerRank], version: int) -> PushReport:
+            raise PushError("a receiver is out of luck")
+
+    worker_with_parts: Any = worker
+    worker._spec = msgspec.structs.replace(
+        worker._spec, model_path=str(resolve_model("tiny-qwen3")), trains=False
+    )
+    worker_with_parts._publisher = losing = Losing()
+    losing.engines = {"vLLM of worker 0": None, "vLLM of worker 2": None}
+    published = asyncio.run(worker.publish({}))
+    assert (published.committed, published.lost) == (False, {2: "vLLM of worker 2: gone"})
+    worker_with_parts._publisher = Failing()
+    published = asyncio.run(worker.publish({}))
+    assert (published.committed, published.lost) == (False, {})
+    assert published.error == "a receiver is out of luck"
 
 
 def test_a_checkpoint_that_is_served_is_closed_once_it_is_pushed(worker: ColocatedWorker) -> None:
@@ -109,7 +141,5 @@ def test_a_checkpoint_that_is_served_is_closed_once_it_is_pushed(worker: Colocat
     worker._spec = msgspec.structs.replace(worker._spec, model_path=str(folder), trains=False)
     worker_with_parts: Any = worker
     worker_with_parts._publisher = Reading()
-    worker_with_parts._sender, worker_with_parts._vllm = Sender(0), SimpleNamespace(asleep=False)
-    worker_with_parts._vllm_bytes, worker_with_parts._resident_before = {}, 0
-    assert asyncio.run(worker.publish())["version"] == 0
+    assert asyncio.run(worker.publish({})).version == 0
     assert not is_open()
