@@ -69,6 +69,10 @@ examples:
   k2rl plan calibrate
 """
 
+STACKS = """\
+Say of every process of a live run what it is doing and for how long, and where the one stands that has been
+busy the longest. Nothing is stopped, and nobody has to answer."""
+
 OVERRIDE = """\
 what differs from the defaults: group=choice (see below) or key=value (`k2rl train --cfg` prints every key,
 docs/config.md explains them)"""
@@ -167,6 +171,13 @@ def _parser() -> argparse.ArgumentParser:
     actions = envs.add_subparsers(required=True, metavar="ACTION", title="actions")
     actions.add_parser("list", help="list the registered environments").set_defaults(run=_list_environments)
 
+    stacks = commands.add_parser(
+        "stacks", help="what every process of a run on this host is doing now", description=STACKS
+    )
+    stacks.add_argument("--all", action="store_true", help="the Python stacks of all threads, too")
+    stacks.add_argument("run_dir", type=Path, metavar="RUN_FOLDER", help="such as outputs/quickstart/<time>")
+    stacks.set_defaults(run=_stacks)
+
     report = commands.add_parser("report", help="write report.html of a run anew, finished or not")
     report.add_argument("run_dir", type=Path, metavar="RUN_FOLDER", help="such as outputs/quickstart/<time>")
     report.set_defaults(run=_report)
@@ -249,6 +260,20 @@ def _report(arguments: argparse.Namespace) -> int:
     if not (arguments.run_dir / CONFIG_FILE).is_file():
         raise ConfigError(f"{arguments.run_dir} is not the folder of a run (no {CONFIG_FILE} in it)")
     print(write_report(arguments.run_dir))
+    return 0
+
+
+def _stacks(arguments: argparse.Namespace) -> int:
+    _require("stacks", ("psutil",))
+    from k2rl.diagnosis.hang import diagnose
+
+    logs = arguments.run_dir / "logs"
+    if not logs.is_dir():
+        raise ConfigError(f"{arguments.run_dir} is not the folder of a run (no logs in it)")
+    found = diagnose(logs)
+    if not found.processes:
+        raise ConfigError(f"no process of {arguments.run_dir} that you may look at is alive on this host")
+    print(found.whole if arguments.all else found.essence)
     return 0
 
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
+from k2rl.diagnosis import activity
 from k2rl.errors import ConfigError, RunError
 from k2rl.evaluation.results import EvaluationResult
 from k2rl.loop import train
@@ -251,6 +252,7 @@ async def started(
 ) -> AsyncIterator[Run]:
     """Tracker, Ray and the workers, started in this order and stopped in the other."""
     config = prepared.config
+    activity.begin(run_dir / "logs", "driver")
     stop_token_ids = prepared.chat.stop_token_ids
     spec = worker_spec(config, prepared.model_path, stop_token_ids, run_dir, trains)
     whole = msgspec.to_builtins(config)

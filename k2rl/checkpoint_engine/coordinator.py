@@ -37,6 +37,7 @@ from k2rl.checkpoint_engine.messages import (
 from k2rl.checkpoint_engine.plan import Plan
 from k2rl.checkpoint_engine.push import Invitations, OngoingPush, PushReport
 from k2rl.checkpoint_engine.transaction import Digests, PushError, State, Transaction, version_digest
+from k2rl.diagnosis.activity import PUSH
 
 _NO_LISTENING = "a coordinator of several hosts needs an address that they can reach: `listen`"
 
@@ -356,7 +357,8 @@ class Coordinator:
         self.address = msgspec.structs.replace(self.address, token=secrets.token_hex(16))
         self._push = push
         try:
-            return await push.run(invite_senders, pause)
+            with PUSH.doing(f"version {push.version}"):
+                return await push.run(invite_senders, pause)
         finally:
             self.together |= push.transaction.together
             self._push = None

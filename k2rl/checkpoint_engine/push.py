@@ -22,6 +22,8 @@ from k2rl.checkpoint_engine.messages import (
     read_message,
 )
 from k2rl.checkpoint_engine.transaction import Outgoing, State, Transaction
+from k2rl.diagnosis.activity import PUSH
+from k2rl.diagnosis.processes import in_a_word
 
 #: Of an invitation: the call that makes a participant take part. If it fails, the push does.
 Invitations = Mapping[Peer, Awaitable[object]]
@@ -194,6 +196,7 @@ class OngoingPush:
             known = self._since.get(peer)
             since[peer] = known if known is not None and known[0] == what else (what, now)
         self._since = since
+        PUSH.note("waiting for " + ", ".join(f"{peer} {what}" for peer, what in missing.items()))
         if self.transaction.blamed:
             self._blamed_since = self._blamed_since or now
             if now - self._blamed_since > GRACE_S:
@@ -203,10 +206,8 @@ class OngoingPush:
             # Agents that wait for another give up at the deadline, too, and say which it was.
             patience = self._deadline_s + (2 * GRACE_S if peer.role == AGENT else 0)
             if now - start > patience:
-                pid = f" (process {self._pids[peer]})" if peer in self._pids else ""
-                self._send(
-                    self.transaction.gone(
-                        peer, f"{pid} did not come {what} within {self._deadline_s:g} s".strip()
-                    )
-                )
+                process = self._pids.get(peer)
+                pid, now_does = ("", "") if process is None else (f" (process {process})", in_a_word(process))
+                late = f"{pid} did not come {what} within {self._deadline_s:g} s{now_does}"
+                self._send(self.transaction.gone(peer, late.strip()))
                 return

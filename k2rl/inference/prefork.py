@@ -14,6 +14,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 
 import setproctitle
 
+from k2rl.diagnosis import activity
 from k2rl.workers.process import follow_owner_in_death
 
 #: What the server imports; `__main__` is what each process would run again for itself.
@@ -37,6 +38,7 @@ class PreforkedProcess(ForkServerProcess):
         os.environ.update(self._environment)
         _bind_threads()
         follow_owner_in_death()
+        activity.inherit(self.name)
         # A process below the server has none by Python's reckoning, and would start a second one.
         forkserver._forkserver.ensure_running = resource_tracker.ensure_running  # type: ignore[method-assign]
         adopt()

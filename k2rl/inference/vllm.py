@@ -24,6 +24,7 @@ from k2rl.checkpoint_engine.messages import (
 )
 from k2rl.checkpoint_engine.plan import Box, Needs
 from k2rl.config import InferenceConfig
+from k2rl.diagnosis.activity import FRONT_END
 from k2rl.inference.engine import EngineDeadError, Generation, GenerationError, Sampling
 from k2rl.inference.prefork import adopt, start_server
 from k2rl.types import NO_WEIGHT_VERSION
@@ -185,7 +186,8 @@ class VLLMEngine:
         request_id = f"request-{next(self._request_ids)}"
         try:
             stream = self._llm.generate({"prompt_token_ids": prompt_ids}, parameters, request_id)
-            output = [item async for item in stream][-1].outputs[0]
+            with FRONT_END.doing("waiting for vLLM: generating"):
+                output = [item async for item in stream][-1].outputs[0]
         except VLLMEngineDeadError as error:
             raise EngineDeadError(str(error)) from error
         if output.finish_reason not in ("stop", "length"):
@@ -319,7 +321,8 @@ class VLLMEngine:
     async def _call_workers(self, method: str, *arguments: object) -> list[Any]:
         """Each worker's answer, which tells of its own failures: what is raised is vLLM's own."""
         try:
-            answers: list[Any] = await self._while_alive(self._llm.collective_rpc(method, args=arguments))
+            with FRONT_END.doing(f"waiting for vLLM's workers: {method}"):
+                answers: list[Any] = await self._while_alive(self._llm.collective_rpc(method, args=arguments))
             return answers
         except Exception as error:
             raise EngineDeadError(f"vLLM cannot call its workers any more: {error}") from error

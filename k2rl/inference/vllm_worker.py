@@ -16,6 +16,7 @@ from vllm.platforms import current_platform
 from k2rl.checkpoint_engine.messages import DeltaRefusedError, Outcome, PushInvitation
 from k2rl.checkpoint_engine.vllm_modules import discard_packed
 from k2rl.checkpoint_engine.vllm_receiver import WeightReceiver
+from k2rl.diagnosis.activity import VLLM_WORKER
 from k2rl.workers.memory import release, resident, trim
 
 if TYPE_CHECKING or not current_platform.is_cpu():
@@ -53,6 +54,10 @@ class ColocatedVLLMWorker(PlatformWorker):
             limit_kernel_caches()
         self._resident_before = resident()
         super().load_model(*args, **kwargs)
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        with VLLM_WORKER.doing(f"a batch of {scheduler_output.total_num_scheduled_tokens} tokens"):
+            return super().execute_model(scheduler_output, *args, **kwargs)
 
     def resident_memory(self) -> tuple[int, int]:
         """Bytes of physical memory that this process holds, and that it held before it had a model."""
@@ -95,7 +100,7 @@ class ColocatedVLLMWorker(PlatformWorker):
         takes them for the answers to its next call.
         """
         try:
-            with set_current_vllm_config(self.vllm_config):
+            with VLLM_WORKER.doing("taking part in a push"), set_current_vllm_config(self.vllm_config):
                 self.weight_receiver.take_part(msgspec.msgpack.decode(invitation, type=PushInvitation))
         except Exception as error:
             refused = isinstance(error, DeltaRefusedError)

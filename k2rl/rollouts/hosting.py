@@ -12,15 +12,20 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from envs.base import TextEnv, maybe_await
+from k2rl.diagnosis.stacks import innermost
 from rubrics.deadline import MissedDeadlineError, within
 
 T = TypeVar("T")
 
 CLOSE_DEADLINE_S = 30.0
 """Seconds an environment gets to put away what it holds (a container, a session)."""
+
+_calls: ContextVar[list[threading.Thread] | None] = ContextVar("calls", default=None)
+"""The threads of what `hosted` has called; one that is alive at the deadline is what was waited for."""
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +59,11 @@ async def call(function: Callable[..., T | Awaitable[T]], *args: Any, **kwargs: 
             loop.call_soon_threadsafe(end)
 
     name = getattr(function, "__qualname__", type(function).__name__)
-    threading.Thread(target=work, name=name, daemon=True).start()
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    thread.start()
+    calls = _calls.get()
+    if calls is not None:
+        calls.append(thread)
     await ended
     result, error = outcome
     if isinstance(error, Exception):
@@ -70,7 +79,7 @@ async def hosted(
     """Build an environment, use it, close it; building and use share `deadline_s`, closing has its own.
 
     Raises:
-        MissedDeadlineError: building and use took longer.
+        MissedDeadlineError: building and use took longer; its notes say where the environment stood.
         Exception: what the constructor, `use` or `close()` raised.
     """
     seat = _Seat(make_env)
@@ -78,15 +87,21 @@ async def hosted(
     async def play() -> T:
         return await use(await call(seat.build))
 
+    calls: list[threading.Thread] = []
+    token = _calls.set(calls)
     try:
         result = await within(deadline_s, play())
     except BaseException as first:
+        if isinstance(first, MissedDeadlineError) and calls and calls[-1].is_alive():
+            first.add_note(f"{calls[-1].name} stands at {innermost(calls[-1])}")
         try:
             await seat.close()
         # The first error is the one to report.
         except Exception as second:
             logger.warning("close() of an environment failed after %r", first, exc_info=second)
         raise
+    finally:
+        _calls.reset(token)
     await seat.close()
     return result
 

@@ -84,8 +84,9 @@ class RolloutScheduler:
             trajectory = await hosted(self._make_env, episode, deadline)
         except (RunError, EngineDeadError):
             raise
-        except MissedDeadlineError:
-            return _failed(attempt, f"not over after rollout.episode_deadline_s={deadline:g} s")
+        except MissedDeadlineError as error:
+            where = "; ".join(getattr(error, "__notes__", ["it waited for the model, or for async code"]))
+            return _failed(attempt, f"not over after rollout.episode_deadline_s={deadline:g} s: {where}")
         # Plug-in code may raise anything; whatever it is, it is this episode's failure and not a score.
         except Exception as error:
             logger.warning("episode %s failed", attempt.id, exc_info=error)

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from k2rl.config import TrackingConfig
+from k2rl.diagnosis.activity import DRIVER
 from k2rl.evaluation.results import EvaluationResult, rewind_results, save_result
 from k2rl.tracking import summary
 from k2rl.tracking.jsonl import JsonlWriter
@@ -79,7 +80,7 @@ class Tracker:
     def phase(self, name: str, step: int = 0) -> Iterator[None]:
         """Time the enclosed block as phase `name` of `step` and show it."""
         self.live.phase(name, step)
-        with self.timeline.phase(name, step):
+        with DRIVER.doing(f"{name} of step {step}"), self.timeline.phase(name, step):
             yield
 
     def progress(self, done: int, total: int) -> None:

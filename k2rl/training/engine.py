@@ -15,6 +15,7 @@ from torch import Tensor
 
 from k2rl.checkpoint_engine.sender import TensorSource
 from k2rl.config import ObjectiveConfig, OptimizerConfig
+from k2rl.diagnosis.activity import TRAINER
 from k2rl.errors import ConfigError, RunError
 from k2rl.models.hub import shapes_fingerprint
 from k2rl.objective.losses import build_policy_loss
@@ -219,12 +220,13 @@ class TrainEngine:
             ptx_batches = self._passes.pack([[text] for text in ptx_sequences]) if use_ptx else []
             shares: dict[str, float] = {"loss": 0.0, "ptx_loss": 0.0}
             for update in range(updates):
-                sums = [
-                    self._passes.policy_backward(
-                        policy, number, batch, measure=update == 0, where=self._where
-                    )
-                    for number, batch in enumerate(batches)
-                ]
+                sums = []
+                for number, batch in enumerate(batches):
+                    with TRAINER.doing(f"forward and backward of micro-batch {number + 1} of {len(batches)}"):
+                        share = self._passes.policy_backward(
+                            policy, number, batch, measure=update == 0, where=self._where
+                        )
+                    sums.append(share)
                 for name in sums[0]:
                     shares[name] = shares.get(name, 0.0) + sum(share[name] for share in sums) / updates
                 if use_ptx:
@@ -449,7 +451,8 @@ class TrainEngine:
 
             self._group.agreed(refuse)
         before = self._weights.sample()
-        self._optimizer.step()
+        with TRAINER.doing("optimizer"):
+            self._optimizer.step()
         self._settle_state()
         rms = self._weights.moved(before)
         self._weights.clear_gradients()

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from k2rl.diagnosis.activity import TRAINER
 from k2rl.errors import ConfigError, RunError
 from k2rl.training.ranks import Ranks
 
@@ -107,12 +108,14 @@ class DistributedGroup(Group):
         self._names = self.gather(f"process {os.getpid()} on {socket.gethostname()}")
 
     def sum(self, values: Tensor) -> Tensor:
-        dist.all_reduce(values, group=self.process_group)
+        with TRAINER.doing("waiting for the other ranks in a collective"):
+            dist.all_reduce(values, group=self.process_group)
         return values
 
     def gather(self, value: T) -> list[T]:
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, group=self.process_group)
+        with TRAINER.doing("waiting for the other ranks in a collective"):
+            dist.all_gather_object(values, value, group=self.process_group)
         return values
 
     def most(self, value: int) -> int:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -19,6 +18,7 @@ import msgspec
 import ray
 
 from k2rl.config import ObjectiveConfig
+from k2rl.diagnosis import activity
 from k2rl.hardware import fast_dtype
 from k2rl.inference.engine import EngineDeadError, Generation, Sampling
 from k2rl.inference.prefork import start_server
@@ -61,6 +61,7 @@ class ColocatedWorker:
 
     def __init__(self, spec: WorkerSpec, rank: int) -> None:
         redirect_output(Path(spec.log_folder) / log_name(rank))
+        activity.begin(Path(spec.log_folder), f"worker {rank}")
         self._spec = spec
         self._ledger = MemoryLedger()
         self._vllm_bytes: dict[Kind, int] = {}
@@ -123,8 +124,12 @@ class ColocatedWorker:
 
     async def _train(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
         """Let the trainer's thread do something, after whatever it was given before."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._trainer_thread, partial(work, *arguments, **options))
+
+        def traced() -> T:
+            with activity.TRAINER.doing(getattr(work, "__name__", "working").strip("_").replace("_", " ")):
+                return work(*arguments, **options)
+
+        return await asyncio.get_running_loop().run_in_executor(self._trainer_thread, traced)
 
     def _start_trainer(self) -> None:
         spec, place = self._spec, self._place

@@ -17,6 +17,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from k2rl.config import DeadlineConfig
 from k2rl.errors import ConfigError, RunError
 from k2rl.inference.engine import EngineDeadError, GenerationError
+from k2rl.workers.diagnosis import Diagnostician
 from k2rl.workers.process import last_lines
 from k2rl.workers.spec import Site
 
@@ -42,6 +43,7 @@ class Worker:
         self.name = f"worker {rank}"
         self._log_path = log_path
         self._deadlines = deadlines
+        self._diagnosed = Diagnostician(log_path.parent)
         self.site: Site | None = None
         #: Whether the actor died or no longer answers: nothing more can be asked of it.
         self.lost = False
@@ -75,6 +77,10 @@ class Worker:
         """See `ColocatedWorker.heartbeat`; raises as `call`."""
         answer: tuple[str, float] = await self.call("answering heartbeats", "heartbeat", "heartbeat_s")
         return answer
+
+    async def diagnosed(self, what: str) -> str:
+        """What every part on its node is doing, to end an error with; see `Diagnostician`."""
+        return await self._diagnosed(what, self.site)
 
     def engine_lost(self, what: str) -> EngineLostError:
         """The error for its vLLM, which `what` (died, hangs …)."""
@@ -119,7 +125,8 @@ class Worker:
             late = f"hangs: {what} took more than {seconds:g} s"
             self.lost = self.lost or late_is_lost
             kind = WorkerLostError if late_is_lost else RunError
-            raise kind(self._obituary(f"{self.name} {late}")) from None
+            found = await self.diagnosed(what)
+            raise kind(self._obituary(f"{self.name} {late}") + found) from None
         except RayActorError:
             self.lost = True
             raise WorkerLostError(self._obituary(f"{self.name} died while {what}")) from None

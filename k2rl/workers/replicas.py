@@ -184,7 +184,9 @@ class Replicas:
             return
         if silent_s > limit and not died:
             died = f"it did not answer for {limit:g} s"
+            found = await worker.diagnosed("answering heartbeats")
             await worker.call("giving its vLLM up", "give_up_engine", "heartbeat_s", died)
+            died += found
         if died:
             self.lose(rank, worker.engine_lost(f"died: {died}"))
 

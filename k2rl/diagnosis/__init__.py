@@ -1,0 +1,1 @@
+"""What the processes of a run are doing, for those who ask because one of them does not answer. No torch."""
