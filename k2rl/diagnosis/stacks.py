@@ -111,7 +111,7 @@ def _written(look: Callable[[], bytes], start: int) -> str:
     return ""
 
 
-def innermost(thread: threading.Thread, number: int = 2) -> str:
+def innermost(thread: threading.Thread, number: int) -> str:
     """Where a thread of this process stands: its innermost frames."""
     frame = sys._current_frames().get(thread.ident or 0)
     frames: list[str] = []

@@ -24,6 +24,9 @@ T = TypeVar("T")
 CLOSE_DEADLINE_S = 30.0
 """Seconds an environment gets to put away what it holds (a container, a session)."""
 
+FRAMES_SHOWN = 4
+"""Of an environment that is late."""
+
 _calls: ContextVar[list[threading.Thread] | None] = ContextVar("calls", default=None)
 """The threads of what `hosted` has called; one that is alive at the deadline is what was waited for."""
 
@@ -93,7 +96,7 @@ async def hosted(
         result = await within(deadline_s, play())
     except BaseException as first:
         if isinstance(first, MissedDeadlineError) and calls and calls[-1].is_alive():
-            first.add_note(f"{calls[-1].name} stands at {innermost(calls[-1])}")
+            first.add_note(f"{calls[-1].name} stands at {innermost(calls[-1], FRAMES_SHOWN)}")
         try:
             await seat.close()
         # The first error is the one to report.

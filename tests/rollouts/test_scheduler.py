@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import threading
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
 import pytest
 
+from envs.base import TextEnv
 from envs.calculator import CalculatorEnv
 from k2rl.config import Config
 from k2rl.errors import ConfigError, RunError
@@ -174,11 +177,33 @@ class Hanging(CalculatorEnv):
         await asyncio.Event().wait()
 
 
-def test_an_episode_past_its_deadline_is_a_failure(chat: ChatTemplate) -> None:
-    (trajectory,) = run(Answering(chat), chat, 1, Hanging, episode_deadline_s=0.05)
+class Blocking(CalculatorEnv):
+    def step(self, action: str) -> Any:
+        never_answered()
+
+
+def never_answered() -> None:
+    threading.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("make_env", "where"),
+    [
+        (Hanging, "it waited for the model, or for async code"),
+        (
+            Blocking,
+            r"Blocking.step stands at .*/threading.py:\d+ in wait, .* in never_answered, .* in step",
+        ),
+    ],
+)
+def test_an_episode_past_its_deadline_is_a_failure(
+    make_env: Callable[[], TextEnv], where: str, chat: ChatTemplate
+) -> None:
+    (trajectory,) = run(Answering(chat), chat, 1, make_env, episode_deadline_s=1)
     assert trajectory.failed
     assert trajectory.verdict is not None
-    assert "episode_deadline_s" in (trajectory.verdict.failure or "")
+    said = f"not over after rollout.episode_deadline_s=1 s: {where}$"
+    assert re.search(said, trajectory.verdict.failure or "")
 
 
 def test_a_dead_engine_ends_the_batch(chat: ChatTemplate) -> None:
