@@ -148,7 +148,9 @@ class ColocatedWorker:
             spec.device,
             spec.offload,
             Path(spec.log_folder),
-            ranks=Ranks(place.rank, place.world, place.meeting_point, spec.collective_s),
+            spec.gradients,
+            spec.activation_checkpointing,
+            Ranks(place.rank, place.world, place.meeting_point, spec.collective_s),
         )
 
     async def _configured_vllm(self) -> VLLMEngine:
@@ -290,9 +292,10 @@ class ColocatedWorker:
         spec, turn, hold = self._spec, self._ledger.turn, self._ledger.hold
         if spec.trains and turn != "vllm":
             state = self._trainer.state_bytes()
-            hold("trainer", "parameters", state["parameters"], spec.device, spec.offload == "file")
-            hold("trainer", "optimizer", state["optimizer"], spec.device, spec.offload == "file")
-            hold("trainer", "gradients", state["gradients"] if turn else 0, spec.device)
+            hold("trainer", "parameters", state["parameters"], spec.device, spec.offload != "none")
+            hold("trainer", "optimizer", state["optimizer"], spec.device, spec.offload != "none")
+            gradients, moves = state["gradients"] if turn else 0, spec.gradients != "keep"
+            hold("trainer", "gradients", gradients, spec.device, moves)
         if turn != "trainer" and self._vllm is not None:
             for kind, nbytes in self._vllm_bytes.items():
                 hold("vllm", kind, nbytes, spec.device, spec.inference.sleep_while_training)
