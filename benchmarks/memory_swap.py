@@ -79,7 +79,9 @@ async def play(model: str, rounds: int, offload: Path | None) -> None:
     publisher = Publisher({"vLLM": engine}, CheckpointEngineConfig(), expected_tensors(path, dtype))
     await publisher.start()
     trainer_base = resident()
-    trainer = TrainEngine(path, dtype, OptimizerConfig(lr=1e-6), offload_folder=offload)
+    trainer = TrainEngine(
+        path, dtype, OptimizerConfig(lr=1e-6), offload="file" if offload else "none", offload_folder=offload
+    )
     sender = Sender(0)
     text = SupervisedSequence(tuple(range(5, 5 + LENGTH)), (False,) + (True,) * (LENGTH - 1))
 

@@ -40,6 +40,14 @@ class Mismatch:
         self.log_ratio_min = min(self.log_ratio_min, float(log_ratio.min()))
         self.log_ratio_max = max(self.log_ratio_max, float(log_ratio.max()))
 
+    def merge(self, other: Mismatch) -> None:
+        """Take in what was measured elsewhere."""
+        self.tokens += other.tokens
+        self.gap_sum += other.gap_sum
+        self.gap_max = max(self.gap_max, other.gap_max)
+        self.log_ratio_min = min(self.log_ratio_min, other.log_ratio_min)
+        self.log_ratio_max = max(self.log_ratio_max, other.log_ratio_max)
+
     def metrics(self) -> dict[str, float]:
         """`logprob_gap_mean` and `logprob_gap_max` (nats), `ratio_min` and `ratio_max`."""
         if self.tokens == 0:

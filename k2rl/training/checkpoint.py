@@ -1,40 +1,42 @@
-"""Checkpoints of a run: written beside, made durable, then renamed, so that a crash cannot harm them.
+"""Checkpoints of a run as folders: whole or not there, and known without torch for what they are.
 
-A run keeps them as `checkpoints/step_<n>`: `trainer.pt` with the trainer's state, and `checkpoint.json`,
-which says without torch what it is. torch is imported only where the state itself is written or read.
+A run keeps them as `checkpoints/step_<n>`: the trainer's state in torch's distributed format (`saving.py`),
+and `checkpoint.json`, which says what it is and what bytes its files must have.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import xxhash
 
-from k2rl.errors import ConfigError
-
-STATE_FILE = "trainer.pt"
 ABOUT_FILE = "checkpoint.json"
-FORMAT = 2
+FORMAT = 3
 
 _OURS = re.compile(r"step_\d+|\.(model|step_\d+)\.\d+\.(new|old)")
 
 
+class FileRecord(msgspec.Struct, frozen=True):
+    """What a file must be."""
+
+    nbytes: int
+    #: xxh3-128 of its bytes.
+    digest: str
+
+
 class About(msgspec.Struct, frozen=True):
-    """What a checkpoint is; a run that goes on with it must agree in all but the size."""
+    """What a checkpoint is; a run that goes on with it must agree in all but its files."""
 
     format: int
-    state_bytes: int
-    #: xxh3-128 of the state's file.
-    state_digest: str
+    #: All that the state is in, by name.
+    files: dict[str, FileRecord]
     optimizer: str
     #: Folder of the model that was trained.
     model: str
@@ -58,16 +60,26 @@ def read_about(folder: Path) -> About | None:
     """What the checkpoint in `folder` is; None if there is none, or it is not whole."""
     try:
         about = msgspec.json.decode((folder / ABOUT_FILE).read_bytes(), type=About)
-        size = (folder / STATE_FILE).stat().st_size
+        sizes = {name: (folder / name).stat().st_size for name in about.files}
     except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):
         return None
-    return about if size == about.state_bytes else None
+    return about if all(sizes[name] == record.nbytes for name, record in about.files.items()) else None
+
+
+def write_about(folder: Path, about: About) -> None:
+    """Say what the checkpoint in `folder` is."""
+    (folder / ABOUT_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(about)) + b"\n")
+
+
+def file_records(files: Iterable[Path]) -> dict[str, FileRecord]:
+    """What these files are now, by name."""
+    return {file.name: FileRecord(file.stat().st_size, file_digest(file)) for file in files}
 
 
 def is_sound(folder: Path) -> bool:
     """Whether the checkpoint in `folder` is whole and its bytes are those that were written."""
     about = read_about(folder)
-    return about is not None and file_digest(folder / STATE_FILE) == about.state_digest
+    return about is not None and about.files == file_records(folder / name for name in about.files)
 
 
 def set_aside(folder: Path) -> None:
@@ -84,37 +96,6 @@ def remove_leftovers(run_dir: Path) -> None:
     for path in (*run_dir.glob(".model.*"), *(run_dir / "checkpoints").glob("*")):
         if path.is_dir() and path not in whole and _OURS.fullmatch(path.name):
             shutil.rmtree(path)
-
-
-def write_checkpoint(folder: Path, state: dict[str, Any], optimizer: str, model: Path, shapes: str) -> None:
-    """Write a whole checkpoint; `folder` is there afterwards or not at all, whatever happens meanwhile."""
-    import torch
-
-    with replaced_folder(folder) as target:
-        torch.save({"format": FORMAT, **state}, target / STATE_FILE)
-        file = target / STATE_FILE
-        about = About(FORMAT, file.stat().st_size, file_digest(file), optimizer, str(model), shapes)
-        (target / ABOUT_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(about)) + b"\n")
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The state that `write_checkpoint` wrote.
-
-    Raises:
-        ConfigError: if there is no checkpoint, it is damaged, or of another format.
-    """
-    import torch
-
-    file = folder / STATE_FILE
-    if not file.is_file():
-        raise ConfigError(f"{folder} holds no trainer checkpoint ({STATE_FILE} is missing)")
-    try:
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"{file} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
-    if state.get("format") != FORMAT:
-        raise ConfigError(f"{file} has checkpoint format {state.get('format')}, this version reads {FORMAT}")
-    return state
 
 
 @contextmanager

@@ -1,30 +1,36 @@
-"""The trainer of one worker: groups in, updated weights out."""
+"""The trainer, or one rank of several: groups in, updated weights out."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from k2rl.checkpoint_engine.sender import TensorSource
 from k2rl.config import ObjectiveConfig, OptimizerConfig
 from k2rl.errors import ConfigError, RunError
 from k2rl.models.hub import shapes_fingerprint
-from k2rl.objective.base import PolicyLoss, PolicyLossInputs
 from k2rl.objective.losses import build_policy_loss
 from k2rl.objective.mismatch import Mismatch
-from k2rl.objective.ptx import ptx_loss
-from k2rl.optim.muon import MuonAdamW, build_optimizer
-from k2rl.training.batch import BatchTotals, LabelledSequence, SupervisedSequence, TrainSequence
-from k2rl.training.checkpoint import read_state, replaced_folder, write_checkpoint
-from k2rl.training.loading import copy_companions, load_causal_lm, packed_logprobs
+from k2rl.optim.muon import build_optimizer
+from k2rl.training.batch import BatchTotals, SupervisedSequence, TrainSequence
+from k2rl.training.checkpoint import FORMAT, About, read_about
+from k2rl.training.export import export
+from k2rl.training.group import DistributedGroup, Group
+from k2rl.training.loading import check_packing, checkpoint_activations, load_causal_lm
 from k2rl.training.masters import MasterWeights
-from k2rl.training.offload import StateFiles
-from k2rl.training.packing import MicroBatch, pack
+from k2rl.training.offload import residence
+from k2rl.training.passes import Passes, PolicyPass, some
+from k2rl.training.ranks import ALONE, Ranks
+from k2rl.training.saving import Saver, on_host, read_into, read_shapes, snapshot
+from k2rl.training.sharding import load_sharded, local
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -44,9 +50,13 @@ class TrainEngine:
         seed: int = 0,
         num_threads: int = 0,
         device: str = "cpu",
+        offload: str = "none",
         offload_folder: Path | None = None,
+        gradients: str = "drop",
+        activation_checkpointing: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
-        """Load the model and its master weights.
+        """Load the model and its master weights, all of them or one rank's shards.
 
         Args:
             model_path: folder with a Hugging Face checkpoint.
@@ -57,7 +67,14 @@ class TrainEngine:
             num_threads: CPU threads of the calling thread, which should then make all further calls; 0
                 means all cores it may run on.
             device: `cpu` or `cuda`, where weights, optimizer state and computation live.
-            offload_folder: where weights and optimizer state are kept in files; default: in memory alone.
+            offload: where weights and optimizer state are between `offload()` and `reload()`: `none` (where
+                they were), `host` (the host's memory, pinned for a GPU), `file` (files of `offload_folder`).
+            offload_folder: for `file`.
+            gradients: what becomes of their memory after a step: `drop`, `keep`, or `offload` (kept while it
+                trains, and treated like the optimizer's state between phases).
+            activation_checkpointing: keep each layer's input alone, and compute the layer again in the
+                backward pass.
+            ranks: our place among those that train this model together.
 
         Raises:
             ConfigError: if the model cannot be loaded or trained, or the dtype is unknown.
@@ -70,53 +87,79 @@ class TrainEngine:
         self._shapes = shapes_fingerprint(self._path)
         self._dtype = DTYPES[dtype]
         self._device = torch.device(device)
-        self._model = load_causal_lm(self._path, self._device)
-        self._weights = MasterWeights(self._model, self._dtype)
-        self._model.config.dtype = self._dtype
         self._optimizer_config = optimizer or OptimizerConfig()
-        self._micro_batch_tokens = micro_batch_tokens
         self.step_count = 0
-        self._optimizer: MuonAdamW
-        self.reset_optimizer(self._optimizer_config.lr)
-        self._files = StateFiles(offload_folder) if offload_folder else None
-        self._keep_state()
+        self._offloads_gradients = gradients == "offload"
+        self._residence = residence(offload, offload_folder)
+        self._group = Group() if ranks.alone else DistributedGroup(ranks, self._device)
+        try:
+            with self._group.call():
+                self._build(micro_batch_tokens, activation_checkpointing, gradients != "drop")
+        except BaseException:
+            self._group.close()
+            raise
 
-    def _keep_state(self) -> None:
-        """Put what the optimizer or a checkpoint made into files, too."""
-        if self._files:
-            self._files.adopt(tensor for _, tensor in self._state())
+    def _build(self, micro_batch_tokens: int, activation_checkpointing: bool, keep_gradients: bool) -> None:
+        if isinstance(self._group, DistributedGroup):
+            self._model = load_sharded(self._path, self._dtype, self._device, self._group)
+            dtype = self._dtype
+        else:
+            self._model = load_causal_lm(self._path, self._device)
+            dtype = torch.float32
+        self._passes = Passes(self._model, self._group, self._device, micro_batch_tokens)
+        self._group.agreed(lambda: check_packing(self._model, self._path, dtype, self._passes.score))
+        self._passes.let_go()
+        if activation_checkpointing:
+            checkpoint_activations(self._model)
+        self._weights = MasterWeights(self._model, self._dtype, self._group, keep_gradients)
+        self._model.config.dtype = self._dtype
+        self._saver = Saver(self._group)
+        self._optimizer = build_optimizer(
+            self._weights.named_masters(), self._optimizer_config, self._optimizer_config.lr
+        )
+        self._settle_state()
+
+    def _settle_state(self) -> None:
+        """Put what the optimizer or a checkpoint made where the rest of the state lives."""
+        self._residence.adopt(tensor for kind, tensor in self._state() if self._moves(kind))
+        self._weights.moved_in()
+
+    def _moves(self, kind: str) -> bool:
+        return kind != "gradients" or self._offloads_gradients
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors that outlive a step, each once, after what they are: `parameters` or `optimizer`."""
-        masters = [master for _, master in self._weights.named_masters()]
-        compute = list(self._model.parameters())
-        for parameter in {id(tensor): tensor for tensor in (*masters, *compute)}.values():
-            yield "parameters", parameter
+        """What this rank holds, each once, after what it is: `parameters`, `optimizer`, `gradients`."""
+        for tensor in self._weights.memory():
+            yield "parameters", tensor
         for state in self._optimizer.state.values():
-            yield from (("optimizer", value) for value in state.values() if isinstance(value, Tensor))
+            yield from (("optimizer", local(value)) for value in state.values() if isinstance(value, Tensor))
+        for tensor in self._weights.gradients():
+            yield "gradients", tensor
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes of `parameters` (masters, compute copies), `optimizer` state, and `gradients` in a step."""
+        """Bytes on this rank: `parameters` (masters, compute copies), `optimizer`, `gradients` of a step."""
         totals = {"parameters": 0, "optimizer": 0}
-        totals["gradients"] = sum(master.nbytes for _, master in self._weights.named_masters())
+        totals["gradients"] = sum(local(master).nbytes for _, master in self._weights.named_masters())
         for kind, tensor in self._state():
-            totals[kind] += tensor.nbytes
+            if kind != "gradients":
+                totals[kind] += tensor.nbytes
         return totals
 
     def offload(self) -> None:
-        """Give the memory of what lives in files back; whoever touches it takes its pages again."""
-        self._weights.drop_gradients()
-        if self._files:
-            self._files.offload()
+        """Give the memory of the state back, as the constructor's `offload` says; `reload` takes it again."""
+        self._weights.clear_gradients()
+        self._residence.offload()
 
     def reload(self) -> None:
         """Take the memory again, all at once."""
-        if self._files:
-            self._files.reload()
+        self._residence.reload()
 
     def reset_optimizer(self, lr: float) -> None:
         """Forget momentum and go on with another learning rate (k1.5 does so at each iteration)."""
-        self._optimizer = build_optimizer(self._weights.named_masters(), self._optimizer_config, lr)
+        with self._group.call():
+            self._residence.need()
+            self._optimizer = build_optimizer(self._weights.named_masters(), self._optimizer_config, lr)
+            self._settle_state()
 
     def policy_step(
         self,
@@ -158,41 +201,56 @@ class TrainEngine:
         """
         sequences = [sequence for group in groups for sequence in group]
         tokens = sum(sum(sequence.sampled_mask) for sequence in sequences)
-        if tokens == 0 or updates < 1:
-            raise ValueError(f"policy_step with {tokens} sampled tokens and {updates} updates")
-        batches = self._pack(groups)
-        policy = _PolicyPass(
-            sequences,
-            build_policy_loss(objective),
-            temperature,
-            totals or BatchTotals(len(sequences), tokens),
-            proximal={},
-        )
         use_ptx = ptx_weight > 0 and bool(ptx_sequences)
-        metrics: dict[str, float] = {"loss": 0.0, "ptx_loss": 0.0}
-        clock = _Clock()
-        self._weights.drop_gradients()  # of a call that ended early
-        for update in range(updates):
-            sums = [
-                self._policy_backward(policy, number, batch, measure=update == 0)
-                for number, batch in enumerate(batches)
-            ]
-            for name in sums[0]:
-                metrics[name] = metrics.get(name, 0.0) + sum(share[name] for share in sums) / updates
+
+        def prepared() -> PolicyPass:
+            if tokens == 0 or updates < 1:
+                raise ValueError(f"policy_step with {tokens} sampled tokens and {updates} updates")
             if use_ptx:
-                metrics["ptx_loss"] += self._nll_backward(ptx_sequences, ptx_weight, "ptx_loss") / updates
-            clock.lap("forward_backward_s")
-            metrics |= self._apply_gradients(sequences)
-            clock.lap("optimizer_s")
+                _loss_tokens(ptx_sequences, "ptx_loss")
+            _check_temperature(temperature)
+            counted = totals or BatchTotals(len(sequences), tokens)
+            return PolicyPass(sequences, build_policy_loss(objective), temperature, counted)
+
+        with self._step(), self._group.call():
+            policy = self._group.agreed(prepared)
+            clock = _Clock()
+            batches = self._passes.pack(groups)
+            ptx_batches = self._passes.pack([[text] for text in ptx_sequences]) if use_ptx else []
+            shares: dict[str, float] = {"loss": 0.0, "ptx_loss": 0.0}
+            for update in range(updates):
+                sums = [
+                    self._passes.policy_backward(
+                        policy, number, batch, measure=update == 0, where=self._where
+                    )
+                    for number, batch in enumerate(batches)
+                ]
+                for name in sums[0]:
+                    shares[name] = shares.get(name, 0.0) + sum(share[name] for share in sums) / updates
+                if use_ptx:
+                    nll = self._passes.nll_backward(
+                        ptx_batches, ptx_sequences, ptx_weight, "ptx_loss", self._where
+                    )
+                    shares["ptx_loss"] += nll / updates
+                clock.lap("forward_backward_s")
+                step = self._apply_gradients([sequence.id for sequence in sequences])
+                clock.lap("optimizer_s")
+            positions = sum(batch.num_positions for batch in batches if batch.sequences)
+            mine = (shares, policy.mismatch, policy.entropy_sum, positions, clock.seconds)
+            parts = self._group.gather(mine)
+        mismatch = Mismatch()
+        for part in parts:
+            mismatch.merge(part[1])
         return {
-            **metrics,
-            **policy.mismatch.metrics(),
-            "entropy": policy.entropy_sum / tokens,
+            **_added(part[0] for part in parts),
+            **step,
+            **mismatch.metrics(),
+            "entropy": sum(part[2] for part in parts) / tokens,
             "tokens": float(tokens),
-            "positions": float(sum(batch.num_positions for batch in batches)),
+            "positions": float(sum(part[3] for part in parts)),
             "sequences": float(len(sequences)),
             "lr": self._lr,
-            **clock.seconds,
+            **_longest(part[4] for part in parts),
         }
 
     def sft_step(self, sequences: Sequence[SupervisedSequence]) -> dict[str, float]:
@@ -206,49 +264,97 @@ class TrainEngine:
             RunError: if the loss or the gradient norm is not finite; no weight was touched.
             ValueError: if there is no loss token.
         """
-        clock = _Clock()
-        self._weights.drop_gradients()  # of a call that ended early
-        loss = self._nll_backward(sequences, 1.0, "loss")
-        clock.lap("forward_backward_s")
-        step = self._apply_gradients(sequences)
-        clock.lap("optimizer_s")
+        with self._step(), self._group.call():
+            tokens = self._group.agreed(lambda: _loss_tokens(sequences, "loss"))
+            clock = _Clock()
+            batches = self._passes.pack([[sequence] for sequence in sequences])
+            loss = self._passes.nll_backward(batches, sequences, 1.0, "loss", self._where)
+            clock.lap("forward_backward_s")
+            step = self._apply_gradients([sequence.id for sequence in sequences])
+            clock.lap("optimizer_s")
+            parts = self._group.gather((loss, clock.seconds))
         return {
-            "loss": loss,
+            "loss": sum(part[0] for part in parts),
             **step,
-            "tokens": float(sum(sum(sequence.loss_mask) for sequence in sequences)),
+            "tokens": float(tokens),
             "sequences": float(len(sequences)),
             "lr": self._lr,
-            **clock.seconds,
+            **_longest(part[1] for part in parts),
         }
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[list[float]]:
         """Log-probs of every token after the first, for each sequence."""
-        labelled = [
-            SupervisedSequence(tuple(tokens), (False,) + (True,) * (len(tokens) - 1)) for tokens in sequences
-        ]
-        results: list[list[float]] = [[] for _ in sequences]
-        for batch in self._pack([[sequence] for sequence in labelled]):
-            values = packed_logprobs(self._model, batch, temperature).logprobs.cpu()
-            lengths = torch.bincount(batch.sequence_index.cpu(), minlength=len(batch.sequences)).tolist()
-            for sequence, part in zip(batch.sequences, values.split(lengths), strict=True):
-                results[sequence] = part.tolist()
-        return results
+
+        def labelled() -> list[SupervisedSequence]:
+            _check_temperature(temperature)
+            return [
+                SupervisedSequence(tuple(tokens), (False,) + (True,) * (len(tokens) - 1))
+                for tokens in sequences
+            ]
+
+        with self._group.call():
+            self._residence.need()
+            mine: dict[int, list[float]] = {}
+            for batch in self._passes.pack([[sequence] for sequence in self._group.agreed(labelled)]):
+                values = self._passes.score(batch, temperature).logprobs.cpu()
+                lengths = torch.bincount(batch.sequence_index.cpu(), minlength=len(batch.sequences)).tolist()
+                for sequence, part in zip(batch.sequences, values.split(lengths), strict=True):
+                    mine[sequence] = part.tolist()
+            everything = {index: row for part in self._group.gather(mine) for index, row in part.items()}
+        return [everything[index] for index in range(len(sequences))]
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights to publish: compute dtype, checkpoint names, tied weights once."""
-        return self._weights.named_weights()
+        """The weights to publish, or this rank's rows of them: checkpoint names, tied weights once.
+
+        They are in the compute dtype; those of several ranks are the masters, which round to it. They can be
+        read while the state is offloaded.
+        """
+        for name, weight in self._weights.named_weights():
+            away = self._residence.away
+            yield name, on_host(weight, self._group, self._residence.readable) if away else weight
+
+    def weights_source(self) -> TensorSource:
+        """What this rank sends in a push; not a collective."""
+        dtype = str(self._dtype).removeprefix("torch.")
+        return TensorSource(self.named_weights(), self._group.rank, dtype)
 
     def save(self, folder: str | Path) -> None:
-        """Write a resumable checkpoint; `folder` is whole or not there, also when the process is killed."""
-        state = {
-            "masters": {name: master.detach() for name, master in self._weights.named_masters()},
-            "optimizer_name": self._optimizer_config.name,
-            "optimizer": self._optimizer.state_dict(),
-            "step_count": self.step_count,
-            "rng": torch.get_rng_state(),
-        }
-        write_checkpoint(Path(folder), state, self._optimizer_config.name, self._path, self._shapes)
+        """Begin a resumable checkpoint: its files are written while other things are done, see `saved`.
+
+        `folder` is whole or not there, also when a process is killed.
+
+        Raises:
+            RunError: the checkpoint before this one could not be written; this one has not been begun.
+        """
+        with self._group.call():
+            self._group.agreed(self._saver.wait)
+            state = snapshot(self._named_state(), self._group, self._residence.readable)
+            about = partial(
+                About,
+                FORMAT,
+                optimizer=self._optimizer_config.name,
+                model=str(self._path),
+                shapes=self._shapes,
+            )
+            self._saver.start(Path(folder), state, about)
+
+    def saved(self) -> None:
+        """Wait until what `save` has begun is there.
+
+        Raises:
+            RunError: it could not be written; nothing of it is left, earlier checkpoints are as they were.
+        """
+        with self._group.call():
+            self._group.agreed(self._saver.wait)
+
+    def _named_state(self) -> Iterator[tuple[str, Tensor]]:
+        for name, master in self._weights.named_masters():
+            yield f"masters/{name}", master
+            for key, value in self._optimizer.state.get(master, {}).items():
+                yield f"optimizer/{name}/{key}", value
+        yield "step_count", torch.tensor(self.step_count)
+        yield "rng", torch.get_rng_state()
 
     def load(self, folder: str | Path) -> None:
         """Go on from a checkpoint: its weights and optimizer state, this engine's optimizer settings.
@@ -256,123 +362,100 @@ class TrainEngine:
         Raises:
             ConfigError: if there is none, or it is of another model or optimizer.
         """
-        state = read_state(Path(folder))
-        masters = dict(self._weights.named_masters())
-        ours = {name: tuple(master.shape) for name, master in masters.items()}
-        theirs = {name: tuple(master.shape) for name, master in state["masters"].items()}
+        folder = Path(folder)
+        with self._group.call():
+            self._group.agreed(self._saver.wait)
+            self._residence.need()
+            shapes = self._group.agreed(lambda: self._loadable(folder))
+            self._optimizer = build_optimizer(
+                self._weights.named_masters(), self._optimizer_config, self._optimizer_config.lr
+            )
+            for name, master in self._weights.named_masters():
+                prefix = f"optimizer/{name}/"
+                for key, (shape, dtype) in shapes.items():
+                    if key.startswith(prefix):
+                        made = _empty_like(master, shape, dtype)
+                        self._optimizer.state[master][key.removeprefix(prefix)] = made
+            state = {name: tensor.detach() for name, tensor in self._named_state()}
+            self._group.agreed(lambda: read_into(folder, state, self._group))
+            self._weights.publish()
+            self._settle_state()
+            self.step_count = int(state["step_count"])
+            torch.set_rng_state(state["rng"])
+
+    def _loadable(self, folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """The tensors of a checkpoint that is of our model and optimizer."""
+        shapes = read_shapes(folder)
+        ours = {f"masters/{name}": master.shape for name, master in self._weights.named_masters()}
+        theirs = {name: shape for name, (shape, _) in shapes.items() if name.startswith("masters/")}
         if ours != theirs:
-            name = min(name for name, _ in ours.items() ^ theirs.items())
+            name = min(name for name, _ in ours.items() ^ theirs.items()).removeprefix("masters/")
             raise ConfigError(f"{folder} is a checkpoint of another model: {name} differs")
-        if state["optimizer_name"] != self._optimizer_config.name:
+        about = read_about(folder)
+        if about is not None and about.optimizer != self._optimizer_config.name:
             raise ConfigError(
-                f"{folder} was trained with optimizer.name={state['optimizer_name']}, "
+                f"{folder} was trained with optimizer.name={about.optimizer}, "
                 f"not {self._optimizer_config.name}"
             )
-        with torch.no_grad():
-            for name, master in masters.items():
-                master.copy_(state["masters"][name])
-        self._weights.publish()
-        self.reset_optimizer(self._optimizer_config.lr)
-        # Its state alone: the checkpoint's own learning rate and such would undo overrides of a resumed run.
-        settings = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({**state["optimizer"], "param_groups": settings})
-        self._keep_state()
-        self.step_count = state["step_count"]
-        torch.set_rng_state(state["rng"])
+        return shapes
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a plain Hugging Face checkpoint in the compute dtype, with tokenizer and chat template."""
-        with replaced_folder(Path(folder)) as target:
-            self._model.save_pretrained(target)
-            copy_companions(self._path, target)
+        with self._group.call():
+            self._residence.need()
+            export(self._model, self.named_weights(), self._dtype, self._path, Path(folder), self._group)
+
+    def close(self) -> None:
+        """Wait for a checkpoint that is being written, and leave the other ranks.
+
+        Raises:
+            RunError: as `saved`.
+        """
+        try:
+            self.saved()
+        finally:
+            self._group.close()
 
     @property
     def _lr(self) -> float:
         return float(self._optimizer.param_groups[0]["lr"])
 
-    def _pack(self, groups: Sequence[Sequence[LabelledSequence]]) -> list[MicroBatch]:
-        return [batch.to(self._device) for batch in pack(groups, self._micro_batch_tokens)]
+    @property
+    def _where(self) -> str:
+        return f"update {self.step_count + 1}"
 
-    def _floats(self, values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self._device)
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        """Around what makes gradients: none are left of a call that ends early."""
+        self._residence.need()
+        self._weights.clear_gradients()
+        try:
+            yield
+        except Exception:
+            self._weights.clear_gradients()
+            raise
 
-    def _policy_backward(
-        self, policy: _PolicyPass, number: int, batch: MicroBatch, measure: bool
-    ) -> dict[str, float]:
-        """Add the gradient of micro-batch `number`; returns its share of `loss` and of the loss's metrics."""
-        members = [policy.sequences[index] for index in batch.sequences]
-        scored = packed_logprobs(self._model, batch, policy.temperature)
-        behaviour = self._floats([value for member in members for value in member.behaviour_logprobs])
-        if measure:
-            policy.mismatch.add(scored.logprobs, behaviour)
-            policy.entropy_sum += float(scored.entropy.sum())
-            policy.proximal[number] = scored.logprobs.detach()
-        output = policy.loss(
-            PolicyLossInputs(
-                logprobs=scored.logprobs,
-                behaviour_logprobs=behaviour,
-                proximal_logprobs=policy.proximal[number],
-                sequence_index=batch.sequence_index,
-                advantages=self._floats([member.advantage for member in members]),
-                num_sequences_total=policy.totals.sequences,
-                num_tokens_total=policy.totals.tokens,
-            )
-        )
-        self._require_finite("policy loss", output.loss, scored.logprobs, batch, members)
-        output.loss.backward()
-        return {"loss": output.loss.item(), **{name: float(value) for name, value in output.metrics.items()}}
-
-    def _nll_backward(self, sequences: Sequence[SupervisedSequence], weight: float, what: str) -> float:
-        """Add the gradient of `weight` times the mean NLL of all loss tokens; returns the mean."""
-        total, tokens = 0.0, sum(sum(sequence.loss_mask) for sequence in sequences)
-        if tokens == 0:
-            raise ValueError(f"{what}: none of {len(sequences)} sequences has a token to learn")
-        for batch in self._pack([[sequence] for sequence in sequences]):
-            logprobs = packed_logprobs(self._model, batch, 1.0).logprobs
-            loss = ptx_loss(logprobs, tokens)
-            self._require_finite(what, loss, logprobs, batch, [sequences[index] for index in batch.sequences])
-            (weight * loss).backward()
-            total += loss.item()
-        return total
-
-    def _apply_gradients(
-        self, sequences: Sequence[TrainSequence] | Sequence[SupervisedSequence]
-    ) -> dict[str, float]:
+    def _apply_gradients(self, names: Sequence[str]) -> dict[str, float]:
         """Clip, check, step and round; returns `grad_norm` and `update_rms`."""
         norm = self._weights.clip_gradients(self._optimizer_config.max_grad_norm)
         if not math.isfinite(norm):
-            names = self._weights.nonfinite_gradients()
-            self._weights.drop_gradients()
-            raise RunError(
-                f"gradient norm is {norm} at update {self.step_count + 1} "
-                f"({_some(names) or 'overflow of the norm'}); batch of {_some([s.id for s in sequences])}"
-            )
+            bad = self._weights.nonfinite_gradients()
+
+            def refuse() -> None:
+                raise RunError(
+                    f"gradient norm is {norm} at {self._where} ({some(bad) or 'overflow of the norm'}); "
+                    f"batch of {some(names)}"
+                )
+
+            self._group.agreed(refuse)
         before = self._weights.sample()
         self._optimizer.step()
-        self._keep_state()
-        moved = torch._foreach_sub(self._weights.sample(), before)
-        self._weights.drop_gradients()
+        self._settle_state()
+        rms = self._weights.moved(before)
+        self._weights.clear_gradients()
         self._weights.publish()
         self.step_count += 1
-        rms = float(nn.utils.get_total_norm(moved)) / math.sqrt(sum(part.numel() for part in moved))
         return {"grad_norm": norm, "update_rms": rms}
-
-    def _require_finite(
-        self,
-        what: str,
-        loss: Tensor,
-        logprobs: Tensor,
-        batch: MicroBatch,
-        members: Sequence[TrainSequence] | Sequence[SupervisedSequence],
-    ) -> None:
-        if bool(torch.isfinite(loss)):
-            return
-        bad = batch.sequence_index[~torch.isfinite(logprobs)].unique().tolist()
-        self._weights.drop_gradients()
-        raise RunError(
-            f"{what} is {loss.item()} at update {self.step_count + 1}; sequences "
-            f"{_some([members[index].id for index in bad] or [member.id for member in members])}"
-        )
 
 
 def compute_with(threads: int) -> None:
@@ -381,27 +464,6 @@ def compute_with(threads: int) -> None:
     # before ours is set.
     torch.get_num_threads()
     torch.set_num_threads(threads)
-
-
-class _PolicyPass:
-    """What all micro-batches of one `policy_step` share, and what they measure together."""
-
-    def __init__(
-        self,
-        sequences: Sequence[TrainSequence],
-        loss: PolicyLoss,
-        temperature: float,
-        totals: BatchTotals,
-        proximal: dict[int, Tensor],
-    ) -> None:
-        self.sequences = sequences
-        self.loss = loss
-        self.temperature = temperature
-        self.totals = totals
-        #: Log-probs before the first update, by micro-batch.
-        self.proximal = proximal
-        self.mismatch = Mismatch()
-        self.entropy_sum = 0.0
 
 
 class _Clock:
@@ -417,7 +479,38 @@ class _Clock:
         self._last = now
 
 
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    shown = ", ".join(name or "(unnamed)" for name in names[:limit])
-    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
+def _loss_tokens(sequences: Sequence[SupervisedSequence], what: str) -> int:
+    tokens = sum(sum(sequence.loss_mask) for sequence in sequences)
+    if tokens == 0:
+        raise ValueError(f"{what}: none of {len(sequences)} sequences has a token to learn")
+    return tokens
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be greater than 0")
+
+
+def _empty_like(master: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Room for an optimizer's state: sharded as its parameter is, if it is of its shape."""
+    if shape == master.shape:
+        return torch.zeros_like(master, dtype=dtype, requires_grad=False)
+    return torch.zeros(shape, dtype=dtype)
+
+
+def _added(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+    """The sum of each number over ranks."""
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
+
+
+def _longest(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+    """The largest of each number over ranks."""
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = max(total.get(name, 0.0), value)
+    return total

@@ -1,7 +1,8 @@
 """Where a trainer's state lives, so that its memory can be given back while nothing trains.
 
-State in a mapped file is the kernel's to write out and to take back: the process gives it up at the cost
-of its page tables, and its pages are memory again as soon as they are touched.
+On a CPU: state in a mapped file is the kernel's to write out and to take back. The process gives it up at the
+cost of its page tables, and its pages are memory again as soon as they are touched. On a GPU: copies in the
+host's memory, which can be read while the state is there.
 """
 
 from __future__ import annotations
@@ -19,14 +20,122 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from k2rl.errors import RunError
+from k2rl.errors import ConfigError, RunError
 from k2rl.workers.memory import advise
 
 _MADV_POPULATE_WRITE = 23
 _ALIGNMENT = 64  # what torch's own allocator gives
 
 
-class StateFiles:
+class Residence:
+    """State that stays where it is; the others' interface."""
+
+    #: Whether nobody can compute with the state.
+    away = False
+
+    def adopt(self, tensors: Iterable[Tensor]) -> None:
+        """Take care of these tensors and no others any more; they stay the same objects.
+
+        Raises:
+            RunError: there is no room for them.
+        """
+
+    def offload(self) -> None:
+        """Give the memory of the state back."""
+
+    def reload(self) -> None:
+        """Take it again; nothing may compute with the state before."""
+
+    def need(self) -> None:
+        """As `reload`, if something is about to compute with the state that could not else."""
+
+    def readable(self, tensor: Tensor) -> Tensor:
+        """The tensor, or what has its values while its own memory is gone."""
+        return tensor
+
+
+def residence(level: str, folder: Path | None) -> Residence:
+    """What `train.offload` names.
+
+    Raises:
+        ConfigError: if there is none of that name, or it needs a folder.
+    """
+    if level == "file" and folder is not None:
+        return StateFiles(folder)
+    if level not in ("none", "host"):
+        raise ConfigError(f"offload={level!r} is not one of none, host, file, or lacks a folder")
+    return HostCopies() if level == "host" else Residence()
+
+
+class HostCopies(Residence):
+    """Keeps the state of a device in the host's memory, pinned where a GPU copies to it, between phases.
+
+    The tensors keep their storages, which are empty meanwhile. So views of them stay views, FSDP2's included.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[int, _HostCopy] = {}
+
+    def adopt(self, tensors: Iterable[Tensor]) -> None:
+        copies = {}
+        for tensor in tensors:
+            if not tensor.untyped_storage().resizable():  # a mapped file's
+                tensor.data = tensor.detach().clone()
+            storage = tensor.untyped_storage()
+            copies[storage._cdata] = self._copies.get(storage._cdata) or _HostCopy(storage)
+        self._copies = copies
+
+    def offload(self) -> None:
+        if not self.away:
+            self.away = True
+            for copy in self._copies.values():
+                copy.save()
+            self._finish()
+            for copy in self._copies.values():
+                copy.storage.resize_(0)
+
+    def reload(self) -> None:
+        if self.away:
+            for copy in self._copies.values():
+                copy.restore()
+            self._finish()
+            self.away = False
+
+    need = reload
+
+    def readable(self, tensor: Tensor) -> Tensor:
+        copy = self._copies.get(tensor.untyped_storage()._cdata) if self.away else None
+        if copy is None:
+            return tensor
+        flat = copy.host[: copy.nbytes // tensor.itemsize * tensor.itemsize].view(tensor.dtype)
+        return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def _finish(self) -> None:
+        if any(copy.storage.device.type == "cuda" for copy in self._copies.values()):
+            torch.cuda.synchronize()
+
+
+class _HostCopy:
+    """A storage, and room for its bytes on the host."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self.storage = storage
+        self.nbytes = storage.nbytes()
+        pinned = storage.device.type == "cuda"
+        self.host = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=pinned)
+
+    def save(self) -> None:
+        self.host.copy_(self._bytes(), non_blocking=True)
+
+    def restore(self) -> None:
+        self.storage.resize_(self.nbytes)
+        self._bytes().copy_(self.host, non_blocking=True)
+
+    def _bytes(self) -> Tensor:
+        return torch.empty(0, dtype=torch.uint8, device=self.storage.device).set_(self.storage)
+
+
+class StateFiles(Residence):
     """Keeps tensors in files without a name: nothing of them remains, however the process ends.
 
     Bytes and addresses stay what they are from `adopt` on, so results do, too. A file goes when the last

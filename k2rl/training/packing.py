@@ -87,6 +87,11 @@ def pack(groups: Sequence[Sequence[LabelledSequence]], micro_batch_tokens: int) 
     return [tree.to_micro_batch() for tree in trees]
 
 
+def empty_micro_batch() -> MicroBatch:
+    """One position that predicts nothing: for a rank that has no more sequences while others have."""
+    return _PrefixTree().to_micro_batch()
+
+
 @dataclass(frozen=True)
 class _Item:
     """A sequence cut to what the model must read: from the last label on, tokens predict nothing."""

@@ -111,7 +111,8 @@ class ColocatedWorker:
             spec.seed,
             spec.num_threads,
             spec.device,
-            Path(spec.log_path).parent if spec.offload == "file" else None,
+            spec.offload,
+            Path(spec.log_path).parent,
         )
 
     def _configured_vllm(self) -> VLLMEngine:
@@ -279,11 +280,10 @@ class ColocatedWorker:
 
     @contextmanager
     def _source(self) -> Iterator[Source]:
-        from k2rl.checkpoint_engine.sender import TensorSource
         from k2rl.checkpoint_engine.source import StoredWeights
 
         if self._spec.trains:
-            yield TensorSource(self._trainer.named_weights(), rank=0)
+            yield self._trainer.weights_source()
             return
         with closing(StoredWeights(Path(self._spec.model_path), self._spec.dtype)) as stored:
             yield stored
@@ -312,6 +312,7 @@ class ColocatedWorker:
 
     async def save(self, folder: str) -> None:
         await self._train(self._trainer.save, folder)
+        await self._train(self._trainer.saved)
         await self._rest_unless_training()
 
     async def load(self, folder: str) -> None:

@@ -16,7 +16,8 @@ from k2rl.evaluation.results import load_result
 from k2rl.models.hub import resolve_model
 from k2rl.tracking.metrics import read_metrics
 from k2rl.tracking.timeline import read_timeline
-from k2rl.training.checkpoint import checkpoint_folder, checkpoints, read_state
+from k2rl.training.checkpoint import checkpoint_folder, checkpoints
+from k2rl.training.saving import read_state
 from k2rl.types import NO_WEIGHT_VERSION
 from k2rl.workers.process import shared_memory_of
 from tests.integration.conftest import Command, wait_for
@@ -59,6 +60,11 @@ def test_a_killed_part_is_named_and_nothing_hangs(victim: str, start: Start, tmp
     assert not [segment for segment in segments if segment.exists()]
 
 
+def _masters(folder: Path) -> dict[str, torch.Tensor]:
+    state = read_state(folder)
+    return {name[8:]: weights for name, weights in state.items() if name.startswith("masters/")}
+
+
 def _shared_memory(command: Command) -> set[Path]:
     """Of all processes of a run."""
     command.look()
@@ -75,7 +81,7 @@ def test_a_run_killed_resumed_interrupted_and_resumed(start: Start, tmp_path: Pa
     killed_at = _newest(run_dir)
     torn = checkpoint_folder(run_dir, 999)
     torn.mkdir()
-    (torn / "trainer.pt").write_bytes(b"half of it")
+    (torn / "__0_0.distcp").write_bytes(b"half of it")
 
     resumed = start("train", f"resume={run_dir}", cwd=tmp_path)
     wait_for(lambda: _newest(run_dir) > killed_at or resumed.process.poll() is not None, "a new checkpoint")
@@ -91,7 +97,7 @@ def test_a_run_killed_resumed_interrupted_and_resumed(start: Start, tmp_path: Pa
 
     done = _steps(run_dir)[-1]
     assert checkpoints(run_dir)[-1] == (done, checkpoint_folder(run_dir, done))
-    saved = read_state(checkpoint_folder(run_dir, done))["masters"]
+    saved = _masters(checkpoint_folder(run_dir, done))
     # A step that moves no weight: what comes out is what was loaded.
     code, _, err = start(
         "train", f"resume={run_dir}", f"train.steps={done + 1}", "optimizer.lr=1e-12", cwd=tmp_path
@@ -246,7 +252,6 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_step(start: Start, tmp_p
     assert [phase.phase for phase in read_timeline(run_dir) if phase.step == 2] == ["rollout", "train"]
     steps, folders = zip(*checkpoints(run_dir), strict=True)
     assert steps == (0, 1)
-    state = read_state(folders[-1])
-    assert state["step_count"] == 1
-    assert all(weights.isfinite().all() for weights in state["masters"].values())
+    assert read_state(folders[-1])["step_count"] == 1
+    assert all(weights.isfinite().all() for weights in _masters(folders[-1]).values())
     wait_for(lambda: not command.descendants(), "all processes end", 20)

@@ -21,7 +21,7 @@ from k2rl.preflight import Preflight, preflight
 from k2rl.rollouts.episode import Attempt
 from k2rl.run import Run
 from k2rl.tracking.tracker import Tracker
-from k2rl.training.checkpoint import ABOUT_FILE, FORMAT, STATE_FILE, About, file_digest, replaced_folder
+from k2rl.training.checkpoint import FORMAT, About, file_records, replaced_folder, write_about
 from k2rl.training.supervised import PTXCorpus
 from k2rl.types import Segment, Trajectory, Verdict
 
@@ -34,6 +34,7 @@ OVERRIDES = [
     "tracking.tensorboard=false",
 ]
 WARM_START_GAIN = 100
+STATE_FILE = "state"
 
 Trouble = Callable[["FakeWorker"], Awaitable[None]]
 
@@ -99,10 +100,8 @@ class FakeWorker:
         await self.happen("save")
         with replaced_folder(folder) as target:
             (target / STATE_FILE).write_text(str(self.weights))
-            size = (target / STATE_FILE).stat().st_size
-            digest = file_digest(target / STATE_FILE)
-            about = msgspec.structs.replace(self.about, state_bytes=size, state_digest=digest)
-            (target / ABOUT_FILE).write_bytes(msgspec.json.encode(about))
+            files = file_records([target / STATE_FILE])
+            write_about(target, msgspec.structs.replace(self.about, files=files))
 
     async def load(self, folder: Path) -> None:
         await self.happen("load")
@@ -160,7 +159,7 @@ class Story:
         prepared.config.train.keep_checkpoints = keep
         prepared.config.resume = str(self.run_dir) if resume else None
         shapes = launch.shapes_fingerprint(prepared.model_path)
-        self.worker = FakeWorker(About(FORMAT, 0, "", "muon", "tiny", shapes), trouble or {})
+        self.worker = FakeWorker(About(FORMAT, {}, "muon", "tiny", shapes), trouble or {})
 
         @asynccontextmanager
         async def started(*arguments: Any, **_: object) -> AsyncIterator[Run]:

@@ -19,13 +19,13 @@ from k2rl.tracking.metrics import read_metrics
 from k2rl.tracking.timeline import read_timeline
 from k2rl.training.checkpoint import (
     ABOUT_FILE,
-    STATE_FILE,
     About,
     checkpoint_folder,
-    file_digest,
+    file_records,
     replaced_folder,
+    write_about,
 )
-from tests.lifecycle.conftest import WARM_START_GAIN, Story, Trouble, die, fail, interrupt
+from tests.lifecycle.conftest import STATE_FILE, WARM_START_GAIN, Story, Trouble, die, fail, interrupt
 
 STEPS = 2
 WARM = 2 * WARM_START_GAIN
@@ -137,7 +137,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(story: Story) -> None:
         story.play({"rollout 4": interrupt})
     damaged = checkpoint_folder(story.run_dir, 2)
     damaged.mkdir()
-    (damaged / "trainer.pt").write_text("half")
+    (damaged / STATE_FILE).write_text("half")
     torn = damaged.with_name(f".step_000002.{os.getpid()}.new")
     torn.mkdir()
     assert story.play(resume=True).weights == WARM + STEPS
@@ -214,8 +214,8 @@ def test_a_checkpoint_of_something_else_is_refused_before_anything_starts(story:
     with pytest.raises(ConfigError, match=r"optimizer\.name=adamw cannot take up the state of muon"):
         resume_step(replace(story.prepared, config=config))
     about = checkpoint_folder(story.run_dir, 1) / "checkpoint.json"
-    about.write_text(about.read_text().replace('"format":2', '"format":99'))
-    with pytest.raises(ConfigError, match="step_000001 has format 99, not 2"):
+    about.write_text(about.read_text().replace('"format": 3', '"format": 99'))
+    with pytest.raises(ConfigError, match="step_000001 has format 99, not 3"):
         resume_step(replace(story.prepared, config=config))
 
 
@@ -245,7 +245,6 @@ def test_rollouts_of_other_weights_are_played_again(story: Story) -> None:
     with replaced_folder(state) as folder:
         (folder / STATE_FILE).write_text("7")
         about = msgspec.json.decode((state / ABOUT_FILE).read_bytes(), type=About)
-        changed = msgspec.structs.replace(about, state_bytes=1, state_digest=file_digest(folder / STATE_FILE))
-        (folder / ABOUT_FILE).write_bytes(msgspec.json.encode(changed))
+        write_about(folder, msgspec.structs.replace(about, files=file_records([folder / STATE_FILE])))
     worker = story.play(resume=True)
     assert [call.split()[0] for call in worker.calls].count("rollout") == 2

@@ -49,7 +49,7 @@ def test_a_folder_has_one_owner_until_it_dies(tmp_path: Path, fresh: bool) -> No
         pass
 
 
-@pytest.mark.parametrize("trace", ["checkpoints/step_000001/trainer.pt", "metrics.jsonl"])
+@pytest.mark.parametrize("trace", ["checkpoints/step_000001/checkpoint.json", "metrics.jsonl"])
 def test_a_fresh_run_takes_no_folder_of_an_earlier_one(tmp_path: Path, trace: str) -> None:
     (tmp_path / trace).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / trace).write_text("something")

@@ -54,7 +54,7 @@ def test_scaled_logits_are_refused(llama_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
     with pytest.raises(ConfigError, match="differ by"):
-        load_causal_lm(llama_path)
+        TrainEngine(llama_path, "float32", num_threads=1)
 
 
 def test_rotary_frequencies_stay_float32(llama_path: Path) -> None:
