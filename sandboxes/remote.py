@@ -1,7 +1,7 @@
 """Sandboxes on other machines: the client of `k2rl sandbox serve`, as a backend like the others.
 
-With several servers, a sandbox is opened on the one that has most room. A server that no longer answers fails what
-runs on it, by name, and is left out until it answers again; nothing moves to another server by itself.
+With several servers, a sandbox is opened on the one that has most room. A server that no longer answers fails
+what runs on it, by name, and is left out until it answers again; nothing moves to another server by itself.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from sandboxes.base import ExecResult, Finding, SandboxSpec
 from sandboxes.errors import (
     SandboxClosedError,
     SandboxError,
-    SandboxFileError,
     SandboxUnavailableError,
-    SandboxUnsupportedError,
 )
 
 T = TypeVar("T")
@@ -157,7 +155,8 @@ class _Server:
         """
         session = self._session
         if session is None or session.closed:
-            # Connections idle for longer than a few seconds are not used again: the server may be closing them.
+            # Connections idle for longer than a few seconds are not used again: the server may be closing
+            # them.
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=10.0)
             session = aiohttp.ClientSession(headers=self._headers, connector=connector)
             self._session = session

@@ -1,7 +1,8 @@
 """Sandboxes for other machines: an HTTP server in front of a backend (`k2rl sandbox serve`).
 
-Whoever has the token may run code in sandboxes here and nothing else: paths of this machine and images are only
-those that the server was told to lend, and a sandbox is closed when its client has not been heard of for a lease.
+Whoever has the token may run code in sandboxes here and nothing else: paths of this machine and images are
+only those that the server was told to lend, and a sandbox is closed when its client has not been heard of for
+a lease.
 """
 
 from __future__ import annotations
@@ -161,7 +162,8 @@ class SandboxServer:
         opening = asyncio.create_task(self._open_one(spec))
         self._opening.add(opening)
         opening.add_done_callback(self._opening.discard)
-        # Shielded: if the client goes away meanwhile, nobody renews what was opened for it, and the lease ends.
+        # Shielded: if the client goes away meanwhile, nobody renews what was opened for it, and the lease
+        # ends.
         return _answer(await asyncio.shield(opening))
 
     async def _open_one(self, spec: SandboxSpec) -> wire.Opened:
@@ -230,7 +232,8 @@ class SandboxServer:
         for name in ("memory_bytes", "disk_bytes"):
             if getattr(spec.limits, name) > self._options.memory_bytes:
                 raise SandboxUnsupportedError(
-                    f"this server gives a sandbox at most {self._options.memory_bytes} as {name} (--memory-mib)"
+                    f"this server gives a sandbox at most {self._options.memory_bytes} as {name}
+                    (--memory-mib)"
                 )
 
 
@@ -279,7 +282,8 @@ async def _perform_in_shell(call: wire.OpenShell | wire.RunInShell | wire.CloseS
 
 @web.middleware
 async def _report_faults(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Errors as the client needs them. Bugs of ours are logged with their traceback and told as what they are."""
+    """Errors as the client needs them. Bugs of ours are logged with their traceback and told as what they
+    are."""
     try:
         return await handler(request)
     except (SandboxError, SandboxFileError) as error:

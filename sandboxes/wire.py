@@ -1,8 +1,8 @@
 """What a sandbox server and its clients say to each other: msgpack over HTTP, typed on both sides.
 
 `POST /v1/sandboxes` opens one (body: a `SandboxSpec`, answer: `Opened`), `POST /v1/sandboxes/<id>` asks
-something of it (body: one of `Call`), `DELETE` closes it, `POST /v1/renew` keeps several from being closed for
-lack of a client. What failed comes back as a `Fault` with a status of 400 or more.
+something of it (body: one of `Call`), `DELETE` closes it, `POST /v1/renew` keeps several from being closed
+for lack of a client. What failed comes back as a `Fault` with a status of 400 or more.
 """
 
 from __future__ import annotations

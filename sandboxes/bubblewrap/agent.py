@@ -42,7 +42,8 @@ PATIENCE = 8
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096
 MNT_DETACH, CLONE_NEWUSER = 2, 0x10000000
-PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 4, 22, 24, 38
+PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 4, 22, 38
+PR_CAPBSET_READ, PR_CAPBSET_DROP = 23, 24
 PR_SET_CHILD_SUBREAPER, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 36, 47, 4
 SECCOMP_MODE_FILTER = 2
 SIGKILL, SIGCHLD, SIG_DFL, SIG_IGN = _signal.SIGKILL, _signal.SIGCHLD, _signal.SIG_DFL, _signal.SIG_IGN
@@ -82,7 +83,7 @@ def address(buffer):
 
 
 def mount(source, target, kind, flags, data=None):
-    encode = (lambda text: None if text is None else text.encode())  # noqa: E731
+    encode = lambda text: None if text is None else text.encode()  # noqa: E731
     libc("mount", encode(source), encode(target), encode(kind), flags, encode(data))
 
 
@@ -124,7 +125,8 @@ def give_up_rights(program):
     with open("/proc/sys/kernel/cap_last_cap") as file:
         last = int(file.read())
     for capability in range(last + 1):
-        libc("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
+        if libc("prctl", PR_CAPBSET_READ, capability, 0, 0, 0):
+            libc("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
     libc("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     libc("capset", struct.pack("<Ii", 0x20080522, 0), bytes(24))
     libc("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -237,7 +239,9 @@ def snapshot():
 
     with tarfile.open(fileobj=open(1, "wb", closefd=False), mode="w|", format=tarfile.PAX_FORMAT) as archive:
         for place in WRITABLE:
-            archive.add(place, filter=lambda entry: entry if not entry.ischr() and not entry.isfifo() else None)
+            archive.add(
+                place, filter=lambda entry: entry if not entry.ischr() and not entry.isfifo() else None
+            )
 
 
 def restore():
@@ -605,7 +609,10 @@ def main():
         connection.send(compiled())
         return
     _signal.signal(_signal.SIGINT, SIG_IGN)
-    proc = finish_sandbox(settings)
+    if settings["finished"]:  # docker did
+        proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
+    else:
+        proc = finish_sandbox(settings)
     give_up_rights(settings["filter"])
     os.chdir(HOME)
     if settings["preload"]:

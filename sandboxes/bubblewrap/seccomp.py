@@ -146,7 +146,9 @@ def program(machine: str | None = None) -> bytes:
             f"no list of system calls for {machine}: the bubblewrap backend runs on {', '.join(ARCHITECTURES)}"
         )
     audit, column = ARCHITECTURES[machine]
-    code: list[tuple[int, int, str | None, str | None]] = []  # instruction, operand, where to if true, if false
+    code: list[
+        tuple[int, int, str | None, str | None]
+    ] = []  # instruction, operand, where to if true, if false
     labels: dict[str, int] = {}
 
     def emit(instruction: int, operand: int, yes: str | None = None, no: str | None = None) -> None:

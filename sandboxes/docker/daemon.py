@@ -1,4 +1,5 @@
-"""docker's SDK, whose calls block, for coroutines: on threads of their own, with deadlines and named errors."""
+"""docker's SDK, whose calls block, for coroutines: on threads of their own, with deadlines and named
+errors."""
 
 from __future__ import annotations
 

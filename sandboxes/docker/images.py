@@ -1,7 +1,7 @@
 """Images for sandboxes: Debian's own packages, a Dockerfile, or a root file system, without a registry.
 
-The default image is made by `mmdebstrap` from Debian's mirror. Its tag is a digest of the recipe, so that a daemon
-that has it need not make it again, and a changed recipe is another image.
+The default image is made by `mmdebstrap` from Debian's mirror. Its tag is a digest of the recipe, so that a
+daemon that has it need not make it again, and a changed recipe is another image.
 """
 
 from __future__ import annotations
