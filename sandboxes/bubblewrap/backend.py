@@ -81,9 +81,10 @@ class BubblewrapBackend:
         if not events:
             self._check_count()
         id = f"bubblewrap-{number}-{secrets.token_hex(4)}"
-        sandbox = BubblewrapSandbox(id, spec, connection, keeper, number, events, self._turns)
+        sandbox = BubblewrapSandbox(
+            id, spec, connection, keeper, number, events, self._turns, lambda number: self._open.pop(number, None)
+        )
         self._open[number] = sandbox
-        sandbox.forget = lambda: self._open.pop(number, None)
         return sandbox
 
     async def findings(self) -> list[Finding]:

@@ -9,11 +9,11 @@ import os
 import resource
 import socket
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from sandboxes.base import ExecResult, Limits, SandboxSpec
 from sandboxes.bubblewrap import agent, seccomp
@@ -32,6 +32,8 @@ from sandboxes.errors import (
 if TYPE_CHECKING:
     from sandboxes.bubblewrap.keeping import KeeperClient
 
+R = TypeVar("R", bound=Run)
+
 #: Requests above this travel in a file: a packet must fit the socket's buffer.
 LARGEST_PACKET = 60_000
 #: Seconds that the agent may take to end a run that was killed, before the sandbox itself is.
@@ -48,6 +50,7 @@ class BubblewrapSandbox:
     """See `sandboxes.base.Sandbox`. Made by `BubblewrapBackend.open`."""
 
     home = agent.HOME
+    AGENT_SECONDS = AGENT_SECONDS
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class BubblewrapSandbox:
         number: int,
         events: str,
         turns: asyncio.Semaphore,
+        forget: Callable[[int], object],
     ) -> None:
         self.id = id
         self.spec = spec
@@ -66,15 +70,21 @@ class BubblewrapSandbox:
         self._number = number
         self._events = Path(events) if events else None
         self._turns = turns
+        self._forget = forget
         self._alone = asyncio.Lock()
         self._runs: dict[int, Run] = {}
         self._runs_so_far = 0
         self._pongs: list[asyncio.Future[None]] = []
         #: Why nothing can be run any more.
         self._dead = ""
+        self._deaf = False
         self._closing: asyncio.Future[None] | None = None
         self._env = {"PATH": PATH, "HOME": self.home, "TMPDIR": "/tmp", "LANG": "C.UTF-8", **spec.env}
         asyncio.get_running_loop().add_reader(connection, self._receive)
+
+    @property
+    def has_cgroup(self) -> bool:
+        return self._events is not None
 
     # ------------------------------------------------------------------------------------------ runs
 
@@ -90,14 +100,7 @@ class BubblewrapSandbox:
     ) -> ExecResult:
         if user is not None:
             raise SandboxUnsupportedError(f"bubblewrap sandboxes have one user; there is no {user!r}")
-        if not argv:
-            raise ValueError("argv is empty: there is no program to run")
-        request = {
-            "argv": checked(argv),
-            "cwd": os.path.join(self.home, cwd or ""),  # noqa: PTH118 - a path in the sandbox
-            "env": {**self._env, **checked_env(env)},
-        }
-        return await self._in_turn("exec", request, stdin, timeout)
+        return await self._in_turn("exec", self.program(argv, cwd, env), stdin, timeout)
 
     async def run_python(
         self,
@@ -132,11 +135,11 @@ class BubblewrapSandbox:
         self, kind: str, request: dict[str, Any], stdin: bytes, timeout: float, output: int | None = None
     ) -> ExecResult:
         """One run from its request to its result."""
-        kills = self._oom_kills()
-        run = self._start(kind, request, stdin, output or self.spec.limits.output_bytes)
+        kills = self.oom_kills()
+        run = self.start(kind, request, stdin, output or self.spec.limits.output_bytes)
         loop = asyncio.get_running_loop()
         timer = loop.call_later(timeout, run.end, "timed_out")
-        watch = None if self._events else asyncio.ensure_future(self._watch(run))
+        watch = None if self._events else asyncio.ensure_future(self.watch(run))
         try:
             code, cpu = await run.done
         except asyncio.CancelledError:
@@ -146,21 +149,35 @@ class BubblewrapSandbox:
             timer.cancel()
             if watch is not None:
                 watch.cancel()
-        out_of_memory = code != 0 and self._oom_kills() > kills
+        out_of_memory = code != 0 and self.oom_kills() > kills
         return run.result(code, cpu, self.spec.limits, out_of_memory)
 
-    def _start(self, kind: str, request: dict[str, Any], stdin: bytes | int, output: int) -> Run:
-        """Send a request; `stdin` is content, or a descriptor that is closed here."""
+    def program(
+        self, argv: Sequence[str], cwd: str | None, env: Mapping[str, str] | None
+    ) -> dict[str, Any]:
+        """The request to run a program.
+
+        Raises:
+            ValueError: no program could be called like that.
+        """
+        if not argv:
+            raise ValueError("argv is empty: there is no program to run")
+        checked([cwd or ""])
+        where = os.path.join(self.home, cwd or "")  # noqa: PTH118 - a path in the sandbox
+        return {"argv": checked(argv), "cwd": where, "env": {**self._env, **checked_env(env)}}
+
+    def start(
+        self, kind: str, request: dict[str, Any], stdin: bytes | int, output: int, of: type[R] = Run
+    ) -> R:
+        """Begin a run; `stdin` is content, or a descriptor that is closed here."""
+        passed = [stdin] if isinstance(stdin, int) else [sealed("stdin", stdin)] if stdin else []
         if self._dead:
+            for descriptor in passed:
+                os.close(descriptor)
             raise SandboxClosedError(f"sandbox {self.id} {self._dead}")
         self._runs_so_far += 1
         number = self._runs_so_far
-        run = Run(number, output, self._kill)
-        passed = []
-        if isinstance(stdin, int):
-            passed.append(stdin)
-        elif stdin:
-            passed.append(sealed("stdin", stdin))
+        run = of(number, output, self._kill)
         stdout, out = os.pipe()
         stderr, err = os.pipe()
         run.listen(stdout, stderr)
@@ -196,6 +213,11 @@ class BubblewrapSandbox:
             if large >= 0:
                 os.close(large)
 
+    def interrupt(self, number: int, since: float) -> None:
+        """Kill what a shell has started since then (seconds of CLOCK_BOOTTIME)."""
+        with suppress(SandboxError):  # the shell is killed if this brings no answer
+            self._send("interrupt", number, since)
+
     def _kill(self, number: int) -> None:
         with suppress(SandboxError):  # what cannot be told any more is killed with the sandbox
             self._send("kill", number, None)
@@ -205,7 +227,7 @@ class BubblewrapSandbox:
         if number in self._runs:
             self._keeper.kill(self._number)
 
-    def _oom_kills(self) -> int:
+    def oom_kills(self) -> int:
         if self._events is None:
             return 0
         try:
@@ -213,7 +235,7 @@ class BubblewrapSandbox:
         except OSError:  # the group went with its sandbox
             return 0
 
-    async def _watch(self, run: Run) -> None:
+    async def watch(self, run: Run) -> None:
         """Measure the tree's memory while a run lasts, where no control group bounds it."""
         while True:
             await asyncio.sleep(WATCH)
@@ -248,7 +270,11 @@ class BubblewrapSandbox:
 
     def _died(self) -> None:
         """Its agent has ended, and with it every process of the sandbox."""
+        if self._deaf:
+            return
+        self._deaf = True
         asyncio.get_running_loop().remove_reader(self._connection)
+        self._connection.close()
         self._dead = self._dead or "was killed"
         for answer in self._pongs:
             if not answer.done():
@@ -324,9 +350,9 @@ class BubblewrapSandbox:
         self._dead = self._dead or "is closed"
         try:
             self._died()
-            self._connection.close()
             await self._keeper.close(self._number)
         finally:
+            self._forget(self._number)
             self._closing.set_result(None)
 
     async def __aenter__(self) -> Self:
