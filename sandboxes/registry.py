@@ -11,7 +11,7 @@ from sandboxes.base import Backend
 #: others.
 BACKENDS = {
     "bubblewrap": "sandboxes.bubblewrap.backend:BubblewrapBackend",
-    "docker": "sandboxes.docker:DockerBackend",
+    "docker": "sandboxes.docker.backend:DockerBackend",
     "remote": "sandboxes.remote:RemoteBackend",
 }
 

@@ -231,10 +231,8 @@ class SandboxServer:
                 raise SandboxUnsupportedError(f"this server lets no sandbox reach {host} (--lend-host)")
         for name in ("memory_bytes", "disk_bytes"):
             if getattr(spec.limits, name) > self._options.memory_bytes:
-                raise SandboxUnsupportedError(
-                    f"this server gives a sandbox at most {self._options.memory_bytes} as {name}
-                    (--memory-mib)"
-                )
+                most = self._options.memory_bytes
+                raise SandboxUnsupportedError(f"this server gives {most} {name} at most (--memory-mib)")
 
 
 async def _perform(call: wire.Call, lent: _Lent) -> Any:

@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -150,9 +150,9 @@ class DockerBackend:
             except BaseException:
                 container.kill()
                 raise
-        sandbox = DockerSandbox(name, spec, container, number, self._turns)
+        forget = lambda number: self._open.pop(number, None)  # noqa: E731
+        sandbox = DockerSandbox(name, spec, container, number, self._turns, forget)
         self._open[number] = sandbox
-        sandbox.forget = lambda: self._open.pop(number, None)
         return sandbox
 
     async def _prepared(self) -> Settings:
@@ -177,9 +177,15 @@ class DockerSandbox(BubblewrapSandbox):
     """A container. It has the agent of bubblewrap's sandboxes, and so their ways (see `Sandbox`)."""
 
     def __init__(
-        self, id: str, spec: SandboxSpec, container: Container, number: int, turns: asyncio.Semaphore
+        self,
+        id: str,
+        spec: SandboxSpec,
+        container: Container,
+        number: int,
+        turns: asyncio.Semaphore,
+        forget: Callable[[int], object],
     ) -> None:
-        super().__init__(id, spec, container.connection, container, number, container.events, turns)
+        super().__init__(id, spec, container.connection, container, number, container.events, turns, forget)
         # The image's own PATH is where it has its programs.
         self._env = {**container.env, "HOME": self.home, "TMPDIR": "/tmp", "LANG": "C.UTF-8", **spec.env}
         self._env.setdefault("PATH", PATH)

@@ -27,6 +27,7 @@ from sandboxes.bubblewrap import agent
 from sandboxes.bubblewrap.sandbox import OWN_PROCESSES
 from sandboxes.docker import owner
 from sandboxes.docker.daemon import Daemon
+from sandboxes.docker.places import Places, writable_places
 from sandboxes.errors import SandboxError, SandboxUnavailableError
 
 START_SECONDS = 60.0
@@ -109,36 +110,37 @@ class Container:
             # agent.
             path.chmod(0o666)
             listener.listen(1)
-            config = self._config(spec, image, settings, path)
-            begin = self._daemon.call("starting a container", lambda client: self._begin(client, config))
-            output = await self._begun(begin, image, settings)
+            with writable_places(path.with_suffix(".places"), spec.limits, settings.user) as places:
+                config = self._config(spec, image, settings, path, places)
+                begin = self._daemon.call("starting a container", lambda client: self._begin(client, config))
+                output = await self._begun(begin, image, settings)
             with output:
                 await self._meet(listener, output, words)
         finally:
             listener.close()
             path.unlink(missing_ok=True)
 
-    def _config(self, spec: SandboxSpec, image: str, settings: Settings, path: Path) -> dict[str, Any]:
+    def _config(
+        self, spec: SandboxSpec, image: str, settings: Settings, path: Path, places: Places
+    ) -> dict[str, Any]:
         limits = spec.limits
-        binds = {str(path): {"bind": f"{INSIDE}/socket", "mode": "ro"}}
-        binds[agent.__file__] = {"bind": f"{INSIDE}/agent.py", "mode": "ro"}
-        for inside, outside in spec.read_only.items():
-            binds[str(Path(outside).resolve())] = {"bind": inside, "mode": "ro"}
-        uid, gid = settings.user.split(":")
-        tmpfs = {
-            place: f"rw,nosuid,nodev,exec,mode=755,uid={uid},gid={gid},"
-            f"size={int(limits.disk_bytes * share)},nr_inodes={max(2, int(limits.inodes * share))}"
-            for place, share in SHARES.items()
-        }
+        mounts = [
+            docker.types.Mount(inside, outside, type="bind", read_only=True)
+            for inside, outside in {
+                f"{INSIDE}/socket": str(path),
+                f"{INSIDE}/agent.py": agent.__file__,
+                **{inside: str(Path(outside).resolve()) for inside, outside in spec.read_only.items()},
+            }.items()
+        ]
         host = docker.types.HostConfig(
             docker.constants.DEFAULT_DOCKER_API_VERSION,
             auto_remove=True,
-            binds=binds,
             cap_drop=["ALL"],
             ipc_mode="private",
             log_config=docker.types.LogConfig(type="none"),
             mem_limit=limits.memory_bytes,
             memswap_limit=limits.memory_bytes,
+            mounts=mounts + places.mounts,
             nano_cpus=int(settings.cpus * 1e9),
             network_mode="none",
             oom_score_adj=OOM_SCORE,
@@ -146,7 +148,7 @@ class Container:
             read_only=True,
             runtime=settings.runtime,
             security_opt=["no-new-privileges:true"],
-            tmpfs=tmpfs,
+            tmpfs=places.tmpfs,
         )
         host["MaskedPaths"] = list(MASKED)
         return {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import docker
 
 from sandboxes.base import Finding
 
+State = Literal["good", "limited", "missing"]
 #: What the daemon says it can bound, and what is not bounded where it cannot.
 LIMITS = {
     "MemoryLimit": "memory of the tree",
@@ -41,7 +42,7 @@ def _limits(about: dict[str, Any]) -> Iterator[Finding]:
         if about.get(key):
             yield Finding(what=what, state="good", detail="bounded by a control group")
         else:
-            state = "missing" if key in NEEDED else "limited"
+            state: State = "missing" if key in NEEDED else "limited"
             yield Finding(what=what, state=state, detail="not bounded", mend=MORE_CGROUPS)
 
 
@@ -56,7 +57,7 @@ def _walls(about: dict[str, Any], runtime: str | None) -> Iterator[Finding]:
         mend = "for a kernel of its own install gVisor and take runtime=runsc"
         yield Finding(what="runtime", state="limited", detail=f"{name}: the host's kernel", mend=mend)
     options = ",".join(about["SecurityOptions"])
-    state = "good" if "name=seccomp" in options else "limited"
+    state: State = "good" if "name=seccomp" in options else "limited"
     yield Finding(
         what="system calls", state=state, detail="the sandbox's list, and docker's own if it has one"
     )
