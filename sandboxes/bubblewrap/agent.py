@@ -247,10 +247,14 @@ def snapshot():
 def restore():
     import tarfile
 
-    for place in WRITABLE:
-        empty(place)
-    with tarfile.open(fileobj=open(0, "rb", closefd=False), mode="r|") as archive:
-        archive.extractall("/")
+    try:
+        with tarfile.open(fileobj=open(0, "rb", closefd=False), mode="r|") as archive:
+            for place in WRITABLE:
+                empty(place)
+            archive.extraction_filter = lambda entry, path: entry  # it can reach no further than this process
+            archive.extractall("/")
+    except tarfile.TarError:
+        raise Problem("io") from None
 
 
 def empty(place):
