@@ -288,8 +288,8 @@ async def _report_faults(request: web.Request, handler: Handler) -> web.StreamRe
         return _fault(wire.fault_of(error))
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         return _refuse(400, f"not a request that this server knows: {error}")
-    except ValueError as error:  # argv or limits that no backend takes
-        return _refuse(400, str(error))
+    except ValueError as error:  # what no program can be called with
+        return _fault(wire.Fault(kind="invalid", message=str(error)))
 
 
 def _gone(id: str) -> wire.Fault:

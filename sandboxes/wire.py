@@ -142,7 +142,7 @@ ERRORS: dict[str, type[SandboxError]] = {
     "unsupported": SandboxUnsupportedError,
     "failed": SandboxError,
 }
-STATUS = {"closed": 410, "unavailable": 503, "unsupported": 422, "failed": 502, "file": 409, "full": 429}
+STATUS = {"invalid": 400, "closed": 410, "unavailable": 503, "unsupported": 422, "failed": 502, "file": 409, "full": 429}
 
 
 def fault_of(error: SandboxError | SandboxFileError) -> Fault:
@@ -153,8 +153,10 @@ def fault_of(error: SandboxError | SandboxFileError) -> Fault:
     return Fault(kind=kind, message=str(error))
 
 
-def error_of(fault: Fault, where: str) -> SandboxError | SandboxFileError:
-    """The error that `fault_of` was given; `where` names the server."""
+def error_of(fault: Fault, where: str) -> SandboxError | SandboxFileError | ValueError:
+    """The error that the backend raised; `where` names the server."""
+    if fault.kind == "invalid":
+        return ValueError(fault.message)
     if fault.kind == "file":
         return SandboxFileError(fault.path, fault.problem, fault.message)
     return ERRORS.get(fault.kind, SandboxError)(f"{fault.message} (sandbox server {where})")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import docker
 import pytest
+import requests
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,6 +25,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         by_choice[(item.get_closest_marker("slow") is not None) == slow].append(item)
     config.hook.pytest_deselected(items=by_choice[False])
     items[:] = by_choice[True]
+    # A machine without docker has nothing to test it with; CI has it, or fails.
+    with_docker = [item for item in items if item.get_closest_marker("docker") is not None]
+    if with_docker and not os.environ.get("CI") and not docker_answers():
+        config.hook.pytest_deselected(items=with_docker)
+        items[:] = [item for item in items if item not in with_docker]
+
+
+def docker_answers() -> bool:
+    try:
+        return bool(docker.from_env(timeout=5).ping())
+    except (docker.errors.DockerException, requests.exceptions.RequestException):
+        return False
 
 
 @pytest.fixture(scope="session")

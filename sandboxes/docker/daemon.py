@@ -62,14 +62,7 @@ class Daemon:
 
     def _connected(self) -> docker.DockerClient:
         if self._client is None:
-            try:
-                self._client = docker.DockerClient.from_env(timeout=int(CALL_SECONDS), max_pool_size=THREADS)
-            except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
-                where = os.environ.get("DOCKER_HOST", "/var/run/docker.sock")
-                raise SandboxUnavailableError(
-                    f"no docker daemon answers at {where}: {_cause(error)}. Install docker and start it "
-                    "(Debian: apt install docker.io), and be root or a member of the group docker"
-                ) from None
+            self._client = connect(CALL_SECONDS)
         return self._client
 
     def close(self) -> None:
@@ -77,6 +70,22 @@ class Daemon:
         self._threads.shutdown(wait=False, cancel_futures=True)
         if self._client is not None:
             self._client.close()
+
+
+def connect(seconds: float) -> docker.DockerClient:
+    """A client whose calls end after so many seconds.
+
+    Raises:
+        SandboxUnavailableError: no daemon answers, or it does not let us.
+    """
+    try:
+        return docker.DockerClient.from_env(timeout=int(seconds), max_pool_size=THREADS)
+    except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
+        where = os.environ.get("DOCKER_HOST", "/var/run/docker.sock")
+        raise SandboxUnavailableError(
+            f"no docker daemon answers at {where}: {_cause(error)}. Install docker and start it "
+            "(Debian: apt install docker.io), and be root or a member of the group docker"
+        ) from None
 
 
 def _cause(error: BaseException) -> str:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
 
 from sandboxes.base import Backend, ExecResult, Limits, Sandbox, SandboxSpec, Shell
 from sandboxes.registry import create
+from sandboxes.wire import TOKEN_VARIABLE
+
+TOKEN = "for-these-tests-alone"
 
 #: Name of the case -> backend and its options.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bubblewrap": ("bubblewrap", {}),
+    "docker": ("docker", {}),
+    "remote-bubblewrap": ("remote", {"served": "bubblewrap"}),
+    "remote-docker": ("remote", {"served": "docker"}),
     "bubblewrap-no-cgroups": ("bubblewrap", {"cgroups": False}),
 }
 
@@ -64,10 +73,22 @@ class Lab:
             return result
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+#: A case that takes long for what it adds is left to `make test-slow`; without docker there is nothing to test.
+MARKS = {
+    "docker": [pytest.mark.docker, pytest.mark.slow],
+    "remote-bubblewrap": [],
+    "remote-docker": [pytest.mark.docker, pytest.mark.slow],
+}
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=MARKS.get(name, [])) for name in CASES]
+)
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     name, options = CASES[request.param]
-    with asyncio.Runner() as runner:
+    with asyncio.Runner() as runner, ExitStack() as stack:
+        if "served" in options:
+            options = {"urls": stack.enter_context(served(options["served"], "--lend-path", "/usr/share/doc")), "token": TOKEN}
 
         async def made() -> Backend:
             return create(name, **options)
@@ -75,3 +96,19 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
         backend = runner.run(made())
         yield Lab(runner, backend)
         runner.run(backend.close())
+
+
+@contextmanager
+def served(backend: str, *options: str) -> Iterator[str]:
+    """A server of its own process; yields its address."""
+    command = [sys.executable, "-m", "k2rl.cli", "sandbox", "serve", "--backend", backend, "--port", "0", *options]
+    environment = {**os.environ, TOKEN_VARIABLE: TOKEN}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        assert server.stdout is not None
+        said = server.stdout.readline()
+        assert said.startswith(f"{backend} sandboxes at http://"), said
+        try:
+            yield said.split()[-1]
+        finally:
+            server.terminate()
+            assert server.wait(60) == 0
