@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Coroutine, Iterator
@@ -81,14 +82,13 @@ MARKS = {
 }
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=MARKS.get(name, [])) for name in CASES]
-)
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=MARKS.get(name, [])) for name in CASES])
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     name, options = CASES[request.param]
     with asyncio.Runner() as runner, ExitStack() as stack:
         if "served" in options:
-            options = {"urls": stack.enter_context(served(options["served"], "--lend-path", "/usr/share/doc")), "token": TOKEN}
+            server = stack.enter_context(served(options["served"], "--lend-path", "/usr/share/doc"))
+            options = {"urls": server.url, "token": TOKEN}
 
         async def made() -> Backend:
             return create(name, **options)
@@ -98,17 +98,33 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
         runner.run(backend.close())
 
 
+class Server:
+    """`k2rl sandbox serve` as a process."""
+
+    def __init__(self, process: subprocess.Popen[str], url: str) -> None:
+        self.process, self.url = process, url
+        self.port = int(url.rpartition(":")[2])
+
+    async def stop(self) -> None:
+        """End it as a service manager does, and wait."""
+        self.process.terminate()
+        assert await asyncio.to_thread(self.process.wait, 60) == 0
+
+
 @contextmanager
-def served(backend: str, *options: str) -> Iterator[str]:
-    """A server of its own process; yields its address."""
-    command = [sys.executable, "-m", "k2rl.cli", "sandbox", "serve", "--backend", backend, "--port", "0", *options]
-    environment = {**os.environ, TOKEN_VARIABLE: TOKEN}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
-        assert server.stdout is not None
-        said = server.stdout.readline()
-        assert said.startswith(f"{backend} sandboxes at http://"), said
+def served(
+    backend: str, *options: str, port: int = 0, environment: dict[str, str] | None = None
+) -> Iterator[Server]:
+    command = [sys.executable, "-m", "k2rl.cli", "sandbox", "serve", "--backend", backend, *options]
+    environment = environment or {**os.environ, TOKEN_VARIABLE: TOKEN}
+    with subprocess.Popen(
+        [*command, "--port", str(port)], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         try:
-            yield said.split()[-1]
+            assert process.stdout is not None
+            said = process.stdout.readline()
+            assert said.startswith(f"{backend} sandboxes at http://"), said
+            yield Server(process, said.split()[-1])
         finally:
-            server.terminate()
-            assert server.wait(60) == 0
+            process.terminate()
+            assert process.wait(60) in (0, -signal.SIGKILL)
