@@ -7,9 +7,10 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import docker
 import docker.errors
@@ -22,6 +23,7 @@ from sandboxes.bubblewrap.sandbox import BubblewrapSandbox, agent_settings
 from sandboxes.docker import findings, images, owner
 from sandboxes.docker.container import Container, Settings
 from sandboxes.docker.daemon import Daemon
+from sandboxes.docker.places import unmount
 from sandboxes.errors import SandboxError, SandboxUnsupportedError
 
 NOBODY = 65534
@@ -74,7 +76,7 @@ class DockerBackend:
         self._opened = 0
         #: Containers that are started ahead, by the spec they are for.
         self._ready: dict[bytes, list[asyncio.Task[DockerSandbox]]] = {}
-        self._dismissed: set[asyncio.Task[None]] = set()
+        self._ends: set[asyncio.Task[None]] = set()
 
     async def open(self, spec: SandboxSpec) -> DockerSandbox:
         """See `Backend.open`."""
@@ -103,15 +105,17 @@ class DockerBackend:
         """Start what is missing of the warm containers for this spec, and end those for another."""
         for other in [other for other in self._ready if other != key]:
             for launch in self._ready.pop(other):
-                self._dismiss(launch)
+                self._later(_end(launch))
         ready = self._ready.setdefault(key, [])
         while len(ready) < self._warm:
             ready.append(asyncio.create_task(self._launch(spec)))
 
-    def _dismiss(self, launch: asyncio.Task[DockerSandbox]) -> None:
-        task = asyncio.create_task(_end(launch))
-        self._dismissed.add(task)
-        task.add_done_callback(self._dismissed.discard)
+    def _later(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that is at an end when the backend is closed."""
+        task = asyncio.create_task(work)
+        self._ends.add(task)
+        task.add_done_callback(self._ends.discard)
+        return task
 
     async def findings(self) -> list[Finding]:
         """See `Backend.findings`."""
@@ -124,11 +128,15 @@ class DockerBackend:
 
     async def close(self) -> None:
         """See `Backend.close`."""
-        launches = [launch for each in self._ready.values() for launch in each]
+        for launches in self._ready.values():
+            for launch in launches:
+                self._later(_end(launch))
         self._ready.clear()
-        await asyncio.gather(*map(_end, launches), *self._dismissed, return_exceptions=True)
-        closing = [sandbox.close() for sandbox in list(self._open.values())]
-        ends = await asyncio.gather(*closing, return_exceptions=True)
+        for sandbox in list(self._open.values()):
+            self._later(sandbox.close())
+        ends: list[object] = []
+        while self._ends:
+            ends += await asyncio.gather(*self._ends, return_exceptions=True)
         if self._settings is not None:
             shutil.rmtree(self._settings.folder)
             self._settings = None
@@ -147,8 +155,10 @@ class DockerBackend:
             try:
                 words = agent_settings(spec, cgroup=True, finished=True)
                 await container.start(spec, spec.image or self._image, settings, words)
-            except BaseException:
-                container.kill()
+            except BaseException as error:
+                removal = self._later(container.remove())
+                if isinstance(error, SandboxError):
+                    await asyncio.shield(removal)
                 raise
         forget = lambda number: self._open.pop(number, None)  # noqa: E731
         sandbox = DockerSandbox(name, spec, container, number, self._turns, forget)
@@ -232,4 +242,7 @@ def reap_folders() -> None:
         except (FileNotFoundError, ProcessLookupError):
             alive = False
         if not alive and folder.stat().st_uid == os.geteuid():
-            shutil.rmtree(folder, ignore_errors=True)
+            for each in folder.iterdir():
+                if each.is_mount():  # killed while it started a container
+                    unmount(each)
+            shutil.rmtree(folder)

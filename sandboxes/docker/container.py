@@ -173,7 +173,7 @@ class Container:
             client.api.start(id)
             about = client.api.inspect_container(id)
         except BaseException:
-            client.api.remove_container(id, v=True, force=True)
+            self._remove(client)
             raise
         if self._unwanted:
             self._remove(client)

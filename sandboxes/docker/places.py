@@ -76,9 +76,14 @@ def writable_places(folder: Path, limits: Limits, user: str) -> Iterator[Places]
                 mounts.append(docker.types.Mount(place, str(inner), type="bind"))
             yield Places(mounts=mounts)
         finally:
-            _checked("umount2", os.fsencode(folder), MNT_DETACH)
+            unmount(folder)
     finally:
         folder.rmdir()
+
+
+def unmount(folder: Path) -> None:
+    """Take it out of sight; it lives on where it is bound."""
+    _checked("umount2", os.fsencode(folder), MNT_DETACH)
 
 
 def _checked(name: str, *arguments: bytes | int) -> None:
