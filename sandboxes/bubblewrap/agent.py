@@ -18,6 +18,7 @@ import _signal
 import _socket
 import errno
 import gc
+import io
 import marshal
 import os
 import resource
@@ -290,14 +291,8 @@ FILES = {"read": read_file, "write": write_file, "snapshot": snapshot, "restore"
 
 def run_python(code, arguments):
     """Run source as `python3 -I -c` does, in this process, and end it."""
-    import io
-
     if "site" not in sys.modules:
         warm_up()
-    sys.stdin = io.TextIOWrapper(io.open(0, "rb"), "utf-8", "surrogateescape")
-    sys.stdout = io.TextIOWrapper(io.open(1, "wb"), "utf-8", "surrogateescape")
-    sys.stderr = io.TextIOWrapper(io.open(2, "wb", 0), "utf-8", "backslashreplace", write_through=True)
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     sys.argv = ["-c", *arguments]
     main = type(sys)("__main__")
     main.__builtins__ = __builtins__
@@ -593,6 +588,21 @@ def warm_up():
     gc.freeze()
 
 
+def open_streams():
+    """Python's standard streams as every run will have them, made once; the descriptors below are exchanged."""
+    ends = (*os.pipe(), os.open("/dev/null", os.O_RDWR))
+    for number, descriptor in enumerate((ends[0], ends[1], ends[1])):  # made on pipes, since nobody can seek in one
+        os.dup2(descriptor, number)
+    sys.stdin = io.TextIOWrapper(io.open(0, "rb"), "utf-8", "surrogateescape")
+    sys.stdout = io.TextIOWrapper(io.open(1, "wb"), "utf-8", "surrogateescape")
+    sys.stderr = io.TextIOWrapper(io.open(2, "wb", 0), "utf-8", "backslashreplace", write_through=True)
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    for number in range(3):
+        os.dup2(ends[2], number)
+    for descriptor in ends:
+        os.close(descriptor)
+
+
 def compiled():
     """This file as bytecode of the Python that runs it."""
     with open(__file__, "rb") as file:
@@ -616,11 +626,8 @@ def main():
         warm_up()
     for name in settings["preload"]:
         __import__(name)
+    open_streams()
     gc.freeze()
-    null = os.open("/dev/null", os.O_RDWR)
-    for number in range(3):
-        os.dup2(null, number)
-    os.close(null)
     Agent(connection, proc, settings).serve()
 
 
