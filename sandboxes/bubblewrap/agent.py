@@ -291,8 +291,6 @@ FILES = {"read": read_file, "write": write_file, "snapshot": snapshot, "restore"
 
 def run_python(code, arguments):
     """Run source as `python3 -I -c` does, in this process, and end it."""
-    if "site" not in sys.modules:
-        warm_up()
     sys.argv = ["-c", *arguments]
     main = type(sys)("__main__")
     main.__builtins__ = __builtins__
@@ -448,13 +446,14 @@ class Agent:
         events.register(self.connection, select.POLLIN)
         events.register(wake, select.POLLIN)
         self.connection.send(READY)
+        if "site" not in sys.modules:  # after the word: the driver has something to do as well
+            add_site()
         idle = 20
         while True:
             ready = events.poll(idle)
             if not ready:
+                warm_up()
                 idle = None
-                if "site" not in sys.modules:
-                    warm_up()
             for descriptor, _ in ready:
                 if descriptor == wake:
                     try:
@@ -579,10 +578,16 @@ class Agent:
 
 
 def warm_up():
-    """What `python3 -I` has and this Python started without, and what a traceback needs; the sooner the better."""
+    """What runs of Python code need sooner or later, imported while there is nothing else to do."""
     import linecache  # noqa: F401
-    import site
     import traceback  # noqa: F401
+
+    gc.freeze()
+
+
+def add_site():
+    """What the interpreter left out at its start: the folders of packages, and `exit`."""
+    import site
 
     site.main()
     gc.freeze()
@@ -623,7 +628,7 @@ def main():
     give_up_rights(settings["filter"])
     os.chdir(HOME)
     if settings["preload"]:
-        warm_up()
+        add_site()
     for name in settings["preload"]:
         __import__(name)
     open_streams()
