@@ -70,8 +70,7 @@ class DockerBackend:
         self._daemon = Daemon()
         self._turns = asyncio.Semaphore(running or 4 * cores)
         self._opening = asyncio.Semaphore(2 * cores)
-        self._starting = asyncio.Lock()
-        self._settings: Settings | None = None
+        self._preparing: asyncio.Task[Settings] | None = None
         self._open: dict[int, DockerSandbox] = {}
         self._opened = 0
         #: Containers that are started ahead, by the spec they are for.
@@ -137,9 +136,9 @@ class DockerBackend:
         ends: list[object] = []
         while self._ends:
             ends += await asyncio.gather(*self._ends, return_exceptions=True)
-        if self._settings is not None:
-            shutil.rmtree(self._settings.folder)
-            self._settings = None
+        if self._preparing is not None:
+            with suppress(SandboxError):  # who opened a sandbox was told
+                shutil.rmtree((await self._preparing).folder)
         self._daemon.close()
         for end in ends:
             if isinstance(end, BaseException):
@@ -166,21 +165,25 @@ class DockerBackend:
         return sandbox
 
     async def _prepared(self) -> Settings:
-        """What is done once: the folder of sockets, and the end of what dead processes left behind."""
-        async with self._starting:
-            if self._settings is None:
-                await self._daemon.call("removing containers of dead processes", reap_containers)
-                await asyncio.to_thread(reap_folders)
-                folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-{started(os.getpid())}-"))
-                self._settings = Settings(
-                    owner=owner.mine(),
-                    folder=folder,
-                    user=self._user,
-                    python=self._python,
-                    runtime=self._runtime,
-                    cpus=self._cpus,
-                )
-            return self._settings
+        """What is done once, and to its end even if who asked first has gone."""
+        failed = self._preparing is not None and self._preparing.done() and self._preparing.exception()
+        if self._preparing is None or failed:
+            self._preparing = asyncio.create_task(self._prepare())
+        return await asyncio.shield(self._preparing)
+
+    async def _prepare(self) -> Settings:
+        """Make the folder of sockets, and end what dead processes left behind."""
+        await self._daemon.call("removing containers of dead processes", reap_containers)
+        await asyncio.to_thread(reap_folders)
+        folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-{started(os.getpid())}-"))
+        return Settings(
+            owner=owner.mine(),
+            folder=folder,
+            user=self._user,
+            python=self._python,
+            runtime=self._runtime,
+            cpus=self._cpus,
+        )
 
 
 class DockerSandbox(BubblewrapSandbox):
@@ -245,4 +248,4 @@ def reap_folders() -> None:
             for each in folder.iterdir():
                 if each.is_mount():  # killed while it started a container
                     unmount(each)
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # another process may be at it

@@ -42,6 +42,8 @@ class Daemon:
             docker.errors.NotFound: there is no such image or container.
         """
         work = asyncio.get_running_loop().run_in_executor(self._threads, self._run, what, function)
+        # Whoever waits may be gone when it fails.
+        work.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             # A thread cannot be ended, but what it waits for can: the client's own time-out is shorter.
             return await asyncio.wait_for(asyncio.shield(work), seconds + 5)
