@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from k2rl import __version__
+from k2rl import __version__, sandbox_commands
 from k2rl.choices import config_groups, experiments
 from k2rl.errors import ConfigError, RunError
 
@@ -177,6 +177,9 @@ def _parser() -> argparse.ArgumentParser:
     stacks.add_argument("--all", action="store_true", help="the Python stacks of all threads, too")
     stacks.add_argument("run_dir", type=Path, metavar="RUN_FOLDER", help="such as outputs/quickstart/<time>")
     stacks.set_defaults(run=_stacks)
+
+    sandbox = commands.add_parser("sandbox", help="where code that nobody trusts runs")
+    sandbox_commands.add_to(sandbox.add_subparsers(required=True, metavar="ACTION", title="actions"))
 
     report = commands.add_parser("report", help="write report.html of a run anew, finished or not")
     report.add_argument("run_dir", type=Path, metavar="RUN_FOLDER", help="such as outputs/quickstart/<time>")

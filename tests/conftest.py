@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import docker
 import pytest
+import requests
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,8 +29,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         by_choice[(item.get_closest_marker("slow") is not None) == slow].append(item)
     config.hook.pytest_deselected(items=by_choice[False])
+    chosen = by_choice[True]
+    # A machine without docker has nothing to test it with; CI has it, or fails.
+    with_docker = [item for item in chosen if item.get_closest_marker("docker") is not None]
+    if with_docker and not os.environ.get("CI") and not docker_answers():
+        config.hook.pytest_deselected(items=with_docker)
+        chosen = [item for item in chosen if item not in with_docker]
     # The long ones first: a test process that took one of them last would work alone at the end.
-    items[:] = sorted(by_choice[True], key=lambda item: item.get_closest_marker("integration") is None)
+    items[:] = sorted(chosen, key=lambda item: item.get_closest_marker("integration") is None)
+
+
+def docker_answers() -> bool:
+    try:
+        return bool(docker.from_env(timeout=5).ping())
+    except (docker.errors.DockerException, requests.exceptions.RequestException):
+        return False
 
 
 def pytest_collection_finish() -> None:

@@ -1,0 +1,133 @@
+"""`k2rl sandbox serve` and `k2rl sandbox image`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+from k2rl.errors import ConfigError, RunError
+
+SERVE = """\
+Lend sandboxes of this machine to others over HTTP, until a signal ends it.
+Clients are backends of their own: `remote`, with the server's address. Beyond
+loopback a token is asked for: --token-file, or the variable
+K2RL_SANDBOX_TOKEN, on both sides. HTTP is not encrypted: across networks that
+you do not trust, put a TLS proxy in front.
+"""
+
+IMAGE = """\
+Make an image for the docker backend: by default Debian's python3, pytest and
+git, from Debian's packages (mmdebstrap; no registry of images is asked), or
+one from a Dockerfile or a root file system. What the daemon has already is
+not made again. Any image with Python 3.9 or newer will do.
+"""
+
+
+def add_to(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the two commands to those of `k2rl sandbox`."""
+    plain = argparse.RawDescriptionHelpFormatter
+    serve = actions.add_parser(
+        "serve", help="lend sandboxes to other machines", description=SERVE, formatter_class=plain
+    )
+    serve.add_argument("--backend", default="bubblewrap", choices=("bubblewrap", "docker"))
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8020, help="0: any that is free (8020)")
+    serve.add_argument("--token-file", type=Path, help="file with the token that clients must show")
+    serve.add_argument("--sandboxes", type=int, default=64, help="most that are open at once (64)")
+    serve.add_argument(
+        "--lease", type=float, default=60.0, help="seconds that a silent client keeps its sandboxes (60)"
+    )
+    serve.add_argument("--body-mib", type=int, default=320, help="largest request (320)")
+    serve.add_argument("--memory-mib", type=int, default=4096, help="most memory, and files, of one (4096)")
+    lend = "may appear in sandboxes, with all that is in it; repeatable"
+    serve.add_argument(
+        "--lend-path", type=Path, action="append", default=[], help=f"path of this machine that {lend}"
+    )
+    serve.add_argument(
+        "--lend-image", action="append", default=[], help="image that may be asked for; repeatable"
+    )
+    serve.set_defaults(run=_serve)
+
+    image = actions.add_parser(
+        "image", help="make an image for the docker backend", description=IMAGE, formatter_class=plain
+    )
+    source = image.add_mutually_exclusive_group()
+    source.add_argument("--dockerfile", type=Path, metavar="FOLDER", help="folder with a Dockerfile")
+    source.add_argument(
+        "--root", type=Path, metavar="PATH", help="root file system: a folder, or a tar of one"
+    )
+    image.add_argument("--name", help="what to call it (needed with --dockerfile and --root)")
+    image.add_argument("--mirror", help="Debian's mirror for the default image")
+    image.set_defaults(run=_image)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from sandboxes import wire
+    from sandboxes.base import MIB
+    from sandboxes.errors import SandboxUnavailableError
+    from sandboxes.server import ServerOptions
+    from sandboxes.serving import serve
+
+    token = os.environ.get(wire.TOKEN_VARIABLE)
+    if arguments.token_file is not None:
+        try:
+            token = arguments.token_file.read_text().strip()
+        except OSError as error:
+            raise ConfigError(f"--token-file {arguments.token_file}: {error.strerror}") from None
+    try:
+        options = ServerOptions(
+            host=arguments.host,
+            port=arguments.port,
+            token=token,
+            sandboxes=arguments.sandboxes,
+            lease=arguments.lease,
+            body_bytes=arguments.body_mib * MIB,
+            memory_bytes=arguments.memory_mib * MIB,
+            paths=tuple(arguments.lend_path),
+            images=tuple(arguments.lend_image),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    try:
+        asyncio.run(serve(arguments.backend, options, _say))
+    except SandboxUnavailableError as error:
+        raise ConfigError(str(error)) from None
+    except OSError as error:
+        raise ConfigError(f"--host {arguments.host} --port {arguments.port}: {error.strerror}") from None
+    return 0
+
+
+def _image(arguments: argparse.Namespace) -> int:
+    from docker.errors import DockerException
+
+    from sandboxes.docker import images
+    from sandboxes.docker.daemon import connect
+    from sandboxes.errors import SandboxError, SandboxUnavailableError
+
+    made_of = arguments.dockerfile or arguments.root
+    if (made_of is None) != (arguments.name is None):
+        raise ConfigError("--name goes with --dockerfile or --root; the default image has a name of its own")
+    if made_of is not None and not made_of.exists():
+        raise ConfigError(f"there is no {made_of}")
+    try:
+        client = connect(images.BUILD_SECONDS)
+        if arguments.dockerfile is not None:
+            name = images.from_dockerfile(client, arguments.dockerfile, arguments.name)
+        elif arguments.root is not None:
+            name = images.from_root(client, arguments.root, arguments.name)
+        else:
+            name = images.make_default(client, arguments.mirror or images.MIRROR)
+    except SandboxUnavailableError as error:
+        raise ConfigError(str(error)) from None
+    except (SandboxError, DockerException) as error:
+        raise RunError(str(error)) from None
+    _say(name)
+    return 0
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
