@@ -6,9 +6,12 @@
 
 Promises that the conformance tests hold every backend to (tests/sandboxes/test_conformance.py):
 
-- Code in a sandbox reaches nothing outside of it: no file, process, network, kernel key or terminal of the host.
-- Every call ends: at its deadline, or because the sandbox died, which is an error or `killed` and never silence.
-- What an `exec` started ends with it, however far it forked. A shell's background jobs live until the shell ends.
+- Code in a sandbox reaches nothing outside of it: no file, process, network, kernel key or terminal of the
+  host.
+- Every call ends: at its deadline, or because the sandbox died, which is an error or `killed` and never
+  silence.
+- What an `exec` started ends with it, however far it forked. A shell's background jobs live until the shell
+  ends.
 - A fault of ours raises `SandboxError`; what the code did is an `ExecResult` (see `sandboxes.errors`).
 - A limit or a feature that a backend does not have raises `SandboxUnsupportedError`.
 """
@@ -24,8 +27,9 @@ import msgspec
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
 
 Ended = Literal["exited", "timed_out", "out_of_memory", "output_limit", "killed"]
-"""Why a run ended. `exited`: by itself, with a status or by a signal of its own doing (a crash). The next three: by
-a limit. `killed`: by SIGKILL from anybody but our limits, or since the sandbox was closed or killed under it."""
+"""Why a run ended. `exited`: by itself, with a status or by a signal of its own doing (a crash). The next
+three: by a limit. `killed`: by SIGKILL from anybody but our limits, or since the sandbox was closed or
+killed under it."""
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,8 +39,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     wall_seconds: float = 10.0
     #: Seconds of CPU time of each process (that of the whole tree is bounded by real time and cores).
     cpu_seconds: float = 10.0
-    #: Bytes of stdout and stderr together. They are counted while they stream: a run that passes it is ended, and
-    #: its result holds the first so many bytes.
+    #: Bytes of stdout and stderr together. They are counted while they stream: a run that passes it is
+    #: ended, and its result holds the first so many bytes.
     output_bytes: int = 10 * MIB
     #: Open files of each process.
     open_files: int = 256
@@ -62,12 +66,13 @@ class SandboxSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What to open."""
 
     limits: Limits = Limits()
-    #: Where the system's files come from. None: the backend's default (bubblewrap: the host's /usr, read-only).
-    #: bubblewrap: the folder of a root file system; docker: the name of an image.
+    #: Where the system's files come from. None: the backend's default (bubblewrap: the host's /usr,
+    #: read-only). bubblewrap: the folder of a root file system; docker: the name of an image.
     image: str | None = None
     #: Folders or files of the host that appear read-only: path in the sandbox -> path on the host.
     read_only: dict[str, str] = {}
-    #: Variables of every run, on top of PATH, HOME, LANG and TMPDIR. Nothing of the host's environment is passed on.
+    #: Variables of every run, on top of PATH, HOME, LANG and TMPDIR. Nothing of the host's environment is
+    #: passed on.
     env: dict[str, str] = {}
     #: Hosts that may be reached, as `name:port`. Empty: there is no network at all.
     allow_hosts: tuple[str, ...] = ()
@@ -80,7 +85,8 @@ class SandboxSpec(msgspec.Struct, frozen=True, kw_only=True):
 class ExecResult(msgspec.Struct, frozen=True, kw_only=True):
     """What became of a run."""
 
-    #: The exit status (0 to 255), or minus the signal's number. 127: no such program, 126: it could not be started.
+    #: The exit status (0 to 255), or minus the signal's number. 127: no such program, 126: it could not be
+    #: started.
     exit_code: int
     #: As they were written, binary or not, up to `Limits.output_bytes` together.
     stdout: bytes
@@ -123,8 +129,8 @@ class Shell(Protocol):
     async def run(self, command: str, *, timeout: float | None = None) -> ExecResult:
         """Run a line or a script of commands; stderr is part of stdout, in order.
 
-        A command that takes too long is ended with its children (`timed_out`); the shell lives on if it was not the
-        shell itself that hung. Where it did not, or said `exit`, `is_alive()` is false afterwards.
+        A command that takes too long is ended with its children (`timed_out`); the shell lives on if it was
+        not the shell itself that hung. Where it did not, or said `exit`, `is_alive()` is false afterwards.
 
         Raises:
             SandboxClosedError: the shell or its sandbox has ended.
@@ -167,7 +173,8 @@ class Sandbox(Protocol):
             env: variables on top of the spec's.
             cwd: where it starts; `home` by default.
             timeout: seconds of real time; `Limits.wall_seconds` by default.
-            user: whom it runs as; None is the sandbox's unprivileged user, the only one that every backend has.
+            user: whom it runs as; None is the sandbox's unprivileged user, the only one that every backend
+                has.
 
         Raises:
             SandboxUnsupportedError: the backend has no such user.
@@ -202,7 +209,8 @@ class Sandbox(Protocol):
         ...
 
     async def read_file(self, path: str, *, limit: int | None = None) -> bytes:
-        """A regular file's content. No symlink is followed, in no component of the path, whoever swaps it when.
+        """A regular file's content. No symlink is followed, in no component of the path, whoever swaps it
+        when.
 
         Args:
             limit: most bytes; `Limits.file_bytes` by default.
@@ -216,7 +224,8 @@ class Sandbox(Protocol):
         """Write a file, replacing what is there; folders are made as needed, and no symlink is followed.
 
         Raises:
-            SandboxFileError: a component is a symlink or no folder, there is no space, or it may not be written.
+            SandboxFileError: a component is a symlink or no folder, there is no space, or it may not be
+                written.
         """
         ...
 

@@ -1,8 +1,8 @@
 """What can go wrong with a sandbox, told apart by whose fault it is.
 
-A fault of ours (no bwrap, a daemon that is gone, a broken pipe) is a `SandboxError`: whoever judges code gives no
-score for it. What the code in the sandbox did is a result (`ExecResult`) or, for files it should have written, a
-`SandboxFileError`.
+A fault of ours (no bwrap, a daemon that is gone, a broken pipe) is a `SandboxError`: whoever judges code
+gives no score for it. What the code in the sandbox did is a result (`ExecResult`) or, for files it should
+have written, a `SandboxFileError`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ FileProblem = Literal["missing", "symlink", "not_a_file", "too_large", "no_space
 
 
 class SandboxError(Exception):
-    """The sandbox, not the code in it, failed: the message says what and, where it is known, how to mend it."""
+    """The sandbox, not the code in it, failed: the message says what and, where it is known, how to mend
+    it."""
 
 
 class SandboxUnavailableError(SandboxError):
@@ -29,7 +30,8 @@ class SandboxClosedError(SandboxError):
 
 
 class SandboxFileError(Exception):
-    """A file in the sandbox could not be read or written, for a reason that lies in the sandbox's own files."""
+    """A file in the sandbox could not be read or written, for a reason that lies in the sandbox's own
+    files."""
 
     def __init__(self, path: str, problem: FileProblem, detail: str = "") -> None:
         super().__init__(path, problem, detail)

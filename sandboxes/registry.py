@@ -7,9 +7,10 @@ from typing import Any
 
 from sandboxes.base import Backend
 
-#: name -> module:class. A backend is imported when it is asked for: docker's SDK need not be there for the others.
+#: name -> module:class. A backend is imported when it is asked for: docker's SDK need not be there for the
+#: others.
 BACKENDS = {
-    "bubblewrap": "sandboxes.bubblewrap:BubblewrapBackend",
+    "bubblewrap": "sandboxes.bubblewrap.backend:BubblewrapBackend",
     "docker": "sandboxes.docker:DockerBackend",
     "remote": "sandboxes.remote:RemoteBackend",
 }

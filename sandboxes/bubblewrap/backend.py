@@ -1,0 +1,191 @@
+"""The backend: what this machine has is looked for once, then sandboxes are opened."""
+
+from __future__ import annotations
+
+import asyncio
+import marshal
+import os
+import platform
+import secrets
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from sandboxes.base import Finding, SandboxSpec
+from sandboxes.bubblewrap import agent, command, seccomp
+from sandboxes.bubblewrap.keeping import KeeperClient
+from sandboxes.bubblewrap.sandbox import OWN_PROCESSES, BubblewrapSandbox, agent_settings
+from sandboxes.errors import SandboxError, SandboxUnavailableError, SandboxUnsupportedError
+
+#: Seconds that a sandbox may take to start.
+START_SECONDS = 60.0
+NOBODY = 65534
+#: From this version on, the kernel counts processes of a user namespace by themselves (RLIMIT_NPROC).
+OWN_COUNT = (5, 14)
+ALLOW_NAMESPACES = (
+    "let users make namespaces: sysctl kernel.unprivileged_userns_clone=1 (Debian), "
+    "kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu), user.max_user_namespaces=10000 (Red Hat); "
+    "in a container, start it with --security-opt seccomp=unconfined --security-opt systempaths=unconfined"
+)
+
+
+class BubblewrapBackend:
+    """Sandboxes of namespaces on this machine.
+
+    Args:
+        bwrap: the binary; looked for by default (`command.find_bwrap`).
+        python: what runs the sandbox's agent and Python code, as a path in the sandbox; looked for by default.
+        uid: whom sandboxes run as when this process is root; otherwise they run as its own user.
+        running: most runs at once in all sandboxes together, others wait; four for each core by default.
+        cgroups: whether to use control groups where they can be had.
+    """
+
+    name = "bubblewrap"
+
+    def __init__(
+        self,
+        *,
+        bwrap: str | None = None,
+        python: str | None = None,
+        uid: int = NOBODY,
+        running: int | None = None,
+        cgroups: bool = True,
+    ) -> None:
+        cores = len(os.sched_getaffinity(0))
+        self._bwrap = Path(bwrap) if bwrap else None
+        self._python = python
+        self._uid = uid if os.geteuid() == 0 else None
+        self._use_cgroups = cgroups
+        self._turns = asyncio.Semaphore(running or 4 * cores)
+        self._opening = asyncio.Semaphore(2 * cores)
+        self._starting = asyncio.Lock()
+        self._keeper: KeeperClient | None = None
+        self._code: dict[tuple[str | None, str], bytes] = {}
+        self._opened = 0
+        self._open: dict[int, BubblewrapSandbox] = {}
+
+    async def open(self, spec: SandboxSpec) -> BubblewrapSandbox:
+        if spec.allow_hosts:
+            raise SandboxUnsupportedError(
+                "bubblewrap sandboxes have no network at all; for some hosts alone, use the docker backend"
+            )
+        if spec.image is not None and self._python is None:
+            python = "/usr/bin/python3"
+        else:
+            python = self._python or command.find_python(self._uid)
+        keeper = await self._kept()
+        async with self._opening:
+            code = await self._agent_code(keeper, spec, python)
+            settings = agent_settings(spec, cgroup=keeper.cgroup > 0)
+            number, connection, events = await self._launch(keeper, spec, python, code, settings)
+        if not events:
+            self._check_count()
+        id = f"bubblewrap-{number}-{secrets.token_hex(4)}"
+        sandbox = BubblewrapSandbox(
+            id, spec, connection, keeper, number, events, self._turns, lambda number: self._open.pop(number, None)
+        )
+        self._open[number] = sandbox
+        return sandbox
+
+    async def findings(self) -> list[Finding]:
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        await asyncio.gather(*(sandbox.close() for sandbox in list(self._open.values())))
+        async with self._starting:
+            keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            await keeper.stop()
+
+    async def _kept(self) -> KeeperClient:
+        """The keeper, started anew if the last one died."""
+        async with self._starting:
+            if self._keeper is None or self._keeper.dead:
+                seccomp.program()
+                bwrap = self._bwrap or command.find_bwrap()
+                await asyncio.to_thread(command.bwrap_version, bwrap)
+                keeper = KeeperClient(bwrap, self._uid, self._use_cgroups)
+                await keeper.start()
+                self._keeper = keeper
+            return self._keeper
+
+    async def _agent_code(self, keeper: KeeperClient, spec: SandboxSpec, python: str) -> bytes:
+        """The agent, compiled by the Python that will run it."""
+        key = (spec.image, python)
+        if key not in self._code:
+            source = Path(agent.__file__).read_bytes()
+            settings = marshal.dumps({"compile": True}, 2)
+            number, connection, _ = await self._launch(keeper, spec, python, source, settings)
+            connection.close()
+            await keeper.close(number)
+        return self._code[key]
+
+    async def _launch(
+        self, keeper: KeeperClient, spec: SandboxSpec, python: str, code: bytes, settings: bytes
+    ) -> tuple[int, socket.socket, str]:
+        """Start bubblewrap and wait for the agent's first words: its number, its socket, its events file."""
+        self._opened += 1
+        number = self._opened
+        connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        errors, errors_in = os.pipe()
+        file = os.memfd_create("agent")
+        try:
+            connection.setblocking(False)
+            os.set_blocking(errors, False)
+            os.write(file, code)
+            connection.send(settings)
+            events = await keeper.open(
+                number,
+                command.arguments(spec, python),
+                spec.limits.memory_bytes,
+                spec.limits.pids + OWN_PROCESSES,
+                [theirs.fileno(), file, errors_in],
+            )
+            theirs.close()
+            words = await self._first_words(connection, errors)
+            if words != agent.READY:
+                self._code[spec.image, python] = words
+            return number, connection, events
+        except BaseException:
+            connection.close()
+            keeper.kill(number)
+            raise
+        finally:
+            theirs.close()
+            for descriptor in (errors, errors_in, file):
+                os.close(descriptor)
+
+    async def _first_words(self, connection: socket.socket, errors: int) -> bytes:
+        loop = asyncio.get_running_loop()
+        try:
+            words = await asyncio.wait_for(loop.sock_recv(connection, 1 << 17), START_SECONDS)
+        except TimeoutError:
+            raise SandboxError(f"a sandbox did not start within {START_SECONDS:.0f} s") from None
+        except ConnectionResetError:
+            words = b""
+        if words:
+            return words
+        try:
+            said = os.read(errors, 1 << 16).decode("utf-8", "replace").strip()
+        except BlockingIOError:
+            said = ""
+        raise SandboxUnavailableError(explained(said))
+
+    def _check_count(self) -> None:
+        version = tuple(int(word) for word in platform.release().split("-")[0].split(".")[:2])
+        if version < OWN_COUNT:
+            raise SandboxUnavailableError(
+                f"Linux {platform.release()} cannot bound the processes of a sandbox without a control group: "
+                "run as root or with a delegated group, or on Linux 5.14 or newer"
+            )
+
+
+def explained(said: str) -> str:
+    """What bubblewrap or the agent said before it ended, and what helps where that is known."""
+    lines: Sequence[str] = said.splitlines() or ["bubblewrap ended without a word"]
+    last = lines[-1]
+    if "Permission denied" in last or "Operation not permitted" in last or "No permissions" in last:
+        return f"{last}; {ALLOW_NAMESPACES}"
+    if "No space left" in last and "namespace" in said:
+        return f"{last}; {ALLOW_NAMESPACES}"
+    return last

@@ -1,0 +1,259 @@
+"""The process that starts the sandboxes of one driver, and ends them, however the driver ends.
+
+bubblewrap asks the kernel to kill a sandbox when the thread that started it ends, so that thread must be one that
+stays; and starting a process from one with gigabytes of weights is slow. Hence a small process with one thread.
+As root it gives up root in the child, before bubblewrap starts. It makes the control groups, and removes those of
+dead keepers. When the driver goes, by whatever signal, its end of the socket closes, and everything is ended.
+
+It speaks JSON over a socket of packets; `open` brings file descriptors: the agent's end of its socket, its code,
+and where bubblewrap's errors go.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sandboxes.bubblewrap import cgroups
+
+CONTROL_FD, AGENT_FD = 3, 4
+#: Seconds that a sandbox gets to end by itself, once its socket is closed.
+GRACE = 2.0
+
+
+@dataclass
+class Kept:
+    """A sandbox: bubblewrap's process, which waits for process 1 of the sandbox."""
+
+    number: int
+    pid: int
+    pidfd: int
+    group: cgroups.Cgroup | None
+    #: When to kill it; None as long as nobody wants it to end.
+    deadline: float | None = None
+    status: int | None = None
+
+
+class Keeper:
+    def __init__(self, driver: socket.socket, settings: dict[str, Any]) -> None:
+        self.driver = driver
+        self.bwrap = os.open(settings["bwrap"], os.O_RDONLY)
+        self.uid = settings["uid"]
+        self.kept: dict[int, Kept] = {}
+        self.events = select.poll()
+        self.hierarchy: cgroups.Hierarchy | None = None
+        self.no_cgroups = ""
+        try:
+            if settings["cgroups"]:
+                self.hierarchy = cgroups.detect()
+                self.hierarchy.reap()
+            else:
+                self.no_cgroups = "switched off"
+        except cgroups.NoCgroupsError as error:
+            self.no_cgroups = str(error)
+
+    def serve(self) -> None:
+        """Until the driver closes its end, or has died."""
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+        version = self.hierarchy.version if self.hierarchy else 0
+        self.say(ready=True, cgroup=version, no_cgroups=self.no_cgroups)
+        self.events.register(self.driver, select.POLLIN)
+        try:
+            while True:
+                waiting = any(each.deadline is not None for each in self.kept.values())
+                for descriptor, _ in self.events.poll(20 if waiting else None):
+                    if descriptor == self.driver.fileno():
+                        if not self.receive():
+                            return
+                    else:
+                        self.ended(descriptor)
+                self.press()
+        finally:
+            self.end_all()
+
+    def receive(self) -> bool:
+        message, ancillary, _, _ = self.driver.recvmsg(1 << 20, socket.CMSG_SPACE(12))
+        descriptors = array.array("i")
+        for _, _, data in ancillary:
+            descriptors.frombytes(data)
+        if not message:
+            return False
+        request = json.loads(message)
+        if request["op"] == "open":
+            self.open(request, *descriptors)
+        elif request["op"] == "close":
+            if kept := self.kept.get(request["id"]):
+                kept.deadline = time.monotonic() + GRACE
+        elif request["op"] == "kill":
+            if kept := self.kept.get(request["id"]):
+                kept.deadline = 0.0
+        elif request["op"] == "usage":
+            self.say(id=request["id"], usage=self.usage(request["id"]))
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return True
+
+    def open(self, request: dict[str, Any], control: int, agent: int, errors: int) -> None:
+        number = request["id"]
+        group = None
+        try:
+            if self.hierarchy is not None:
+                group = self.hierarchy.create(cgroups.group_name(number))
+                group.limit(request["memory_bytes"], request["pids"])
+            pid = os.fork()
+        except OSError as error:
+            if group is not None:
+                group.remove()
+            self.say(id=number, failed=f"cannot start bubblewrap: {error}")
+            return
+        if pid == 0:
+            try:
+                self.become_bwrap(request["argv"], group, (control, agent, errors))
+            except BaseException as error:  # noqa: BLE001 - a forked child must not return into the keeper's loop
+                os.write(errors, f"cannot start bubblewrap: {error}\n".encode())
+            finally:
+                os._exit(70)
+        pidfd = os.pidfd_open(pid)
+        self.kept[number] = Kept(number, pid, pidfd, group)
+        self.events.register(pidfd, select.POLLIN)
+        self.say(id=number, pid=pid, events=str(group.events) if group else "")
+
+    def become_bwrap(
+        self, argv: list[str], group: cgroups.Cgroup | None, descriptors: tuple[int, int, int]
+    ) -> None:
+        os.setsid()
+        if group is not None:
+            group.join()
+        # Opened anew: who shares an open file shares its position, and every bubblewrap reads from the start.
+        control, agent, errors = descriptors
+        agent = os.open(f"/proc/self/fd/{agent}", os.O_RDONLY)
+        null = os.open("/dev/null", os.O_RDWR)
+        moved = []
+        for descriptor in (null, null, errors, control, agent, self.bwrap):
+            while (copy := os.dup(descriptor)) < 16:
+                pass
+            moved.append(copy)
+        *streams, bwrap = moved
+        for target, descriptor in enumerate(streams):
+            os.dup2(descriptor, target)
+        os.set_inheritable(bwrap, False)
+        for descriptor in range(AGENT_FD + 1, max(moved) + 1):
+            if descriptor != bwrap:
+                _close(descriptor)
+        if self.uid is not None:
+            os.setgroups([])
+            os.setresgid(self.uid, self.uid, self.uid)
+            os.setresuid(self.uid, self.uid, self.uid)
+        os.umask(0o022)
+        os.execve(bwrap, argv, {})
+
+    def ended(self, pidfd: int) -> None:
+        for kept in self.kept.values():
+            if kept.pidfd == pidfd:
+                self.events.unregister(pidfd)
+                os.close(pidfd)
+                _, status = os.waitpid(kept.pid, 0)
+                kept.status = os.waitstatus_to_exitcode(status)
+                kept.pidfd = -1
+                kept.deadline = 0.0
+                return
+
+    def press(self) -> None:
+        """Go on ending what is to end."""
+        now = time.monotonic()
+        for kept in list(self.kept.values()):
+            if kept.deadline is None or kept.deadline > now:
+                continue
+            if kept.status is None:
+                end_tree(kept.pid)
+            if kept.group is not None and kept.status is not None:
+                kept.group.kill()
+            if kept.status is not None and (kept.group is None or kept.group.remove()):
+                del self.kept[kept.number]
+                self.say(id=kept.number, gone=kept.status)
+
+    def end_all(self) -> None:
+        self.driver.close()
+        deadline = time.monotonic() + 10
+        for kept in self.kept.values():
+            kept.deadline = 0.0
+        while self.kept and time.monotonic() < deadline:
+            self.press()
+            for descriptor, _ in self.events.poll(10):
+                if descriptor in [kept.pidfd for kept in self.kept.values()]:
+                    self.ended(descriptor)
+
+    def usage(self, number: int) -> int:
+        """Bytes of memory that a sandbox's processes hold; what they share is counted once."""
+        kept = self.kept.get(number)
+        return sum(map(_share, descendants(kept.pid))) if kept else 0
+
+    def say(self, **message: Any) -> None:
+        try:
+            self.driver.send(json.dumps(message).encode())
+        except OSError:  # the driver is gone: its end of the socket says so to `receive`
+            return
+
+
+def _close(descriptor: int) -> None:
+    try:
+        os.close(descriptor)
+    except OSError:
+        return
+
+
+def _share(pid: int) -> int:
+    """A process's proportional share of the memory it maps, in bytes."""
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    except OSError:  # it has ended meanwhile
+        return 0
+    return 0
+
+
+def descendants(root: int) -> list[int]:
+    """The processes below one, nearest first."""
+    children: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                parent = int(Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+            children.setdefault(parent, []).append(int(name))
+    found = list(children.get(root, []))
+    for pid in found:
+        found.extend(children.get(pid, []))
+    return found
+
+
+def end_tree(pid: int) -> None:
+    """Kill process 1 of a sandbox, with which all others in it end, or bubblewrap, if it is not that far."""
+    victims = descendants(pid)[:1] or [pid]
+    for victim in victims:
+        try:
+            os.kill(victim, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    driver = socket.socket(fileno=int(sys.argv[1]))
+    settings = json.loads(driver.recv(1 << 20))
+    Keeper(driver, settings).serve()
+
+
+if __name__ == "__main__":
+    main()
