@@ -14,7 +14,11 @@ _REGISTRY: Registry[TextEnv] = Registry(
     noun="environment",
     base=TextEnv,
     group="k2rl.envs",
-    builtin={"calculator": "envs.calculator:CalculatorEnv"},
+    builtin={
+        "calculator": "envs.calculator:CalculatorEnv",
+        "code_contest": "envs.coding.single_turn:ContestEnv",
+        "code_function": "envs.coding.single_turn:CodeEnv",
+    },
     listing="`k2rl envs list` shows all",
 )
 

@@ -46,12 +46,20 @@ EVAL = """\
 Measure a model on an environment's held-out tasks, one greedy episode a task.
 Prints the mean reward with its 95 % interval; the episodes themselves are in
 outputs/eval/<time>/evaluations/eval.json.
+
+With suite=NAME, measure any model on a suite of tasks (docs/evaluation.md):
+model= is a checkpoint, an OpenAI-compatible http://…/v1, or a baseline that
+proves the suite: gold, null, cheat:NAME. The same command, given again, goes
+on where it was stopped. `k2rl eval compare FOLDER FOLDER` sets two side by side.
 """
 
 EVAL_EXAMPLES = """
 examples:
   k2rl eval model.path=outputs/quickstart/2026-01-31_12-00-00/model
   k2rl eval model.path=HuggingFaceTB/SmolLM2-360M-Instruct env.eval_tasks=32
+  k2rl eval suite=humaneval model=gold
+  k2rl eval suite=humaneval model=http://127.0.0.1:8000/v1 samples=10 k=1,10 temperature=0.8
+  k2rl eval compare outputs/eval/humaneval/FIRST outputs/eval/humaneval/SECOND
 """
 
 PLAN = """\
@@ -201,10 +209,18 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    words = arguments.overrides
+    if words[:1] == ["compare"] or any(word.startswith("suite=") for word in words):
+        _require("eval", ("httpx", "jinja2", "numpy"))
+        from k2rl.evaluation import suite_command
+
+        compares = words[0] == "compare"
+        print(suite_command.compare(words[1:]) if compares else suite_command.run(words))
+        return 0
     _require("eval", PLATFORM)
     from k2rl import commands
 
-    return commands.evaluate(arguments.overrides)
+    return commands.evaluate(words)
 
 
 def _plan_keys() -> str:
