@@ -17,7 +17,9 @@ _REGISTRY: Registry[TextEnv] = Registry(
     builtin={
         "calculator": "envs.calculator:CalculatorEnv",
         "code_contest": "envs.coding.single_turn:ContestEnv",
+        "code_debug": "envs.coding.debugging:DebugEnv",
         "code_function": "envs.coding.single_turn:CodeEnv",
+        "swe": "envs.coding.swe:SweEnv",
     },
     listing="`k2rl envs list` shows all",
 )

@@ -6,6 +6,7 @@ import ast
 from collections.abc import Callable, Sequence
 
 from envs.coding.replies import code_of, fenced
+from envs.coding.tools import call_of, spelled
 
 
 def _half(code: str) -> str:
@@ -50,7 +51,15 @@ return Anything()
 
 
 def _each(change: Callable[[str], str]) -> Callable[[Sequence[str]], list[str]]:
-    return lambda turns: [fenced(change(code_of(turn))) for turn in turns]
+    def turn_of(turn: str) -> str:
+        call = call_of(turn)
+        if call is None:
+            return fenced(change(code_of(turn)))
+        if call.name != "write_file" or not call.arguments["path"].endswith(".py"):
+            return turn
+        return spelled("write_file", path=call.arguments["path"], content=change(call.arguments["content"]))
+
+    return lambda turns: [turn_of(turn) for turn in turns]
 
 
 CHEATS: dict[str, Callable[[Sequence[str]], list[str]]] = {

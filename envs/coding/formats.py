@@ -159,7 +159,9 @@ def livecodebench(row: dict[str, Any]) -> CodeProblem:
         tests = ProgramTests(programs, whitespace="lines", tolerance=0.0)
     tags = tuple(str(row[key]) for key in ("platform", "difficulty") if row.get(key))
     released = str(row["contest_date"])[:10]
-    return CodeProblem(str(row["question_id"]), row["question_content"], tests, starter, None, tags, released)
+    return CodeProblem(
+        str(row["question_id"]), row["question_content"], tests, starter, tags=tags, released=released
+    )
 
 
 def _cases(packed: Any) -> list[dict[str, str]]:

@@ -29,6 +29,8 @@ class CodeProblem(msgspec.Struct, frozen=True):
     starter: str = ""
     #: A whole program that passes.
     solution: str | None = None
+    #: Asserts that the policy may see.
+    visible: str = ""
     tags: tuple[str, ...] = ()
     #: ISO date on which the problem became public: what a model cannot have seen before.
     released: str | None = None

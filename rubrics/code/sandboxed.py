@@ -33,7 +33,8 @@ def _limit(seconds):
 
 
 @cache
-def _source(name: str) -> str:
+def module_source(name: str) -> str:
+    """The text of a module of this package."""
     return (files("rubrics.code") / f"{name}.py").read_text(encoding="utf-8")
 
 
@@ -51,7 +52,7 @@ def packed(main: str, request: dict[str, Any], seconds: float) -> str:
     for name in modules:
         full = f"rubrics.code.{name}"
         parts.append(f"_module = sys.modules[{full!r}] = types.ModuleType({full!r})")
-        parts.append(f"exec(compile({_source(name)!r}, {f'{name}.py'!r}, 'exec'), _module.__dict__)")
+        parts.append(f"exec(compile({module_source(name)!r}, {f'{name}.py'!r}, 'exec'), _module.__dict__)")
     parts.append(f"_module.main(json.loads({json.dumps(request)!r}))")
     return "\n".join(parts)
 
