@@ -175,6 +175,16 @@ def _parser() -> argparse.ArgumentParser:
     actions = envs.add_subparsers(required=True, metavar="ACTION", title="actions")
     actions.add_parser("list", help="list the registered environments").set_defaults(run=_list_environments)
 
+    swe = commands.add_parser("swe", help="repository tasks: `k2rl swe build REPOSITORY FOLDER`")
+    builders = swe.add_subparsers(required=True, metavar="ACTION", title="actions")
+    build = builders.add_parser("build", help="make tasks of the commits of a local git repository")
+    build.add_argument("repository", type=Path, metavar="REPOSITORY", help="a git repository")
+    build.add_argument("out", type=Path, metavar="FOLDER", help="where tasks.jsonl goes")
+    build.add_argument("--limit", type=int, default=50, help="commits that are looked at, newest first (50)")
+    build.add_argument("--seconds", type=float, default=60.0, help="of CPU time for a commit's tests (60)")
+    build.add_argument("--sandbox", default="bubblewrap", help="where tests are tried out (bubblewrap)")
+    build.set_defaults(run=_build_tasks)
+
     report = commands.add_parser("report", help="write report.html of a run anew, finished or not")
     report.add_argument("run_dir", type=Path, metavar="RUN_FOLDER", help="such as outputs/quickstart/<time>")
     report.set_defaults(run=_report)
@@ -254,6 +264,28 @@ def _list_environments(arguments: argparse.Namespace) -> int:
 
     for id, description in envs.registry.available().items():
         print(f"{id:<20} {description}")
+    return 0
+
+
+def _build_tasks(arguments: argparse.Namespace) -> int:
+    import asyncio
+
+    from envs.coding.swe_build import build_here
+
+    if arguments.limit < 1 or not arguments.seconds > 0:
+        raise ConfigError("--limit and --seconds must be above 0")
+    made = asyncio.run(
+        build_here(
+            arguments.repository,
+            arguments.out,
+            sandbox=arguments.sandbox,
+            limit=arguments.limit,
+            seconds=arguments.seconds,
+            say=print,
+        )
+    )
+    tasks = arguments.out / "tasks.jsonl"
+    print(f"{made} tasks: {tasks}; prove them: k2rl eval suite=swe path={tasks} model=gold")
     return 0
 
 

@@ -75,14 +75,16 @@ class Report(msgspec.Struct, frozen=True):
     problem: str = ""
 
 
-async def judge_repository(backend: Backend, repository: Files, changes: Changes, tests: RepositoryTests) -> Outcome:
-    """What a change makes of the tests.
+async def judge_repository(
+    backend: Backend, repository: Files, changes: Changes, tests: RepositoryTests, image: str | None = None
+) -> Outcome:
+    """What a change makes of the tests; `image` as in `SandboxSpec`.
 
     Raises:
         JudgeError: pytest is not installed here, or the task is wrong.
         SandboxError: the sandbox failed.
     """
-    report = await run_tests(backend, repository, changes, tests)
+    report = await run_tests(backend, repository, changes, tests, image)
     passed = [test for test in tests.required if report.outcomes.get(test) == "passed"]
     missed = [test for test in tests.required if report.outcomes.get(test) != "passed"]
     detail = report.problem
@@ -92,7 +94,9 @@ async def judge_repository(backend: Backend, repository: Files, changes: Changes
     return Outcome(len(passed), len(tests.required), detail)
 
 
-async def run_tests(backend: Backend, repository: Files, changes: Changes, tests: RepositoryTests) -> Report:
+async def run_tests(
+    backend: Backend, repository: Files, changes: Changes, tests: RepositoryTests, image: str | None = None
+) -> Report:
     """Run the tests' files on the changed repository; see `judge_repository`."""
     equal, folder, token = (f"k2rl_{secrets.token_hex(8)}" for _ in range(3))
     controls = f"{folder}/test_controls.py"
@@ -110,7 +114,7 @@ async def run_tests(backend: Backend, repository: Files, changes: Changes, tests
     }
     program = f"{module_source('repository_runner')}\nmain(json.loads({json.dumps(json.dumps(request))}))\n"
     limits = Limits(wall_seconds=WALL_FACTOR * tests.seconds, cpu_seconds=tests.seconds, memory_bytes=2**30)
-    spec = SandboxSpec(limits=limits, read_only=pytest_files())
+    spec = SandboxSpec(limits=limits, image=image, read_only=pytest_files())
     async with await backend.open(spec) as sandbox:
         try:
             await sandbox.upload(files)
