@@ -18,6 +18,7 @@ import _signal
 import _socket
 import errno
 import gc
+import io
 import marshal
 import os
 import resource
@@ -243,10 +244,14 @@ def snapshot():
 def restore():
     import tarfile
 
-    for place in WRITABLE:
-        empty(place)
-    with tarfile.open(fileobj=open(0, "rb", closefd=False), mode="r|") as archive:
-        archive.extractall("/")
+    try:
+        with tarfile.open(fileobj=open(0, "rb", closefd=False), mode="r|") as archive:
+            for place in WRITABLE:
+                empty(place)
+            archive.extraction_filter = lambda entry, path: entry  # it can reach no further than this process
+            archive.extractall("/")
+    except tarfile.TarError:
+        raise Problem("io") from None
 
 
 def empty(place):
@@ -286,14 +291,6 @@ FILES = {"read": read_file, "write": write_file, "snapshot": snapshot, "restore"
 
 def run_python(code, arguments):
     """Run source as `python3 -I -c` does, in this process, and end it."""
-    import io
-
-    if "site" not in sys.modules:
-        warm_up()
-    sys.stdin = io.TextIOWrapper(io.open(0, "rb"), "utf-8", "surrogateescape")
-    sys.stdout = io.TextIOWrapper(io.open(1, "wb"), "utf-8", "surrogateescape")
-    sys.stderr = io.TextIOWrapper(io.open(2, "wb", 0), "utf-8", "backslashreplace", write_through=True)
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     sys.argv = ["-c", *arguments]
     main = type(sys)("__main__")
     main.__builtins__ = __builtins__
@@ -449,13 +446,14 @@ class Agent:
         events.register(self.connection, select.POLLIN)
         events.register(wake, select.POLLIN)
         self.connection.send(READY)
+        if "site" not in sys.modules:  # after the word: the driver has something to do as well
+            add_site()
         idle = 20
         while True:
             ready = events.poll(idle)
             if not ready:
+                warm_up()
                 idle = None
-                if "site" not in sys.modules:
-                    warm_up()
             for descriptor, _ in ready:
                 if descriptor == wake:
                     try:
@@ -580,13 +578,34 @@ class Agent:
 
 
 def warm_up():
-    """What `python3 -I` has and this Python started without, and what a traceback needs; the sooner the better."""
+    """What runs of Python code need sooner or later, imported while there is nothing else to do."""
     import linecache  # noqa: F401
-    import site
     import traceback  # noqa: F401
+
+    gc.freeze()
+
+
+def add_site():
+    """What the interpreter left out at its start: the folders of packages, and `exit`."""
+    import site
 
     site.main()
     gc.freeze()
+
+
+def open_streams():
+    """Python's standard streams as every run will have them, made once; the descriptors below are exchanged."""
+    ends = (*os.pipe(), os.open("/dev/null", os.O_RDWR))
+    for number, descriptor in enumerate((ends[0], ends[1], ends[1])):  # made on pipes, since nobody can seek in one
+        os.dup2(descriptor, number)
+    sys.stdin = io.TextIOWrapper(io.open(0, "rb"), "utf-8", "surrogateescape")
+    sys.stdout = io.TextIOWrapper(io.open(1, "wb"), "utf-8", "surrogateescape")
+    sys.stderr = io.TextIOWrapper(io.open(2, "wb", 0), "utf-8", "backslashreplace", write_through=True)
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    for number in range(3):
+        os.dup2(ends[2], number)
+    for descriptor in ends:
+        os.close(descriptor)
 
 
 def compiled():
@@ -609,14 +628,11 @@ def main():
     give_up_rights(settings["filter"])
     os.chdir(HOME)
     if settings["preload"]:
-        warm_up()
+        add_site()
     for name in settings["preload"]:
         __import__(name)
+    open_streams()
     gc.freeze()
-    null = os.open("/dev/null", os.O_RDWR)
-    for number in range(3):
-        os.dup2(null, number)
-    os.close(null)
     Agent(connection, proc, settings).serve()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sandboxes.base import Finding, SandboxSpec
 from sandboxes.bubblewrap import agent, command, seccomp
+from sandboxes.bubblewrap.cgroups import counts_by_namespace
 from sandboxes.bubblewrap.keeping import KeeperClient
 from sandboxes.bubblewrap.sandbox import OWN_PROCESSES, BubblewrapSandbox, agent_settings
 from sandboxes.errors import SandboxError, SandboxUnavailableError, SandboxUnsupportedError
@@ -20,8 +21,6 @@ from sandboxes.errors import SandboxError, SandboxUnavailableError, SandboxUnsup
 #: Seconds that a sandbox may take to start.
 START_SECONDS = 60.0
 NOBODY = 65534
-#: From this version on, the kernel counts processes of a user namespace by themselves (RLIMIT_NPROC).
-OWN_COUNT = (5, 14)
 ALLOW_NAMESPACES = (
     "let users make namespaces: sysctl kernel.unprivileged_userns_clone=1 (Debian), "
     "kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu), user.max_user_namespaces=10000 (Red Hat); "
@@ -74,12 +73,12 @@ class BubblewrapBackend:
         else:
             python = self._python or command.find_python(self._uid)
         keeper = await self._kept()
+        if keeper.cgroup == 0:
+            self._check_count()
         async with self._opening:
             code = await self._agent_code(keeper, spec, python)
             settings = agent_settings(spec, cgroup=keeper.cgroup > 0)
             number, connection, events = await self._launch(keeper, spec, python, code, settings)
-        if not events:
-            self._check_count()
         id = f"bubblewrap-{number}-{secrets.token_hex(4)}"
         sandbox = BubblewrapSandbox(
             id, spec, connection, keeper, number, events, self._turns, lambda number: self._open.pop(number, None)
@@ -172,8 +171,7 @@ class BubblewrapBackend:
         raise SandboxUnavailableError(explained(said))
 
     def _check_count(self) -> None:
-        version = tuple(int(word) for word in platform.release().split("-")[0].split(".")[:2])
-        if version < OWN_COUNT:
+        if not counts_by_namespace():
             raise SandboxUnavailableError(
                 f"Linux {platform.release()} cannot bound the processes of a sandbox without a control group: "
                 "run as root or with a delegated group, or on Linux 5.14 or newer"

@@ -7,6 +7,8 @@ makes them and is named in their names, so that groups whose keeper is dead can 
 from __future__ import annotations
 
 import os
+import platform
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -15,7 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PREFIX = "k2rl-"
-CONTROLLERS = ("memory", "pids")
+
+
+def controllers() -> tuple[str, ...]:
+    """What groups are made for. From Linux 5.14 on, RLIMIT_NPROC counts a user namespace's processes by itself, and
+    another group would cost each sandbox more than all the rest of its start: joining one waits for every core."""
+    return ("memory",) if counts_by_namespace() else ("memory", "pids")
+
+
+def counts_by_namespace() -> bool:
+    version = re.match(r"(\d+)\.(\d+)", platform.release())
+    return version is not None and (int(version[1]), int(version[2])) >= (5, 14)
 
 
 class NoCgroupsError(Exception):
@@ -40,7 +52,8 @@ class Cgroup:
             swap = memory / "memory.swap.max"
         if swap.exists():  # version 1 counts memory and swap together
             swap.write_text(str(memory_bytes if self.version == 1 else 0))
-        (self.folders["pids"] / "pids.max").write_text(str(pids))
+        if "pids" in self.folders:
+            (self.folders["pids"] / "pids.max").write_text(str(pids))
 
     def join(self) -> None:
         """Put the calling process into the group."""
@@ -145,18 +158,19 @@ def detect() -> Hierarchy:
             problems.append(f"{error.strerror or error} ({error.filename})" if error.filename else str(error))
             continue
         return candidate
-    raise NoCgroupsError("; ".join(problems) or "no cgroup file system with the memory and pids controllers")
+    raise NoCgroupsError("; ".join(problems) or "no cgroup file system with the memory controller")
 
 
 def _candidates(mounts: dict[str, tuple[Path, str]], own: dict[str, str]) -> Iterator[Hierarchy]:
-    if all(name in mounts and name in own for name in CONTROLLERS):
-        yield Hierarchy(1, {name: _folder(mounts[name], own[name]) for name in CONTROLLERS})
+    names = controllers()
+    if all(name in mounts and name in own for name in names):
+        yield Hierarchy(1, {name: _folder(mounts[name], own[name]) for name in names})
     if "" in mounts and "" in own:
         inner = _folder(mounts[""], own[""])
-        yield Hierarchy(2, dict.fromkeys(CONTROLLERS, inner))
+        yield Hierarchy(2, dict.fromkeys(names, inner))
         # A group with processes of its own can have no children that are bounded, the topmost excepted.
         if inner != mounts[""][0]:
-            yield Hierarchy(2, dict.fromkeys(CONTROLLERS, mounts[""][0]))
+            yield Hierarchy(2, dict.fromkeys(names, mounts[""][0]))
 
 
 def _try(hierarchy: Hierarchy) -> None:
@@ -164,7 +178,7 @@ def _try(hierarchy: Hierarchy) -> None:
     if hierarchy.version == 2:
         base = hierarchy.bases["memory"]
         enabled = (base / "cgroup.subtree_control").read_text().split()
-        if missing := [f"+{name}" for name in CONTROLLERS if name not in enabled]:
+        if missing := [f"+{name}" for name in hierarchy.bases if name not in enabled]:
             (base / "cgroup.subtree_control").write_text(" ".join(missing))
     group = hierarchy.create(group_name(0))
     try:

@@ -12,6 +12,7 @@ and where bubblewrap's errors go.
 from __future__ import annotations
 
 import array
+import fcntl
 import json
 import os
 import select
@@ -28,6 +29,17 @@ from sandboxes.bubblewrap import cgroups
 CONTROL_FD, AGENT_FD = 3, 4
 #: Seconds that a sandbox gets to end by itself, once its socket is closed.
 GRACE = 2.0
+#: Children that wait to become sandboxes.
+SPARES = 4
+
+
+@dataclass
+class Spare:
+    """A child that waits, in a group already, to become bubblewrap. Joining a group takes a while."""
+
+    pid: int
+    socket: socket.socket
+    group: cgroups.Cgroup | None
 
 
 @dataclass
@@ -49,6 +61,8 @@ class Keeper:
         self.bwrap = os.open(settings["bwrap"], os.O_RDONLY)
         self.uid = settings["uid"]
         self.kept: dict[int, Kept] = {}
+        self.spares: list[Spare] = []
+        self.children = 0
         self.events = select.poll()
         self.hierarchy: cgroups.Hierarchy | None = None
         self.no_cgroups = ""
@@ -70,13 +84,16 @@ class Keeper:
         try:
             while True:
                 waiting = any(each.deadline is not None for each in self.kept.values())
-                for descriptor, _ in self.events.poll(20 if waiting else None):
+                short = len(self.spares) < SPARES
+                for descriptor, _ in self.events.poll(0 if short else 20 if waiting else None):
                     if descriptor == self.driver.fileno():
                         if not self.receive():
                             return
                     else:
                         self.ended(descriptor)
                 self.press()
+                if short:
+                    self.prepare()
         finally:
             self.end_all()
 
@@ -88,73 +105,100 @@ class Keeper:
         if not message:
             return False
         request = json.loads(message)
+        kept = self.kept.get(request["id"])
         if request["op"] == "open":
-            self.open(request, *descriptors)
-        elif request["op"] == "close":
-            if kept := self.kept.get(request["id"]):
-                kept.deadline = time.monotonic() + GRACE
-        elif request["op"] == "kill":
-            if kept := self.kept.get(request["id"]):
-                kept.deadline = 0.0
+            self.open(request, message, descriptors)
         elif request["op"] == "usage":
             self.say(id=request["id"], usage=self.usage(request["id"]))
+        elif request["op"] == "close" and kept and kept.deadline is None:
+            kept.deadline = time.monotonic() + GRACE
+        elif request["op"] == "kill" and kept:
+            kept.deadline = 0.0
         for descriptor in descriptors:
             os.close(descriptor)
         return True
 
-    def open(self, request: dict[str, Any], control: int, agent: int, errors: int) -> None:
+    def open(self, request: dict[str, Any], message: bytes, descriptors: array.array[int]) -> None:
         number = request["id"]
-        group = None
         try:
-            if self.hierarchy is not None:
-                group = self.hierarchy.create(cgroups.group_name(number))
-                group.limit(request["memory_bytes"], request["pids"])
-            pid = os.fork()
+            if not self.spares:
+                self.prepare()
+            spare = self.spares.pop(0)
+            pidfd = os.pidfd_open(spare.pid)
+            if spare.group is not None:
+                spare.group.limit(request["memory_bytes"], request["pids"])
+            socket.send_fds(spare.socket, [message], list(descriptors))
         except OSError as error:
-            if group is not None:
-                group.remove()
             self.say(id=number, failed=f"cannot start bubblewrap: {error}")
             return
+        spare.socket.close()
+        self.kept[number] = Kept(number, spare.pid, pidfd, spare.group)
+        self.events.register(pidfd, select.POLLIN)
+        self.say(id=number, pid=spare.pid, events=str(spare.group.events) if spare.group else "")
+
+    def prepare(self) -> None:
+        """Make a child that joins a new group and waits.
+
+        Raises:
+            OSError: the group or the child could not be made.
+        """
+        self.children += 1
+        group = None
+        if self.hierarchy is not None:
+            group = self.hierarchy.create(cgroups.group_name(self.children))
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            pid = os.fork()
+        except OSError:
+            if group is not None:
+                group.remove()
+            raise
         if pid == 0:
             try:
-                self.become_bwrap(request["argv"], group, (control, agent, errors))
-            except BaseException as error:  # noqa: BLE001 - a forked child must not return into the keeper's loop
-                os.write(errors, f"cannot start bubblewrap: {error}\n".encode())
+                self.become_bwrap(theirs, group)
             finally:
                 os._exit(70)
-        pidfd = os.pidfd_open(pid)
-        self.kept[number] = Kept(number, pid, pidfd, group)
-        self.events.register(pidfd, select.POLLIN)
-        self.say(id=number, pid=pid, events=str(group.events) if group else "")
+        theirs.close()
+        self.spares.append(Spare(pid, ours, group))
 
-    def become_bwrap(
-        self, argv: list[str], group: cgroups.Cgroup | None, descriptors: tuple[int, int, int]
-    ) -> None:
+    def become_bwrap(self, keeper: socket.socket, group: cgroups.Cgroup | None) -> None:
+        """In the child: wait for a request, then for good become what it asks for."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setsid()
-        if group is not None:
-            group.join()
-        # Opened anew: who shares an open file shares its position, and every bubblewrap reads from the start.
+        kept = sorted((keeper.fileno(), self.bwrap))
+        for low, high in zip((2, *kept), (*kept, 4096), strict=True):
+            os.closerange(low + 1, high)
+        problem = ""
+        try:
+            if group is not None:
+                group.join()
+        except OSError as error:
+            problem = f"cannot join its control group: {error}"
+        message, descriptors, _, _ = socket.recv_fds(keeper, 1 << 20, 3)
+        if not message:
+            os._exit(0)  # the keeper is gone
         control, agent, errors = descriptors
+        if problem:
+            os.write(errors, problem.encode())
+            return
+        # Opened anew: who shares an open file shares its position.
         agent = os.open(f"/proc/self/fd/{agent}", os.O_RDONLY)
         null = os.open("/dev/null", os.O_RDWR)
-        moved = []
-        for descriptor in (null, null, errors, control, agent, self.bwrap):
-            while (copy := os.dup(descriptor)) < 16:
-                pass
-            moved.append(copy)
-        *streams, bwrap = moved
+        *streams, bwrap = [_high(each) for each in (null, null, errors, control, agent, self.bwrap)]
         for target, descriptor in enumerate(streams):
             os.dup2(descriptor, target)
+        os.closerange(AGENT_FD + 1, bwrap)
+        os.closerange(bwrap + 1, 4096)
         os.set_inheritable(bwrap, False)
-        for descriptor in range(AGENT_FD + 1, max(moved) + 1):
-            if descriptor != bwrap:
-                _close(descriptor)
         if self.uid is not None:
             os.setgroups([])
             os.setresgid(self.uid, self.uid, self.uid)
             os.setresuid(self.uid, self.uid, self.uid)
         os.umask(0o022)
-        os.execve(bwrap, argv, {})
+        try:
+            os.execve(bwrap, json.loads(message)["argv"], {})
+        except OSError as error:
+            os.write(2, f"cannot start bubblewrap: {error}".encode())
 
     def ended(self, pidfd: int) -> None:
         for kept in self.kept.values():
@@ -183,6 +227,11 @@ class Keeper:
 
     def end_all(self) -> None:
         self.driver.close()
+        for spare in self.spares:
+            spare.socket.close()
+            os.waitpid(spare.pid, 0)
+            if spare.group is not None:
+                spare.group.remove()
         deadline = time.monotonic() + 10
         for kept in self.kept.values():
             kept.deadline = 0.0
@@ -204,11 +253,9 @@ class Keeper:
             return
 
 
-def _close(descriptor: int) -> None:
-    try:
-        os.close(descriptor)
-    except OSError:
-        return
+def _high(descriptor: int) -> int:
+    """A copy of a descriptor above all that have a fixed place."""
+    return fcntl.fcntl(descriptor, fcntl.F_DUPFD, 64)
 
 
 def _share(pid: int) -> int:
