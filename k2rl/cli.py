@@ -276,7 +276,7 @@ def _build_tasks(arguments: argparse.Namespace) -> int:
         raise ConfigError("--limit and --seconds must be above 0")
     made = asyncio.run(
         build_here(
-            arguments.repository,
+            arguments.repository.resolve(),
             arguments.out,
             sandbox=arguments.sandbox,
             limit=arguments.limit,

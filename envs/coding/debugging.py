@@ -19,18 +19,22 @@ SYSTEM = f"You are an expert Python programmer who mends bugs.\n{USAGE}"
 
 
 class DebugEnv(CodeEnv):
-    """A file with a bug, a test that shows it, a shell and file tools; hidden tests judge the file in the end.
+    """A file with a bug, a test that shows it, a shell and file tools; hidden tests judge the file in the
+    end.
 
-    The reward is 1 if all hidden tests pass after `submit` (or a turn without a tool call), else 0. Components:
-    `tests_passed` (their share), `calls` and `bad_calls`.
+    The reward is 1 if all hidden tests pass after `submit` (or a turn without a tool call), else 0.
+    Components: `tests_passed` (their share), `calls` and `bad_calls`.
     """
 
     kinds = ("debug",)
     default_problems: ClassVar[str] = "bugs"
     id: ClassVar[str] = "code_debug"
 
-    def __init__(self, problems: str | None = None, format: str = "auto", sandbox: str = "bubblewrap") -> None:
-        """`problems`: our own set (`bugs`), or a file; each has a `starter` with the bug and may have a `visible` test.
+    def __init__(
+        self, problems: str | None = None, format: str = "auto", sandbox: str = "bubblewrap"
+    ) -> None:
+        """`problems`: our own set (`bugs`), or a file; each has a `starter` with the bug and may have a
+        `visible` test.
 
         Raises:
             ConfigError: one line: no such file, format or row.
@@ -48,7 +52,7 @@ class DebugEnv(CodeEnv):
         look = [spelled("shell", command=f"python3 {TEST}")] if problem.visible else []
         return [*look, spelled("write_file", path=FILE, content=problem.solution), spelled("submit")]
 
-    async def reset(  # type: ignore[override]  # Gymnasium knows no asynchronous environments
+    async def reset(  # type: ignore[override]
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> ResetResult:
         """Begin an episode in a sandbox of its own.
@@ -67,7 +71,7 @@ class DebugEnv(CodeEnv):
         self._workspace = await Workspace.open(shared_judge(self.sandbox).backend, files)
         return (Message("system", SYSTEM), Message("user", question)), {"task": task}
 
-    async def step(self, action: str) -> StepResult:
+    async def step(self, action: str) -> StepResult:  # type: ignore[override]
         """Do a tool call, or judge the file.
 
         Raises:
@@ -94,7 +98,7 @@ class DebugEnv(CodeEnv):
         info = {"reward_components": components, "detail": outcome.detail}
         return (), float(outcome.solved), True, False, info
 
-    async def close(self) -> None:  # type: ignore[override]  # Gymnasium knows no asynchronous environments
+    async def close(self) -> None:  # type: ignore[override]
         """End the episode's sandbox."""
         workspace, self._workspace = self._workspace, None
         if workspace is not None:

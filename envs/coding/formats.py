@@ -112,7 +112,7 @@ def check(candidate):
 
 
 def evalplus(row: dict[str, Any]) -> CodeProblem:
-    """HumanEval+ and MBPP+: inputs alone; what is right is what the canonical solution says, in the tester."""
+    """HumanEval+ and MBPP+: inputs alone; right is what the canonical solution says, in the tester."""
     name = row["entry_point"]
     solution = row["prompt"] + row["canonical_solution"]
     inputs = [*row["base_input"], *row.get("plus_input", ())]
@@ -134,10 +134,14 @@ def mbpp(row: dict[str, Any]) -> CodeProblem:
     )
     if not defined & used:
         raise ValueError("its tests call nothing that its code defines")
-    question = f"{row.get('text') or row['prompt']}\nYour code should pass these tests:\n" + "\n".join(asserts)
+    question = f"{row.get('text') or row['prompt']}\nYour code should pass these tests:\n" + "\n".join(
+        asserts
+    )
     entry_point = min(defined & used, key=lambda name: (f"{name}(" not in asserts[0], name))
     tests = AssertTests(source, reference=code)
-    return CodeProblem(f"MBPP/{row['task_id']}", question, tests, starter="", solution=code, tags=(entry_point,))
+    return CodeProblem(
+        f"MBPP/{row['task_id']}", question, tests, starter="", solution=code, tags=(entry_point,)
+    )
 
 
 def livecodebench(row: dict[str, Any]) -> CodeProblem:
@@ -148,12 +152,16 @@ def livecodebench(row: dict[str, Any]) -> CodeProblem:
         metadata = row.get("metadata") or "{}"
         name = (json.loads(metadata) if isinstance(metadata, str) else metadata)["func_name"]
         calls = [
-            CallCase(encode([json.loads(line) for line in case["input"].split("\n") if line.strip()]),
-                     encode(json.loads(case["output"])))
+            CallCase(
+                encode([json.loads(line) for line in case["input"].split("\n") if line.strip()]),
+                encode(json.loads(case["output"])),
+            )
             for case in cases
         ]
         # 2 and 2.0 are one answer: the expected values are JSON.
-        tests = FunctionTests(f"Solution.{name}" if "class Solution" in starter else name, calls, tolerance=0.0)
+        tests = FunctionTests(
+            f"Solution.{name}" if "class Solution" in starter else name, calls, tolerance=0.0
+        )
     else:
         programs = [ProgramCase(case["input"], case["output"]) for case in cases]
         tests = ProgramTests(programs, whitespace="lines", tolerance=0.0)
@@ -165,7 +173,7 @@ def livecodebench(row: dict[str, Any]) -> CodeProblem:
 
 
 def _cases(packed: Any) -> list[dict[str, str]]:
-    """Test cases as JSON, or as LiveCodeBench packs the private ones: base64 of zlib of a pickled JSON text."""
+    """Test cases as JSON, or as LiveCodeBench packs private ones: base64 of zlib of pickled JSON text."""
     if isinstance(packed, list):
         return packed
     text = str(packed)
@@ -180,7 +188,7 @@ def _cases(packed: Any) -> list[dict[str, str]]:
 
 
 class _TextOnly(pickle.Unpickler):
-    """Reads what a pickle can hold without naming a class or function: text among it, and nothing that runs."""
+    """Reads what a pickle can hold without naming a class or function: text, and nothing that runs."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise ValueError(f"a pickle that names {module}.{name}")
@@ -195,5 +203,8 @@ FORMATS: dict[str, tuple[set[str], Callable[[dict[str, Any]], CodeProblem]]] = {
     "evalplus": ({"task_id", "prompt", "entry_point", "canonical_solution", "base_input"}, evalplus),
     "humaneval": ({"task_id", "prompt", "entry_point", "canonical_solution", "test"}, humaneval),
     "mbpp": ({"task_id", "code", "test_list"}, mbpp),
-    "livecodebench": ({"question_id", "question_content", "public_test_cases", "contest_date"}, livecodebench),
+    "livecodebench": (
+        {"question_id", "question_content", "public_test_cases", "contest_date"},
+        livecodebench,
+    ),
 }

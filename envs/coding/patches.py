@@ -35,23 +35,7 @@ def apply_patch(files: Mapping[str, bytes], patch: str) -> dict[str, bytes | Non
 
 
 def _file(lines: list[str], place: int, files: Mapping[str, bytes], changes: dict[str, bytes | None]) -> int:
-    old = new = None
-    first = place
-    while place < len(lines) and not lines[place].startswith("@@ "):
-        line = lines[place]
-        if place > first and (line.startswith("diff --git ") or (line.startswith("--- ") and new is not None)):
-            break
-        if line.startswith("rename from "):
-            old = line.removeprefix("rename from ")
-        elif line.startswith("rename to "):
-            new = line.removeprefix("rename to ")
-        elif line.startswith("--- "):
-            old = _path(line)
-        elif line.startswith("+++ "):
-            new = _path(line)
-        elif line.startswith(("GIT binary patch", "Binary files ")):
-            raise PatchError("binary changes cannot be applied")
-        place += 1
+    old, new, place = _header(lines, place)
     if old is None and new is None:
         return place  # a change of mode alone, or an empty file
     source = changes.get(old or "", files.get(old or ""))
@@ -68,6 +52,25 @@ def _file(lines: list[str], place: int, files: Mapping[str, bytes], changes: dic
     if new is not None:
         changes[new] = "\n".join(after).encode("utf-8", "surrogateescape")
     return place
+
+
+def _header(lines: list[str], place: int) -> tuple[str | None, str | None, int]:
+    """The old and the new path of a file, None where it is not there, and the line of its first hunk."""
+    old = new = None
+    first = place
+    while place < len(lines) and not lines[place].startswith("@@ "):
+        line = lines[place]
+        of_next = line.startswith("diff --git ") or (line.startswith("--- ") and new is not None)
+        if place > first and of_next:
+            break
+        if line.startswith(("rename from ", "--- ")):
+            old = _path(line) if line.startswith("-") else line.removeprefix("rename from ")
+        elif line.startswith(("rename to ", "+++ ")):
+            new = _path(line) if line.startswith("+") else line.removeprefix("rename to ")
+        elif line.startswith(("GIT binary patch", "Binary files ")):
+            raise PatchError("binary changes cannot be applied")
+        place += 1
+    return old, new, place
 
 
 def _hunk(

@@ -1,4 +1,4 @@
-"""Coding problems as records, and sets of them: our own, or a file in one of the formats that others publish."""
+"""Coding problems as records, and sets of them: our own, or a file in a format that others publish."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def load_problems(source: str, format: str) -> list[CodeProblem]:
         return list(_load(source, format, 0))
     path = Path(source).expanduser()
     if not path.is_file():
-        raise ConfigError(f"problems={source!r} is neither a file nor one of: {', '.join((*OWN, 'humaneval'))}")
+        raise ConfigError(
+            f"problems={source!r} is neither a file nor one of: {', '.join((*OWN, 'humaneval'))}"
+        )
     return list(_load(str(path), format, path.stat().st_mtime_ns))
 
 
@@ -72,9 +74,7 @@ def _load(source: str, format: str, version: int) -> tuple[CodeProblem, ...]:
     return tuple(formats.read_problems(Path(source), format))
 
 
-def released_between(
-    problems: list[CodeProblem], since: str | None, until: str | None
-) -> list[CodeProblem]:
+def released_between(problems: list[CodeProblem], since: str | None, until: str | None) -> list[CodeProblem]:
     """The problems that became public from `since` on and before `until` (ISO dates); all without either.
 
     Raises:

@@ -110,7 +110,9 @@ def swebench(row: dict[str, Any], folder: Path) -> RepositoryTask:
         row["problem_statement"],
         tests,
         snapshot=snapshot,
-        solution={path: None if text is None else text.decode("utf-8", "replace") for path, text in solution.items()},
+        solution={
+            path: None if text is None else text.decode("utf-8", "replace") for path, text in solution.items()
+        },
         image=row.get("image"),
         tags=(str(row["repo"]),),
         released=str(row["created_at"])[:10] if row.get("created_at") else None,

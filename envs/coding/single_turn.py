@@ -24,7 +24,7 @@ class CodeEnv(TextEnv):
     The reward is 1 if all tests pass, else 0. Components: `tests_passed` (their share) and `has_code`.
     """
 
-    kinds = ("function", "program")
+    kinds: tuple[str, ...] = ("function", "program")
     default_problems: ClassVar[str] = "functions"
     id: ClassVar[str] = "code_function"
 
@@ -36,8 +36,8 @@ class CodeEnv(TextEnv):
         until: str | None = None,
         sandbox: str = "bubblewrap",
     ) -> None:
-        """`problems`: a set of ours (`functions`, `contests`, `bugs`), `humaneval` (the installed package), or a
-        file, whose `format` is found out or named; `since`, `until`: a window of release dates.
+        """`problems`: a set of ours (`functions`, `contests`, `bugs`), `humaneval` (the installed package),
+        or a file, whose `format` is found out or named; `since`, `until`: a window of release dates.
 
         Raises:
             ConfigError: one line: no such file, format, row or date.
@@ -82,7 +82,7 @@ class CodeEnv(TextEnv):
         self._problem = of_data(task.data)
         return (Message("system", SYSTEM), Message("user", prompt(self._problem))), {"task": task}
 
-    async def step(self, action: str) -> StepResult:  # type: ignore[override]  # Gymnasium knows no asynchronous environments
+    async def step(self, action: str) -> StepResult:  # type: ignore[override]
         """Judge the code of the reply.
 
         Raises:
@@ -114,7 +114,9 @@ SYSTEM = "You are an expert Python programmer. Answer with one fenced block of P
 def prompt(problem: CodeProblem) -> str:
     """The question as the policy reads it."""
     if isinstance(problem.tests, ProgramTests):
-        return f"{problem.question}\n\nWrite a Python program that reads standard input and prints the answer."
+        return (
+            f"{problem.question}\n\nWrite a Python program that reads standard input and prints the answer."
+        )
     if problem.starter and problem.starter.strip() != problem.question.strip():
         return f"{problem.question}\n\nUse this:\n{fenced(problem.starter)}"
     if problem.starter:

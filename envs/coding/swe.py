@@ -44,8 +44,9 @@ print(json.dumps(found))
 class SweEnv(TextEnv):
     """An issue in a repository, a shell and file tools; hidden tests judge the change, in a fresh sandbox.
 
-    The reward is 1 if all fail-to-pass and pass-to-pass tests pass with the change that there is after `submit` (or
-    a turn without a tool call), else 0. Components: `tests_passed`, `changed_files`, `calls`, `bad_calls`.
+    The reward is 1 if all fail-to-pass and pass-to-pass tests pass with the change that there is after
+    `submit` (or a turn without a tool call), else 0. Components: `tests_passed`, `changed_files`, `calls`,
+    `bad_calls`.
     """
 
     kinds = ("swe",)
@@ -95,7 +96,7 @@ class SweEnv(TextEnv):
         ]
         return [*turns, spelled("submit")]
 
-    async def reset(  # type: ignore[override]  # Gymnasium knows no asynchronous environments
+    async def reset(  # type: ignore[override]
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> ResetResult:
         """Begin an episode in a sandbox of its own that holds the repository.
@@ -109,10 +110,12 @@ class SweEnv(TextEnv):
         self._repository = repository_of(self._task)
         backend = shared_judge(self.sandbox).backend
         self._workspace = await Workspace.open(backend, self._repository, self._task.image)
-        question = f"{self._task.issue}\n\nThe repository is in the working folder. Solve the issue, then submit."
+        question = (
+            f"{self._task.issue}\n\nThe repository is in the working folder. Solve the issue, then submit."
+        )
         return (Message("system", SYSTEM), Message("user", question)), {"task": task}
 
-    async def step(self, action: str) -> StepResult:  # type: ignore[override]  # Gymnasium knows no asynchronous environments
+    async def step(self, action: str) -> StepResult:  # type: ignore[override]
         """Do a tool call, or judge the change.
 
         Raises:
@@ -141,7 +144,7 @@ class SweEnv(TextEnv):
         info = {"reward_components": components, "detail": outcome.detail}
         return (), float(outcome.solved), True, False, info
 
-    async def close(self) -> None:  # type: ignore[override]  # Gymnasium knows no asynchronous environments
+    async def close(self) -> None:  # type: ignore[override]
         """End the episode's sandbox."""
         workspace, self._workspace = self._workspace, None
         if workspace is not None:

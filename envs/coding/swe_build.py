@@ -1,7 +1,7 @@
 """Repository tasks from the history of a git repository: commits that change code and tests together.
 
-A commit becomes a task if some of its tests fail on the code before it and pass on the code after it, both tried out in a
-sandbox. The issue is the commit's message: look at the messages before you train on them.
+A commit becomes a task if some of its tests fail on the code before it and pass on the code after it, both
+tried out in a sandbox. The issue is the commit's message: look at the messages before you train on them.
 """
 
 from __future__ import annotations
@@ -51,13 +51,17 @@ def commits(repository: Path, limit: int) -> Iterator[Commit]:
     Raises:
         ConfigError: it is no git repository.
     """
-    listed = git(repository, "log", "--no-merges", f"--max-count={limit}", "--format=%H%x00%P%x00%cs%x00%B%x01")
+    listed = git(
+        repository, "log", "--no-merges", f"--max-count={limit}", "--format=%H%x00%P%x00%cs%x00%B%x01"
+    )
     for entry in listed.decode("utf-8", "replace").split("\x01"):
         parts = entry.strip("\n").split("\x00")
         if len(parts) != 4 or not parts[1]:
             continue
         id, parent, date, message = parts
-        names = git(repository, "diff", "--no-renames", "--name-status", "-z", parent, id).decode("utf-8", "replace")
+        names = git(repository, "diff", "--no-renames", "--name-status", "-z", parent, id).decode(
+            "utf-8", "replace"
+        )
         fields = names.split("\x00")
         changes = {
             path: None if status == "D" else git(repository, "show", f"{id}:{path}")
@@ -77,7 +81,10 @@ async def task_of(backend: Backend, repository: Path, commit: Commit, seconds: f
     """
     try:
         texts = {path: content.decode("utf-8") for path, content in commit.tests.items()}
-        solution = {path: None if content is None else content.decode("utf-8") for path, content in commit.code.items()}
+        solution = {
+            path: None if content is None else content.decode("utf-8")
+            for path, content in commit.code.items()
+        }
     except UnicodeDecodeError:
         return "it changes what is no text"
     before = read_snapshot(f"{repository}@{commit.parent}")
@@ -123,7 +130,9 @@ async def build_here(
     try:
         backend = registry.create(sandbox)
         try:
-            return await build(backend, repository, out, limit=limit, seconds=seconds, say=say)
+            return await build(
+                backend, repository, out, limit=limit, seconds=seconds, say=say
+            )
         finally:
             await backend.close()
     except (ValueError, SandboxError, JudgeError) as error:
@@ -149,8 +158,8 @@ async def build(
         ConfigError: it is no git repository, or none of its commits makes a task.
     """
     rows = []
-    for commit in commits(repository.resolve(), limit):
-        made = await task_of(backend, repository.resolve(), commit, seconds)
+    for commit in commits(repository, limit):
+        made = await task_of(backend, repository, commit, seconds)
         title = commit.message.splitlines()[0] if commit.message else ""
         if isinstance(made, str):
             say(f"{commit.id[:10]} {title:.50}: no task, {made}")
@@ -159,12 +168,16 @@ async def build(
             f"{commit.id[:10]} {title:.50}: {len(made.tests.fail_to_pass)} tests to pass, "
             f"{len(made.tests.pass_to_pass)} to go on passing"
         )
-        rows.append(_stored(made, repository.resolve(), commit, out))
+        rows.append(_stored(made, repository, commit, out))
     if not rows:
         raise ConfigError(f"{repository}: none of its last {limit} commits makes a task")
+    _write(rows, out)
+    return len(rows)
+
+
+def _write(rows: list[RepositoryTask], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "tasks.jsonl").write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
-    return len(rows)
 
 
 def _stored(task: RepositoryTask, repository: Path, commit: Commit, out: Path) -> RepositoryTask:

@@ -22,7 +22,7 @@ RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 
 
 class ChatModel:
-    """Chat completions over HTTP, with retries of what may pass; the key is `$OPENAI_API_KEY`, where one is set."""
+    """Chat completions over HTTP, with retries of what may pass; the key, if any, is `$OPENAI_API_KEY`."""
 
     def __init__(
         self,
@@ -65,9 +65,13 @@ class ChatModel:
             answer = await self._client.get("models")
             names = [str(model["id"]) for model in answer.raise_for_status().json()["data"]]
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"model={self._url}: no list of models there ({error!r}); name=NAME gives one") from error
+            raise ConfigError(
+                f"model={self._url}: no list of models there ({error!r}); name=NAME gives one"
+            ) from error
         if len(names) != 1:
-            raise ConfigError(f"model={self._url} serves {', '.join(names) or 'nothing'}; choose with name=NAME")
+            raise ConfigError(
+                f"model={self._url} serves {', '.join(names) or 'nothing'}; choose with name=NAME"
+            )
         self._name = names[0]
         if self.identity is not None and self.identity.endswith(" "):
             self.identity += self._name
@@ -91,11 +95,16 @@ class ChatModel:
             truncated = choice.get("finish_reason") == "length"
             spent = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise RunError(f"model={self._url} answered with no chat completion: {str(answer)[:200]}") from error
+            raise RunError(
+                f"model={self._url} answered with no chat completion: {str(answer)[:200]}"
+            ) from error
         return Reply(text, *spent, truncated)
 
     def _spelled(self, message: Message) -> dict[str, str]:
-        return {"role": self._tool_role if message.role == "tool" else message.role, "content": message.content}
+        return {
+            "role": self._tool_role if message.role == "tool" else message.role,
+            "content": message.content,
+        }
 
     async def _post(self, body: dict[str, Any]) -> dict[str, Any]:
         problem = ""

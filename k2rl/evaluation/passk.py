@@ -1,4 +1,4 @@
-"""pass@k without bias, and means over samples of tasks, with intervals that know that samples of a task agree."""
+"""pass@k without bias, and means over samples of tasks, with intervals over tasks."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Policy(Protocol):
 class Scripted:
     """A baseline: turns that are known beforehand."""
 
-    identity = None
+    identity: str | None = None
 
     async def turn(
         self, task: Task, messages: Sequence[Message], number: int, sample: int, env: TextEnv

@@ -51,7 +51,9 @@ def run(words: Sequence[str]) -> str:
     scripted = _scripted(options)
     use_cache = options.cache == "on" or (options.cache == "auto" and scripted is None)
     folder = _folder(options)
-    results = asyncio.run(_evaluate(options, suite, scripted, EpisodeCache(CACHE) if use_cache else None, folder))
+    results = asyncio.run(
+        _evaluate(options, suite, scripted, EpisodeCache(CACHE) if use_cache else None, folder)
+    )
     if results.overall.average is None:
         reasons = "; ".join(results.failures) or results.stopped_by or "there were none"
         raise RunError(f"no episode was scored: {reasons}")
@@ -128,7 +130,9 @@ def as_text(results: SuiteResults, folder: Path) -> str:
         lines.append(f"  … {len(results.per_tag) - MOST_TAGS} more tags in {suite_results.RESULTS}")
     lines += [f"  failed, {count} times: {reason}" for reason, count in results.failures.items()]
     tokens = f"{results.prompt_tokens:,} prompt and {results.completion_tokens:,} sampled tokens, "
-    lines.append(f"  {tokens if results.completion_tokens else ''}{results.seconds:.1f} s, {results.reused} reused")
+    lines.append(
+        f"  {tokens if results.completion_tokens else ''}{results.seconds:.1f} s, {results.reused} reused"
+    )
     lines.append(f"  report: {folder / 'report.html'}")
     lines.append(f"{results.suite} {results.model}: {results.fraction}")
     return "\n".join(lines)
@@ -136,7 +140,8 @@ def as_text(results: SuiteResults, folder: Path) -> str:
 
 def _row(name: str, score: Score, ks: Sequence[int]) -> str:
     if score.average is None:
-        return f"  {name:<24.24}{score.tasks:>6}{'-':>9}  {'':<13}  {''.join(' ' * 9 for _ in ks)}{score.failed:>8}"
+        blank = " " * (14 + 1 + 9 * len(ks))
+        return f"  {name:<24.24}{score.tasks:>6}{'-':>9}{blank}  {score.failed:>8}"
     low, high = score.average.ci95
     passes = "".join(f"{score.pass_at[k].mean:>9.3f}" if k in score.pass_at else f"{'-':>9}" for k in ks)
     interval = f"{low:.3f} to {high:.3f}"

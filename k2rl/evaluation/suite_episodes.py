@@ -160,7 +160,7 @@ class EpisodeCache:
 
 
 def cache_key(suite: Suite, task: Task, sample: int, identity: str, sampling: Sequence[object]) -> str:
-    """Of everything that decides what an episode comes to: task, model, sampling, and the code that judges."""
+    """Of all that decides what an episode comes to: task, model, sampling, and the code that judges."""
     parts = (FORMAT, code_digest(), task, suite.max_turns, sample, identity, list(sampling))
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
 

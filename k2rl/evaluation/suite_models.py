@@ -49,7 +49,7 @@ async def open_model(options: SuiteOptions, folder: Path) -> ChatModel:
 
 
 class ServedModel(ChatModel):
-    """A checkpoint, and the vLLM server that was started for it; it ends with `close()` or with this process."""
+    """A checkpoint, and the vLLM server that was started for it; it ends with `close()` or this process."""
 
     _server: asyncio.subprocess.Process
 

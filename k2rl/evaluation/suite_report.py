@@ -80,7 +80,9 @@ def _shown(record: EpisodeRecord) -> Shown:
 
 def _chart(results: SuiteResults) -> str:
     rows = [
-        charts.IntervalRow(name, f"n = {score.tasks}", score.average, "c-after" if name == "all" else "c-train")
+        charts.IntervalRow(
+            name, f"n = {score.tasks}", score.average, "c-after" if name == "all" else "c-train"
+        )
         for name, score in [("all", results.overall), *list(results.per_tag.items())[:TAGS]]
         if score.average is not None
     ]

@@ -105,6 +105,8 @@ def load(folder: Path) -> tuple[SuiteResults, list[EpisodeRecord]]:
         lines = (folder / EPISODES).read_bytes().splitlines()
         return results, [msgspec.json.decode(line, type=EpisodeRecord) for line in lines]
     except OSError as error:
-        raise ConfigError(f"{folder} is not the folder of an evaluation of a suite: {error.strerror}") from error
+        raise ConfigError(
+            f"{folder} is not the folder of an evaluation of a suite: {error.strerror}"
+        ) from error
     except msgspec.DecodeError as error:
         raise ConfigError(f"{folder} holds a damaged evaluation: {error}") from error

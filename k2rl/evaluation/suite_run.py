@@ -110,5 +110,7 @@ class SuiteRun:
             completion_tokens=sum(record.completion_tokens for record in records),
             seconds=round(time.monotonic() - self._clock, 3),
             reused=self._reused,
-            failures=dict(Counter(record.failure[:200] for record in records if record.failure).most_common(10)),
+            failures=dict(
+                Counter(record.failure[:200] for record in records if record.failure).most_common(10)
+            ),
         )

@@ -85,10 +85,16 @@ SUITES = {
         max_turns=12,
     ),
     "swe": SuiteKind(
-        "repository tasks: our own, or a file of ours", "swe", _tasks_file("own"), max_turns=40, takes=("path",)
+        "repository tasks: our own, or a file of ours",
+        "swe",
+        _tasks_file("own"),
+        max_turns=40,
+        takes=("path",),
     ),
     "mbpp": SuiteKind("MBPP rows", "code_function", _code(format="mbpp"), needs=("path",)),
-    "evalplus": SuiteKind("HumanEval+ or MBPP+ rows", "code_function", _code(format="evalplus"), needs=("path",)),
+    "evalplus": SuiteKind(
+        "HumanEval+ or MBPP+ rows", "code_function", _code(format="evalplus"), needs=("path",)
+    ),
     "livecodebench": SuiteKind(
         "LiveCodeBench rows",
         "code_contest",
@@ -129,7 +135,12 @@ def load_suite(options: SuiteOptions) -> Suite:
     kind = SUITES.get(options.suite)
     if kind is None:
         raise ConfigError(f"suite={options.suite} is not one of: {', '.join(SUITES)}")
-    given = {"path": options.path, "since": options.since, "until": options.until, "datasets": options.datasets}
+    given = {
+        "path": options.path,
+        "since": options.since,
+        "until": options.until,
+        "datasets": options.datasets,
+    }
     given["format"] = "" if options.format == "auto" else options.format
     for key, value in given.items():
         if value and key not in (*kind.takes, *kind.needs):

@@ -1,4 +1,4 @@
-"""vLLM's OpenAI-compatible server, which ends with all its processes when the process that started it does."""
+"""vLLM's OpenAI-compatible server, which ends with the process that started it."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
-"""Runs inside a sandbox, as a program of its own: does operations on a candidate's module, says what came of them.
+"""Runs inside a sandbox, as a program of its own: does operations on a candidate's module, says what came of
+them.
 
 The candidate shares this process and may do with it what it likes: the answers say what it wants them to
 say. They are plain values or errors, no verdicts, and what the right ones are is not known here.
 
 A request is `{"code", "module", "tests": [[operation, …], …]}`; each test gets the module anew. An operation
-is `[name, handle, argument, …]`, with arguments spelled as in `values`; handle 0 is the module. The answers are
-lines: `["v", value]`, `["e", [names of built-in exceptions, the nearest first], message]`, and `["t"]` before
-each test's.
+is `[name, handle, argument, …]`, with arguments spelled as in `values`; handle 0 is the module. The answers
+are lines: `["v", value]`, `["e", [names of built-in exceptions, the nearest first], message]`, and `["t"]`
+before each test's.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import sys
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from rubrics.code.values import UnplainError, decode, encode
@@ -83,7 +85,9 @@ def attempt(work: Callable[[], Any]) -> list[Any]:
         return ["v", work()]
     # Whatever a candidate raises, SystemExit too, is its answer.
     except BaseException as error:  # noqa: BLE001
-        names = [kind.__name__ for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind]
+        names = [
+            kind.__name__ for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind
+        ]
         if isinstance(error, UnplainError):
             names = ["TypeError", "Exception"]
         return ["e", names, _message(error)]
@@ -94,6 +98,10 @@ def _message(error: BaseException) -> str:
         return f"{type(error).__name__}: {error}"[:500]
     except BaseException:  # noqa: BLE001
         return type(error).__name__
+
+
+def _load(held: list[Module], request: dict[str, Any]) -> None:
+    held.append(Module(request["code"], request["module"]))
 
 
 def main(request: dict[str, Any]) -> None:
@@ -108,12 +116,9 @@ def main(request: dict[str, Any]) -> None:
 
         for operations in request["tests"]:
             answer(["t"])
-            loaded: list[Module] = []
-            failure = attempt(lambda held=loaded: held.append(Module(request["code"], request["module"])))  # type: ignore[misc]
+            held: list[Module] = []
+            failure = attempt(partial(_load, held, request))
             for operation in operations:
-                if loaded:
-                    answer(attempt(lambda held=loaded, asked=operation: held[0].do(asked)))  # type: ignore[misc]
-                else:
-                    answer(failure)
+                answer(attempt(partial(held[0].do, operation)) if held else failure)
         # No clean-up that a candidate could have put in the way: `atexit`, threads, finalisers.
         os._exit(0)

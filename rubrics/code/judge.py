@@ -1,14 +1,13 @@
 """The code judge: whether a candidate solves a problem.
 
-The candidate runs in a sandbox, and says there what its functions returned or its program printed. What the right
-answers are is known in another place: this process, for values and text, or a sandbox that the candidate never
-enters, for tests that are code. So it can gain nothing by ending early, by patching what it finds, by printing
-what a harness would print, or by objects that say that they equal everything.
+The candidate runs in a sandbox, and says there what its functions returned or its program printed. What the
+right answers are is known in another place: this process, for values and text, or a sandbox that the
+candidate never enters, for tests that are code. So it can gain nothing by ending early, by patching what it
+finds, by printing what a harness would print, or by objects that say that they equal everything.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 from collections import OrderedDict
@@ -116,7 +115,11 @@ class CodeJudge:
             )
             problem = "" if ran.ok else ending(ran)
             if not problem and tests.checker is not None:
-                problem = "" if await self._checked(tests.checker, case.stdin, case.expected, ran) else "not accepted"
+                problem = (
+                    ""
+                    if await self._checked(tests.checker, case.stdin, case.expected, ran)
+                    else "not accepted"
+                )
             elif not problem:
                 problem = text.difference(case.expected, ran.stdout, tests.whitespace, tests.tolerance)
             if problem:

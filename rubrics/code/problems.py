@@ -1,4 +1,4 @@
-"""What code is judged by: the kinds of tests that a problem may have, as records that travel in `Task.data`."""
+"""What code is judged by: the kinds of tests that a problem may have, as records."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import msgspec
 
 
 class CallCase(msgspec.Struct, frozen=True):
-    """One call, as typed plain values (`rubrics.code.values`): a list of arguments, and what must come of it."""
+    """One call, as typed plain values (`rubrics.code.values`): arguments, and what must come of it."""
 
     args: Any
     expected: Any
@@ -29,11 +29,12 @@ class FunctionTests(msgspec.Struct, frozen=True, tag="function"):
 
 
 class AssertTests(msgspec.Struct, frozen=True, tag="asserts"):
-    """Test code that imports the candidate, calls it and asserts: a `check(candidate)`, test functions or TestCases.
+    """Test code that imports the candidate, calls it and asserts: a `check(candidate)`, test functions or
+    TestCases.
 
-    The tests run in another sandbox than the candidate, which they see as `module`; `entry_point`, if there is
-    one, is bound as `candidate` and by its name. `reference` is a solution that passes: it saves round trips,
-    and a problem whose reference fails is a fault and never a score.
+    The tests run in another sandbox than the candidate, which they see as `module`; `entry_point`, if there
+    is one, is bound as `candidate` and by its name. `reference` is a solution that passes: it saves round
+    trips, and a problem whose reference fails is a fault and never a score.
     """
 
     source: str
@@ -57,7 +58,8 @@ class ProgramTests(msgspec.Struct, frozen=True, tag="program"):
     #: `tokens`: white space only separates; `lines`: trailing white space and blank lines at the end don't
     #: count; `exact`: every byte does.
     whitespace: str = "tokens"
-    #: Python source that defines `check(stdin, expected, output) -> bool`, for problems with many right answers.
+    #: Python source that defines `check(stdin, expected, output) -> bool`, for problems with many right
+    #: answers.
     checker: str | None = None
     #: Seconds of CPU time for each case.
     seconds: float = 10.0

@@ -1,7 +1,7 @@
 """Repository tasks: a change of a repository, judged by tests that its author has not seen.
 
-The tests run in a fresh sandbox, on the repository as it was with the change applied. Files that belong to the tests or
-decide how they run are those of the task, whatever the change does to them.
+The tests run in a fresh sandbox, on the repository as it was with the change applied. Files that belong to
+the tests or decide how they run are those of the task, whatever the change does to them.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Runs inside a fresh sandbox: a repository's tests, under pytest, with what happened to each test by its id.
 
-Tests and code under test share this process, so the code could do anything to what it finds here. What can be done
-about it: pytest comes from outside and its plugins, `sitecustomize` and the cache are left out; the outcome leaves by
-a descriptor that is nobody's stdout, once, with a token; a process that ends early has no outcome; control tests that
-must fail run last, and a harness in which they pass was tampered with; and what `==` says is checked with a value
-that is surely another one.
+Tests and code under test share this process, so the code could do anything to what it finds here. What can be
+done about it: pytest comes from outside and its plugins, `sitecustomize` and the cache are left out; the
+outcome leaves by a descriptor that is nobody's stdout, once, with a token; a process that ends early has no
+outcome; control tests that must fail run last, and a harness in which they pass was tampered with; and what
+`==` says is checked with a value that is surely another one.
 """
 
 from __future__ import annotations
@@ -95,12 +95,12 @@ class Recorder:
 
 
 def main(request: dict[str, Any]) -> None:
-    """Run the tests; the answer is `{"token", "outcomes", "details"}` on standard output, and nothing else is."""
+    """Run the tests; `{"token", "outcomes", "details"}` is all that comes on standard output."""
     answers = os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1):
         os.dup2(nowhere, descriptor)
-    token, home = request["token"], os.getcwd()
+    token, home = request["token"], os.getcwd()  # noqa: PTH109
     # Behind the standard library and pytest: no file of the repository is taken for theirs.
     sys.path.append(request["libraries"])
     import pytest

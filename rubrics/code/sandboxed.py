@@ -18,7 +18,18 @@ WALL_FACTOR = 4.0
 """Seconds of real time for a second of CPU time: other work on the machine must not turn right into wrong."""
 
 _PRELOAD = (
-    *("bisect", "collections", "copy", "functools", "heapq", "itertools", "json", "math", "operator", "random"),
+    *(
+        "bisect",
+        "collections",
+        "copy",
+        "functools",
+        "heapq",
+        "itertools",
+        "json",
+        "math",
+        "operator",
+        "random",
+    ),
     *("re", "resource", "string", "typing", "unittest"),
 )
 
@@ -39,7 +50,8 @@ def module_source(name: str) -> str:
 
 
 def packed(main: str, request: dict[str, Any], seconds: float) -> str:
-    """A program that runs `main(request)` of one of the modules `candidate` and `tester`, with all they import.
+    """A program that runs `main(request)` of one of the modules `candidate` and `tester`, with all they
+    import.
 
     The request is part of the text: a candidate that reads stdin finds nothing there.
     """

@@ -6,9 +6,9 @@ as `pending` with the question that is open. So tests and candidate are never in
 that a test compares has a method that the candidate wrote.
 
 With a `reference` the same questions are put to the problem's own solution, here, which tells beforehand what
-the candidate will be asked; only as far as the questions do not depend on the answers, or the candidate could read
-a right answer from the next question. A request is `{"source", "module", "entry_point", "reference", "transcripts"}`;
-the answer a line of JSON: `[{"name", "status", "detail", "asked"}, …]`, a test each.
+the candidate will be asked; only as far as the questions do not depend on the answers, or the candidate could
+read a right answer from the next question. A request is `{"source", "module", "entry_point", "reference",
+"transcripts"}`; the answer a line of JSON: `[{"name", "status", "detail", "asked"}, …]`, a test each.
 """
 
 from __future__ import annotations
@@ -165,7 +165,11 @@ def _exception(names: Any, message: Any) -> Exception:
         kind = getattr(builtins, name, None) if isinstance(name, str) else None
         if isinstance(kind, type) and issubclass(kind, Exception):
             # Some exceptions want other arguments than a message.
-            return kind(str(message)) if kind not in (UnicodeDecodeError, UnicodeEncodeError) else ValueError(message)
+            return (
+                kind(str(message))
+                if kind not in (UnicodeDecodeError, UnicodeEncodeError)
+                else ValueError(message)
+            )
     return RuntimeError(str(message))
 
 
@@ -236,7 +240,7 @@ def _changed(spelled: Any) -> Any:
     return spelled
 
 
-def tests_of(request: dict[str, Any], link: Link, asserts: bool = True) -> dict[str, Callable[[], None]]:
+def found_tests(request: dict[str, Any], link: Link, asserts: bool = True) -> dict[str, Callable[[], None]]:
     """The tests of the source by name, with the candidate's module in place."""
     view = _ModuleView(request["module"], link.remote(0))
     sys.modules[request["module"]] = view
@@ -279,11 +283,15 @@ def _run_case(case: unittest.TestCase) -> None:
         raise AssertionError(text.strip().splitlines()[-1])
 
 
+def _nothing(value: object) -> None:
+    """What a test returns is of no interest, and need not be plain."""
+
+
 def run_test(request: dict[str, Any], name: str, ask: Ask) -> dict[str, Any]:
     """One test's status: `passed`, `failed` with the detail, or `pending`."""
     link = Link(ask)
     random.seed(0)
-    kind, *content = attempt(lambda: tests_of(request, link)[name]() and None)
+    kind, *content = attempt(lambda: _nothing(found_tests(request, link)[name]()))
     status = "pending" if link.pending else "passed" if kind == "v" else "failed"
     detail = "" if kind == "v" else content[1]
     return {"name": name, "status": status, "detail": detail, "asked": link.asked}
@@ -297,7 +305,7 @@ def questions_whatever_the_answers(request: dict[str, Any], name: str) -> list[l
     signal.signal(signal.SIGALRM, _stop)
     signal.setitimer(signal.ITIMER_REAL, CHANGED_RUN_S)
     try:
-        attempt(lambda: tests_of(request, link, asserts=False)[name]() and None)
+        attempt(lambda: _nothing(found_tests(request, link, asserts=False)[name]()))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     return link.asked
@@ -324,7 +332,7 @@ def main(request: dict[str, Any]) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     outcomes = []
-    for index, name in enumerate(tests_of(request, Link(anything))):
+    for index, name in enumerate(found_tests(request, Link(anything))):
         if request["reference"] is not None:
             outcomes.append(predicted(request, name))
         else:

@@ -87,6 +87,9 @@ class _Encoder:
             # In one order whatever the process's hash seed, so that equal sets have equal texts.
             items = [self.encode(item, depth + 1) for item in value]
             return {"s" if kind is set else "z": sorted(items, key=json.dumps)}
+        return self._other(value, kind, depth)
+
+    def _other(self, value: Any, kind: type, depth: int) -> Any:
         # Subclasses of the standard library that equal the dict they are.
         if kind in (dict, collections.Counter, collections.OrderedDict, collections.defaultdict):
             pairs = dict.items(value)
