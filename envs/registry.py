@@ -14,7 +14,13 @@ _REGISTRY: Registry[TextEnv] = Registry(
     noun="environment",
     base=TextEnv,
     group="k2rl.envs",
-    builtin={"calculator": "envs.calculator:CalculatorEnv"},
+    builtin={
+        "calculator": "envs.calculator:CalculatorEnv",
+        "code_contest": "envs.coding.single_turn:ContestEnv",
+        "code_debug": "envs.coding.debugging:DebugEnv",
+        "code_function": "envs.coding.single_turn:CodeEnv",
+        "swe": "envs.coding.swe:SweEnv",
+    },
     listing="`k2rl envs list` shows all",
 )
 

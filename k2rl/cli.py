@@ -46,12 +46,20 @@ EVAL = """\
 Measure a model on an environment's held-out tasks, one greedy episode a task.
 Prints the mean reward with its 95 % interval; the episodes themselves are in
 outputs/eval/<time>/evaluations/eval.json.
+
+With suite=NAME, measure any model on a suite of tasks (docs/evaluation.md):
+model= is a checkpoint, an OpenAI-compatible http://…/v1, or a baseline that
+proves the suite: gold, null, cheat:NAME. The same command, given again, goes
+on where it was stopped. `k2rl eval compare FOLDER FOLDER` sets two side by side.
 """
 
 EVAL_EXAMPLES = """
 examples:
   k2rl eval model.path=outputs/quickstart/2026-01-31_12-00-00/model
   k2rl eval model.path=HuggingFaceTB/SmolLM2-360M-Instruct env.eval_tasks=32
+  k2rl eval suite=humaneval model=gold
+  k2rl eval suite=humaneval model=http://127.0.0.1:8000/v1 samples=10 k=1,10 temperature=0.8
+  k2rl eval compare outputs/eval/humaneval/FIRST outputs/eval/humaneval/SECOND
 """
 
 PLAN = """\
@@ -181,6 +189,16 @@ def _parser() -> argparse.ArgumentParser:
     sandbox = commands.add_parser("sandbox", help="where code that nobody trusts runs")
     sandbox_commands.add_to(sandbox.add_subparsers(required=True, metavar="ACTION", title="actions"))
 
+    swe = commands.add_parser("swe", help="repository tasks: `k2rl swe build REPOSITORY FOLDER`")
+    builders = swe.add_subparsers(required=True, metavar="ACTION", title="actions")
+    build = builders.add_parser("build", help="make tasks of the commits of a local git repository")
+    build.add_argument("repository", type=Path, metavar="REPOSITORY", help="a git repository")
+    build.add_argument("out", type=Path, metavar="FOLDER", help="where tasks.jsonl goes")
+    build.add_argument("--limit", type=int, default=50, help="commits that are looked at, newest first (50)")
+    build.add_argument("--seconds", type=float, default=60.0, help="of CPU time for a commit's tests (60)")
+    build.add_argument("--sandbox", default="bubblewrap", help="where tests are tried out (bubblewrap)")
+    build.set_defaults(run=_build_tasks)
+
     report = commands.add_parser("report", help="write report.html of a run anew, finished or not")
     report.add_argument("run_dir", type=Path, metavar="RUN_FOLDER", help="such as outputs/quickstart/<time>")
     report.set_defaults(run=_report)
@@ -215,10 +233,18 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    words = arguments.overrides
+    if words[:1] == ["compare"] or any(word.startswith("suite=") for word in words):
+        _require("eval", ("httpx", "jinja2", "numpy"))
+        from k2rl.evaluation import suite_command
+
+        compares = words[0] == "compare"
+        print(suite_command.compare(words[1:]) if compares else suite_command.run(words))
+        return 0
     _require("eval", PLATFORM)
     from k2rl import commands
 
-    return commands.evaluate(arguments.overrides)
+    return commands.evaluate(words)
 
 
 def _plan_keys() -> str:
@@ -252,6 +278,28 @@ def _list_environments(arguments: argparse.Namespace) -> int:
 
     for id, description in envs.registry.available().items():
         print(f"{id:<20} {description}")
+    return 0
+
+
+def _build_tasks(arguments: argparse.Namespace) -> int:
+    import asyncio
+
+    from envs.coding.swe_build import build_here
+
+    if arguments.limit < 1 or not arguments.seconds > 0:
+        raise ConfigError("--limit and --seconds must be above 0")
+    made = asyncio.run(
+        build_here(
+            arguments.repository.resolve(),
+            arguments.out,
+            sandbox=arguments.sandbox,
+            limit=arguments.limit,
+            seconds=arguments.seconds,
+            say=print,
+        )
+    )
+    tasks = arguments.out / "tasks.jsonl"
+    print(f"{made} tasks: {tasks}; prove them: k2rl eval suite=swe path={tasks} model=gold")
     return 0
 
 

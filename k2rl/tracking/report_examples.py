@@ -81,7 +81,7 @@ def build_examples(results: Sequence[tuple[str, str, EvaluationResult]], count: 
     openings = {tuple(_opening(sides[0][2])) for sides in chosen}
     system = next(iter(openings)) if len(openings) == 1 else ()
     return Examples(
-        system=tuple(_bubble(message) for message in system),
+        system=tuple(bubble(message) for message in system),
         shown=tuple(_example(sides, outcomes[sides[0][2].task.id], len(system)) for sides in chosen),
         tally=dict(Counter(outcomes.values())) if len(results) == 2 else {},
         kept=len(complete),
@@ -109,7 +109,7 @@ def _example(sides: Sequence[tuple[str, str, Trajectory]], outcome: str, skip: i
         task=first.task.id,
         kind=first.task.kind,
         outcome=outcome if len(sides) > 1 else "",
-        prompt=tuple(_bubble(message) for message in first.messages[skip:shared]),
+        prompt=tuple(bubble(message) for message in first.messages[skip:shared]),
         sides=tuple(_side(label, color, trajectory, shared) for label, color, trajectory in sides),
     )
 
@@ -137,11 +137,12 @@ def _side(label: str, color: str, trajectory: Trajectory, skip: int) -> Side:
         good=scored and trajectory.reward > 0,
         stop=trajectory.stop_reason.replace("_", " "),
         tokens=trajectory.num_sampled,
-        bubbles=tuple(_bubble(message) for message in trajectory.messages[skip:]),
+        bubbles=tuple(bubble(message) for message in trajectory.messages[skip:]),
     )
 
 
-def _bubble(message: Message) -> Bubble:
+def bubble(message: Message) -> Bubble:
+    """A message, ready to show."""
     calls = tuple(format_call(call.name, call.arguments) for call in message.tool_calls)
     omitted = max(0, len(message.content) - MAX_CHARS)
     return Bubble(message.role, message.content[:MAX_CHARS], calls, omitted)

@@ -1,0 +1,1 @@
+"""Coding: functions, contests, bugs and repositories, judged in sandboxes."""

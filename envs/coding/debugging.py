@@ -1,0 +1,105 @@
+"""Find and mend a bug: write, run, read the error, try again."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from gymnasium.error import ResetNeeded
+
+from envs.base import ResetResult, StepResult
+from envs.coding.judging import shared_judge
+from envs.coding.problems import CodeProblem, as_data, of_data
+from envs.coding.single_turn import CodeEnv
+from envs.coding.tools import USAGE, Workspace, call_of, spelled
+from k2rl.types import Message, Split, Task
+from sandboxes.errors import SandboxFileError
+
+FILE, TEST = "solution.py", "test_solution.py"
+SYSTEM = f"You are an expert Python programmer who mends bugs.\n{USAGE}"
+
+
+class DebugEnv(CodeEnv):
+    """A file with a bug, a test that shows it, a shell and file tools; hidden tests judge the file in the
+    end.
+
+    The reward is 1 if all hidden tests pass after `submit` (or a turn without a tool call), else 0.
+    Components: `tests_passed` (their share), `calls` and `bad_calls`.
+    """
+
+    kinds = ("debug",)
+    default_problems: ClassVar[str] = "bugs"
+    id: ClassVar[str] = "code_debug"
+
+    def __init__(
+        self, problems: str | None = None, format: str = "auto", sandbox: str = "bubblewrap"
+    ) -> None:
+        """`problems`: our own set (`bugs`), or a file; each has a `starter` with the bug and may have a
+        `visible` test.
+
+        Raises:
+            ConfigError: one line: no such file, format or row.
+        """
+        super().__init__(problems, format, sandbox=sandbox)
+        self._workspace: Workspace | None = None
+
+    def task_of(self, problem: CodeProblem, split: Split, id: str, seed: int) -> Task:
+        return Task(id=id, env=self.id, kind="debug", split=split, seed=seed, data=as_data(problem))
+
+    def demonstration(self, task: Task) -> list[str] | None:
+        problem = of_data(task.data)
+        if problem.solution is None:
+            return None
+        look = [spelled("shell", command=f"python3 {TEST}")] if problem.visible else []
+        return [*look, spelled("write_file", path=FILE, content=problem.solution), spelled("submit")]
+
+    async def reset(  # type: ignore[override]
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> ResetResult:
+        """Begin an episode in a sandbox of its own.
+
+        Raises:
+            SandboxError: it could not be opened.
+        """
+        task = self.start_episode(seed, options)
+        await self.close()
+        self._problem = problem = of_data(task.data)
+        files = {FILE: problem.starter.encode()}
+        question = f"{problem.question}\n\nThe code is in {FILE}."
+        if problem.visible:
+            files[TEST] = f"from solution import *\n\n{problem.visible}print('passed')\n".encode()
+            question += f" `python3 {TEST}` shows the bug."
+        self._workspace = await Workspace.open(shared_judge(self.sandbox).backend, files)
+        return (Message("system", SYSTEM), Message("user", question)), {"task": task}
+
+    async def step(self, action: str) -> StepResult:  # type: ignore[override]
+        """Do a tool call, or judge the file.
+
+        Raises:
+            gymnasium.error.ResetNeeded: if no episode is running.
+            JudgeError, SandboxError: the judge or the sandbox failed; there is no reward.
+        """
+        if self._workspace is None or self._problem is None:
+            raise ResetNeeded("the episode is over or was never begun: call reset()")
+        call = call_of(action)
+        if call is not None and (call.problem or call.name != "submit"):
+            answer = await self._workspace.do(call)
+            components = {"calls": 1.0, "bad_calls": float(bool(call.problem))}
+            return (Message("tool", answer),), 0.0, False, False, {"reward_components": components}
+        problem, workspace = self._problem, self._workspace
+        self._problem = None
+        await workspace.end_processes()
+        try:
+            code = (await workspace.sandbox.read_file(FILE)).decode("utf-8", "replace")
+        except SandboxFileError:
+            code = ""
+        await self.close()
+        outcome = await shared_judge(self.sandbox).judge(problem.tests, code)
+        components = {"tests_passed": outcome.passed / outcome.total}
+        info = {"reward_components": components, "detail": outcome.detail}
+        return (), float(outcome.solved), True, False, info
+
+    async def close(self) -> None:  # type: ignore[override]
+        """End the episode's sandbox."""
+        workspace, self._workspace = self._workspace, None
+        if workspace is not None:
+            await workspace.close()
