@@ -1,4 +1,4 @@
-"""`k2rl sandbox serve` and `k2rl sandbox image`."""
+"""`k2rl sandbox doctor`, `k2rl sandbox serve` and `k2rl sandbox image`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ not made again. Any image with Python 3.9 or newer will do.
 
 
 def add_to(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the two commands to those of `k2rl sandbox`."""
+    """Add them to the actions of `k2rl sandbox`."""
+    doctor = actions.add_parser("doctor", help="what this machine can do, and how to get more")
+    doctor.set_defaults(run=_doctor)
+
     plain = argparse.RawDescriptionHelpFormatter
     serve = actions.add_parser(
         "serve", help="lend sandboxes to other machines", description=SERVE, formatter_class=plain
@@ -62,6 +65,14 @@ def add_to(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     image.add_argument("--name", help="what to call it (needed with --dockerfile and --root)")
     image.add_argument("--mirror", help="Debian's mirror for the default image")
     image.set_defaults(run=_image)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from sandboxes.doctor import report
+
+    text, works = report()
+    print(text)
+    return 0 if works else 1
 
 
 def _serve(arguments: argparse.Namespace) -> int:
