@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -152,7 +153,7 @@ def _newest_sound(run_dir: Path) -> int | None:
 
 async def _execute(prepared: Preflight, run_dir: Path, record: Callable[[], None]) -> None:
     """The run, with a new start of its workers whenever one of them is lost, as often as that is allowed."""
-    step = resume_step(prepared)
+    step, record = resume_step(prepared), _once(record)
     if step is None:
         record()
     limit = prepared.config.recovery.max_restarts
@@ -190,15 +191,20 @@ async def _attempt(
             run.tracker.note(f"{folder.name} is damaged and was set aside; going on from step {step}")
         if restart:
             run.tracker.note(f"{restart}; going on from {'the start' if step is None else f'step {step}'}")
-            record = _nothing
-        await carry_out(run, step, record)
+        await carry_out(run, step, record, recovery)
 
 
-async def carry_out(run: Run, resume_step: int | None, record: Callable[[], None]) -> None:
+async def carry_out(
+    run: Run, resume_step: int | None, record: Callable[[], None], recovery: Recovery
+) -> None:
     """All the work of a started run, under watch; whatever ends it early, its finished steps are saved."""
     work = asyncio.ensure_future(_work(run, resume_step, record))
     try:
         await _supervise(run, work)
+    except WorkerLostError:
+        if recovery.left == 0:
+            await _salvage(run)
+        raise
     except Exception:
         await _salvage(run)
         raise
@@ -369,8 +375,9 @@ async def _warm_start(run: Run) -> None:
     await worker.reset_optimizer(run.config.optimizer.lr)
 
 
-def _nothing() -> None:
-    """What a start that is not the first has to write down of the run's configuration."""
+def _once(action: Callable[[], None]) -> Callable[[], None]:
+    """Does it when it is called for the first time."""
+    return functools.cache(action)
 
 
 @contextmanager

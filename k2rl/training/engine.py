@@ -18,9 +18,12 @@ from k2rl.config import ObjectiveConfig, OptimizerConfig
 from k2rl.diagnosis.activity import TRAINER
 from k2rl.errors import ConfigError, RunError
 from k2rl.models.hub import shapes_fingerprint
+from k2rl.models.logit_probe import LogitProbe
 from k2rl.objective.losses import build_policy_loss
 from k2rl.objective.mismatch import Mismatch
-from k2rl.optim.muon import build_optimizer
+from k2rl.optim.muon import MuonAdamW, build_optimizer
+from k2rl.optim.qk_clip import QKClip
+from k2rl.optim.qk_rules import head_rows
 from k2rl.training.batch import BatchTotals, SupervisedSequence, TrainSequence
 from k2rl.training.checkpoint import FORMAT, About, read_about
 from k2rl.training.export import export
@@ -107,18 +110,34 @@ class TrainEngine:
         else:
             self._model = load_causal_lm(self._path, self._device)
             dtype = torch.float32
-        self._passes = Passes(self._model, self._group, self._device, micro_batch_tokens)
+        self._probe = self._make_probe()
+        self._passes = Passes(self._model, self._group, self._device, micro_batch_tokens, self._probe)
         self._group.agreed(lambda: check_packing(self._model, self._path, dtype, self._passes.score))
         self._passes.let_go()
         if activation_checkpointing:
             checkpoint_activations(self._model)
         self._weights = MasterWeights(self._model, self._dtype, self._group, keep_gradients)
         self._model.config.dtype = self._dtype
+        self._qk_clip = self._make_qk_clip()
         self._saver = Saver(self._group)
-        self._optimizer = build_optimizer(
-            self._weights.named_masters(), self._optimizer_config, self._optimizer_config.lr
-        )
+        self._optimizer = self._fresh_optimizer(self._optimizer_config.lr)
         self._settle_state()
+
+    def _make_probe(self) -> LogitProbe | None:
+        if not self._optimizer_config.qk_clip:
+            return None
+        config = self._model.config
+        return LogitProbe(config.num_hidden_layers, config.num_attention_heads, self._device)
+
+    def _make_qk_clip(self) -> QKClip | None:
+        if self._probe is None:
+            return None
+        masters, config = dict(self._weights.named_masters()), self._model.config
+        rules = self._group.agreed(lambda: head_rows(masters, config))
+        return QKClip(rules, masters, config.num_attention_heads, self._optimizer_config.qk_clip)
+
+    def _fresh_optimizer(self, lr: float) -> MuonAdamW:
+        return build_optimizer(self._weights.named_masters(), self._optimizer_config, lr, self._model)
 
     def _settle_state(self) -> None:
         """Put what the optimizer or a checkpoint made where the rest of the state lives."""
@@ -159,7 +178,7 @@ class TrainEngine:
         """Forget momentum and go on with another learning rate (k1.5 does so at each iteration)."""
         with self._group.call():
             self._residence.need()
-            self._optimizer = build_optimizer(self._weights.named_masters(), self._optimizer_config, lr)
+            self._optimizer = self._fresh_optimizer(lr)
             self._settle_state()
 
     def policy_step(
@@ -369,9 +388,7 @@ class TrainEngine:
             self._group.agreed(self._saver.wait)
             self._residence.need()
             shapes = self._group.agreed(lambda: self._loadable(folder))
-            self._optimizer = build_optimizer(
-                self._weights.named_masters(), self._optimizer_config, self._optimizer_config.lr
-            )
+            self._optimizer = self._fresh_optimizer(self._optimizer_config.lr)
             for name, master in self._weights.named_masters():
                 prefix = f"optimizer/{name}/"
                 for key, (shape, dtype) in shapes.items():
@@ -431,6 +448,8 @@ class TrainEngine:
         """Around what makes gradients: none are left of a call that ends early."""
         self._residence.need()
         self._weights.clear_gradients()
+        if self._probe:
+            self._probe.take()
         try:
             yield
         except Exception:
@@ -438,7 +457,7 @@ class TrainEngine:
             raise
 
     def _apply_gradients(self, names: Sequence[str]) -> dict[str, float]:
-        """Clip, check, step and round; returns `grad_norm` and `update_rms`."""
+        """Clip, check, step and round; returns `grad_norm`, `update_rms` and what QK-Clip did."""
         norm = self._weights.clip_gradients(self._optimizer_config.max_grad_norm)
         if not math.isfinite(norm):
             bad = self._weights.nonfinite_gradients()
@@ -455,10 +474,14 @@ class TrainEngine:
             self._optimizer.step()
         self._settle_state()
         rms = self._weights.moved(before)
+        clipped = {}
+        if self._probe and self._qk_clip:
+            maxima = self._group.largest(self._probe.take().cpu())
+            clipped = self._qk_clip.clip(maxima.to(self._device))
         self._weights.clear_gradients()
         self._weights.publish()
         self.step_count += 1
-        return {"grad_norm": norm, "update_rms": rms}
+        return {"grad_norm": norm, "update_rms": rms, **clipped}
 
 
 def compute_with(threads: int) -> None:

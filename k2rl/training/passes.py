@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from k2rl.errors import RunError
+from k2rl.models.logit_probe import LogitProbe
 from k2rl.objective.base import PolicyLoss, PolicyLossInputs, PolicyLossOutput
 from k2rl.objective.mismatch import Mismatch
 from k2rl.objective.ptx import ptx_loss
@@ -43,8 +44,23 @@ class Passes:
     finite on one of them fails on all.
     """
 
-    def __init__(self, model: Any, group: Group, device: torch.device, micro_batch_tokens: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        group: Group,
+        device: torch.device,
+        micro_batch_tokens: int,
+        probe: LogitProbe | None = None,
+    ) -> None:
+        """Args:
+        model: plain, or sharded over the group.
+        group: of all ranks.
+        device: that it computes on.
+        micro_batch_tokens: positions in a micro-batch, at most.
+        probe: told the attention logits of all passes that make gradients.
+        """
         self._model = model
+        self._probe = probe
         self._group = group
         self._device = device
         self._micro_batch_tokens = micro_batch_tokens
@@ -71,9 +87,11 @@ class Passes:
 
     def score(self, batch: MicroBatch, temperature: float) -> TokenLogprobs:
         """Log-probs of a micro-batch's labels, in its order; differentiable."""
+        learns = torch.is_grad_enabled() and batch.sequences
+        probe = self._probe if learns else None
         if self._group.world == 1:
-            return packed_logprobs(self._model, batch, temperature)
-        scored: TokenLogprobs = self._model.packed_logprobs(batch, temperature)
+            return packed_logprobs(self._model, batch, temperature, probe)
+        scored: TokenLogprobs = self._model.packed_logprobs(batch, temperature, probe)
         if not torch.is_grad_enabled():  # else the backward pass lets go of what was gathered
             self.let_go()
         return scored

@@ -15,7 +15,7 @@ class Recovery:
 
     def __init__(self, run_dir: Path, max_restarts: int, resumed: bool = False) -> None:
         """`resumed`: the record goes on; what is in it does not count."""
-        self._left = self._limit = max_restarts
+        self.left = self._limit = max_restarts
         self._record = open_restarts(run_dir, resumed)
         self._tell: Callable[[str], None] = lambda text: None
         self._step: Callable[[], int] = lambda: 0
@@ -44,12 +44,12 @@ class Recovery:
         Raises:
             RunError: `error` itself, if that has happened too often.
         """
-        if self._left == 0:
+        if self.left == 0:
             raise error
-        self._left -= 1
+        self.left -= 1
         why = str(error).splitlines()[0].partition("; last lines of ")[0]
         self._record.write(Restart(self._step(), why))
-        self.last = f"{why}; restart {self._limit - self._left} of recovery.max_restarts={self._limit}"
+        self.last = f"{why}; restart {self._limit - self.left} of recovery.max_restarts={self._limit}"
         self._tell(self.last)
 
     def close(self) -> None:

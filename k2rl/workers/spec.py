@@ -32,9 +32,12 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     trains: bool = True
     #: Without vLLM they train on what they are given, and publish nothing (`debug=train_only`).
     serves: bool = True
-    #: `file`: the trainer's weights and optimizer state are in files beside the log, and their memory is
-    #: given back while vLLM serves.
+    #: Where the trainer's weights and optimizer state are while vLLM serves, see `TrainEngine`; files are
+    #: beside the log.
     offload: str = "none"
+    #: And its gradients.
+    gradients: str = "drop"
+    activation_checkpointing: bool = False
 
 
 def worker_spec(
@@ -60,6 +63,8 @@ def worker_spec(
         trains=trains and config.debug.mode != "rollout_only",
         serves=config.debug.mode != "train_only",
         offload=config.train.offload,
+        gradients=config.train.gradients,
+        activation_checkpointing=config.train.activation_checkpointing,
     )
 
 

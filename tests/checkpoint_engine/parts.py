@@ -64,7 +64,7 @@ class Trigger:
     """Carries out a fault at the n-th call."""
 
     def __init__(self) -> None:
-        self.fault: Fault | None = None
+        self.arm(None)
 
     def arm(self, fault: Fault | None) -> None:
         self.fault, self._calls = fault, 0

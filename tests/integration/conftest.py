@@ -61,10 +61,14 @@ class Command:
         """Those that are still alive."""
         return [process for process in set(self._seen) if _is_alive(process)]
 
-    def named(self, name: str) -> psutil.Process:
-        """The one descendant whose command line or name has `name` in it."""
+    def all_named(self, name: str) -> list[psutil.Process]:
+        """The descendants whose command line or name has `name` in it."""
         self.look()
-        found = [p for p in self.descendants() if name in p.name() or name in " ".join(p.cmdline())]
+        return [p for p in self.descendants() if name in p.name() or name in " ".join(p.cmdline())]
+
+    def named(self, name: str) -> psutil.Process:
+        """The one of them that there is."""
+        found = self.all_named(name)
         assert len(found) == 1, f"{len(found)} processes named {name}: {found}"
         return found[0]
 

@@ -612,6 +612,88 @@ def test_the_death_of_one_engine_is_named_and_the_others_go_on(live: Live) -> No
     live.run(test())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["before", "in the middle", "after", "stopped"])
+def test_an_engine_core_that_goes_is_named_and_the_next_push_heals_the_other(live: Live, when: str) -> None:
+    """Killed before a push, after a bucket of it, and after it; or stopped, so that it never pauses."""
+
+    async def test() -> None:
+        others = engine_cores()
+        second = start_engine(live.path, 1)
+        (core,) = engine_cores() - others
+        descendants = [core, *core.children(recursive=True)]
+        segments = set(second._segments)
+        engines = {"first": live.engine, "second": second}
+        deadline_s = SHORT_DEADLINE_S if when == "stopped" else 30.0
+        try:
+            async with live.publisher(engines, deadline_s=deadline_s) as publisher:
+                await live.push(publisher)
+                await live.serves(engine=second)
+                if when == "stopped":
+                    core.suspend()
+                elif when == "in the middle":
+                    (worker,) = await second._llm.collective_rpc("watch", args=("stop", 1, 0))
+                    stopped = asyncio.create_task(asyncio.to_thread(_kill_once_stopped, worker, core))
+                else:
+                    core.kill()
+                live.perturb()
+                named = "it does not pause" if when == "stopped" else "engine core died|EngineCore"
+                with pytest.raises(EngineDeadError, match=f"^second: .*({named})"):
+                    await live.push(publisher)
+                if when == "in the middle":
+                    await stopped
+                if when != "stopped":
+                    with pytest.raises((EngineDeadError, RuntimeError), match="fenced|EngineCore|died"):
+                        await second.generate(PROMPTS[0], Sampling(1.0, 4))
+                await live.is_fenced()
+                assert publisher.engines.keys() == {"first"}
+                await live.push(publisher)
+                await live.serves()
+        finally:
+            for process in descendants:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            second.shutdown()
+        wait_for(lambda: engine_cores() == others, "the engine's processes end", 30)
+        assert not [segment for segment in segments if segment.exists()]
+
+    live.run(test())
+
+
+def _kill_once_stopped(pid: int, core: psutil.Process) -> None:
+    worker = psutil.Process(pid)
+    wait_for(lambda: worker.status() == psutil.STATUS_STOPPED, "the worker stops", 60)
+    core.kill()
+
+
+@pytest.mark.slow
+def test_nothing_grows_over_200_pushes(live: Live) -> None:
+    """Memory, file descriptors, shared-memory segments: of vLLM's processes and of the trainer's."""
+
+    async def test() -> None:
+        workers = await live.watch()
+        processes = [psutil.Process(), *engine_cores(), *workers]
+
+        def usage() -> tuple[list[int], list[int], int]:
+            segments = {path for process in processes for path in shared_memory_of(process.pid)}
+            memory = [process.memory_full_info().uss for process in processes]
+            return [process.num_fds() for process in processes], memory, len(segments)
+
+        async with live.publisher() as publisher:
+            for _ in range(20):
+                await live.push(publisher)
+            fds, memory, segments = usage()
+            for _ in range(200):
+                await live.push(publisher)
+            fds_after, memory_after, segments_after = usage()
+            await live.serves()
+        assert fds_after == fds
+        assert segments_after == segments
+        assert all(after - before < 8 << 20 for before, after in zip(memory, memory_after, strict=True))
+
+    live.run(test())
+
+
 def test_a_killed_worker_is_named_and_its_engine_reported_dead(live: Live) -> None:
     async def test() -> None:
         async with live.publisher(strategy="shard_aware") as publisher:
