@@ -17,9 +17,10 @@ from k2rl.errors import ConfigError, RunError
 from k2rl.inference.engine import Generation, Sampling
 from k2rl.training.batch import BatchTotals, SupervisedSequence, TrainSequence
 from k2rl.workers.cluster import placed
-from k2rl.workers.colocated import Published, log_name
+from k2rl.workers.colocated import log_name
 from k2rl.workers.handle import EngineLostError, Worker, WorkerLostError
 from k2rl.workers.placement import places
+from k2rl.workers.pushing import Published
 from k2rl.workers.recovery import Recovery
 from k2rl.workers.replicas import Replicas
 from k2rl.workers.spec import WorkerSpec

@@ -10,8 +10,8 @@ from k2rl.config import DeadlineConfig
 from k2rl.errors import RunError
 from k2rl.inference.engine import Generation, Sampling
 from k2rl.inference.router import Router
-from k2rl.workers.colocated import Published
 from k2rl.workers.handle import EngineLostError, Worker, WorkerLostError
+from k2rl.workers.pushing import Published
 from k2rl.workers.recovery import Recovery
 
 #: `down`: dead, and nobody sees to it yet.

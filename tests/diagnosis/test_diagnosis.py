@@ -11,9 +11,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import ray
 
 from k2rl.cli import main
 from k2rl.diagnosis import activity, hang, stacks
@@ -21,6 +23,7 @@ from k2rl.diagnosis.activity import Entry, Part
 from k2rl.diagnosis.hang import describe, diagnose, ranked
 from k2rl.diagnosis.processes import RunProcess, in_a_word
 from k2rl.workers import diagnosis
+from k2rl.workers.spec import Site
 from tests.conftest import ROOT
 
 Stuck = Callable[[str], "subprocess.Popen[str]"]
@@ -179,6 +182,22 @@ def test_a_diagnosis_never_hides_the_first_error(logs: Path, monkeypatch: pytest
     monkeypatch.setattr(diagnosis, "DEADLINE_S", 0.1)
     assert "MissedDeadlineError" in asked()
     for_ever.set()
+
+
+@pytest.mark.integration
+def test_another_node_is_looked_at_by_a_task_there(
+    stuck: Stuck, logs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = stuck("sleep")
+    with ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False):
+        site = Site(ray.get_runtime_context().get_node_id(), "", process.pid, (), (), "")
+        elsewhere = SimpleNamespace(get_node_id=lambda: "another")
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: elsewhere)
+        text = asyncio.run(diagnosis.Diagnostician(logs)("training", site))
+    assert f"worker 7 (process {process.pid}): sleeping; trainer: policy step: optimizer for " in text
+    assert "in stand_still" in text
+    (dump,) = logs.glob("hang-training-*.txt")
+    assert "MainThread" in dump.read_text()
 
 
 def test_several_that_are_late_share_one_diagnosis(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

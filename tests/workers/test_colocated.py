@@ -23,7 +23,7 @@ from k2rl.models.hub import resolve_model
 from k2rl.training.engine import compute_with
 from k2rl.workers import colocated
 from k2rl.workers.colocated import ColocatedWorker
-from k2rl.workers.colocated import Published as PushOutcome
+from k2rl.workers.pushing import Published as PushOutcome
 from k2rl.workers.spec import Place, WorkerSpec
 
 

@@ -14,9 +14,9 @@ from k2rl.config import Config
 from k2rl.errors import ConfigError, RunError
 from k2rl.tracking.restarts import read_restarts
 from k2rl.workers import group
-from k2rl.workers.colocated import Published
 from k2rl.workers.group import WorkerGroup, combined
 from k2rl.workers.handle import EngineLostError, WorkerLostError
+from k2rl.workers.pushing import Published
 from k2rl.workers.recovery import Recovery
 
 Script = Callable[[WorkerGroup, "list[FakeWorker]"], Coroutine[Any, Any, None]]

@@ -13,8 +13,8 @@ from k2rl.config import DeadlineConfig
 from k2rl.errors import RunError
 from k2rl.inference.engine import Generation, Sampling
 from k2rl.tracking.restarts import read_restarts
-from k2rl.workers.colocated import Published
 from k2rl.workers.handle import EngineLostError, WorkerLostError
+from k2rl.workers.pushing import Published
 from k2rl.workers.recovery import Recovery
 from k2rl.workers.replicas import Replicas
 
