@@ -195,8 +195,8 @@ def _check_offload(config: Config) -> None:
     if offload != "none" and (offload == "file") == bool(gpus):
         where, other = ("CPU", "host") if offload == "file" else ("a GPU", "file")
         raise ConfigError(
-            f"train.offload={offload} is for a trainer on {where}; with cluster.gpus_per_worker={gpus:g} it must "
-            f"be none or {other}"
+            f"train.offload={offload} is for a trainer on {where}; with cluster.gpus_per_worker={gpus:g} it "
+            f"must be none or {other}"
         )
     if config.train.gradients == "offload" and offload == "none":
         raise ConfigError("train.gradients=offload goes where train.offload says; that is none")
