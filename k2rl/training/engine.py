@@ -17,9 +17,12 @@ from k2rl.checkpoint_engine.sender import TensorSource
 from k2rl.config import ObjectiveConfig, OptimizerConfig
 from k2rl.errors import ConfigError, RunError
 from k2rl.models.hub import shapes_fingerprint
+from k2rl.models.logit_probe import LogitProbe
 from k2rl.objective.losses import build_policy_loss
 from k2rl.objective.mismatch import Mismatch
-from k2rl.optim.muon import build_optimizer
+from k2rl.optim.muon import MuonAdamW, build_optimizer
+from k2rl.optim.qk_clip import QKClip
+from k2rl.optim.qk_rules import head_rows
 from k2rl.training.batch import BatchTotals, SupervisedSequence, TrainSequence
 from k2rl.training.checkpoint import FORMAT, About, read_about
 from k2rl.training.export import export
@@ -114,10 +117,25 @@ class TrainEngine:
         self._weights = MasterWeights(self._model, self._dtype, self._group, keep_gradients)
         self._model.config.dtype = self._dtype
         self._saver = Saver(self._group)
-        self._optimizer = build_optimizer(
-            self._weights.named_masters(), self._optimizer_config, self._optimizer_config.lr
-        )
+        self._optimizer = self._new_optimizer(self._optimizer_config.lr)
+        self._clip = self._qk_clip() if self._optimizer_config.qk_clip else None
         self._settle_state()
+
+    def _new_optimizer(self, lr: float) -> MuonAdamW:
+        return build_optimizer(self._weights.named_masters(), self._optimizer_config, lr, self._model)
+
+    def _qk_clip(self) -> QKClip:
+        masters, config = dict(self._weights.named_masters()), self._model.config
+        heads = config.num_attention_heads
+        self._passes.probe = LogitProbe(config.num_hidden_layers, heads, self._device)
+        return QKClip(head_rows(masters, config), masters, heads, self._optimizer_config.qk_clip)
+
+    def _clip_logits(self) -> dict[str, float]:
+        """QK-Clip by the logits of the passes since the last update, on all ranks; returns its metrics."""
+        if not (self._clip and self._passes.probe):
+            return {}
+        seen = self._group.gather(self._passes.probe.take().cpu())
+        return self._clip.clip(torch.stack(seen).amax(dim=0).to(self._device))
 
     def _settle_state(self) -> None:
         """Put what the optimizer or a checkpoint made where the rest of the state lives."""
@@ -158,7 +176,7 @@ class TrainEngine:
         """Forget momentum and go on with another learning rate (k1.5 does so at each iteration)."""
         with self._group.call():
             self._residence.need()
-            self._optimizer = build_optimizer(self._weights.named_masters(), self._optimizer_config, lr)
+            self._optimizer = self._new_optimizer(lr)
             self._settle_state()
 
     def policy_step(
@@ -189,7 +207,8 @@ class TrainEngine:
 
         Returns:
             Means over the updates: `loss`, `ptx_loss` and the policy loss's own metrics. Of the last
-            update: `grad_norm` (before clipping), `update_rms` (over the first rows of all weights).
+            update: `grad_norm` (before clipping), `update_rms` (over the first rows of all weights), and with
+            `qk_clip` what `QKClip.clip` returns.
             Before the first update: `logprob_gap_mean`, `logprob_gap_max` (trainer against behaviour,
             nats), `ratio_min`, `ratio_max`, `entropy` (nats a sampled token). Of the call: `tokens`
             (sampled), `positions` (computed), `sequences`, `lr`,
@@ -367,9 +386,7 @@ class TrainEngine:
             self._group.agreed(self._saver.wait)
             self._residence.need()
             shapes = self._group.agreed(lambda: self._loadable(folder))
-            self._optimizer = build_optimizer(
-                self._weights.named_masters(), self._optimizer_config, self._optimizer_config.lr
-            )
+            self._optimizer = self._new_optimizer(self._optimizer_config.lr)
             for name, master in self._weights.named_masters():
                 prefix = f"optimizer/{name}/"
                 for key, (shape, dtype) in shapes.items():
@@ -426,9 +443,11 @@ class TrainEngine:
 
     @contextmanager
     def _step(self) -> Iterator[None]:
-        """Around what makes gradients: none are left of a call that ends early."""
+        """Around what makes gradients: nothing is left of a call that ends early."""
         self._residence.need()
         self._weights.clear_gradients()
+        if self._passes.probe:
+            self._passes.probe.take()
         try:
             yield
         except Exception:
@@ -436,7 +455,7 @@ class TrainEngine:
             raise
 
     def _apply_gradients(self, names: Sequence[str]) -> dict[str, float]:
-        """Clip, check, step and round; returns `grad_norm` and `update_rms`."""
+        """Clip, check, step and round; returns `grad_norm`, `update_rms` and those of QK-Clip."""
         norm = self._weights.clip_gradients(self._optimizer_config.max_grad_norm)
         if not math.isfinite(norm):
             bad = self._weights.nonfinite_gradients()
@@ -452,10 +471,11 @@ class TrainEngine:
         self._optimizer.step()
         self._settle_state()
         rms = self._weights.moved(before)
+        clipped = self._clip_logits()
         self._weights.clear_gradients()
         self._weights.publish()
         self.step_count += 1
-        return {"grad_norm": norm, "update_rms": rms}
+        return {"grad_norm": norm, "update_rms": rms, **clipped}
 
 
 def compute_with(threads: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from k2rl.errors import RunError
+from k2rl.models.logit_probe import LogitProbe
 from k2rl.objective.base import PolicyLoss, PolicyLossInputs, PolicyLossOutput
 from k2rl.objective.mismatch import Mismatch
 from k2rl.objective.ptx import ptx_loss
@@ -48,6 +49,8 @@ class Passes:
         self._group = group
         self._device = device
         self._micro_batch_tokens = micro_batch_tokens
+        #: Sees the attention logits of training passes, where there are any.
+        self.probe: LogitProbe | None = None
 
     def pack(self, groups: Sequence[Sequence[LabelledSequence]]) -> list[MicroBatch]:
         """This rank's share of a batch: as many micro-batches as any rank has, the last of them empty.
@@ -71,9 +74,11 @@ class Passes:
 
     def score(self, batch: MicroBatch, temperature: float) -> TokenLogprobs:
         """Log-probs of a micro-batch's labels, in its order; differentiable."""
+        # What fills an empty micro-batch up is not of the batch.
+        probe = self.probe if torch.is_grad_enabled() and len(batch.predictors) else None
         if self._group.world == 1:
-            return packed_logprobs(self._model, batch, temperature)
-        scored: TokenLogprobs = self._model.packed_logprobs(batch, temperature)
+            return packed_logprobs(self._model, batch, temperature, probe)
+        scored: TokenLogprobs = self._model.packed_logprobs(batch, temperature, probe)
         if not torch.is_grad_enabled():  # else the backward pass lets go of what was gathered
             self.let_go()
         return scored
