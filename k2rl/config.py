@@ -191,10 +191,16 @@ class TrainConfig:
     eval_every: int = 0
     #: CPU threads of the trainer; 0 means all cores of the machine.
     num_threads: int = 0
-    #: Where weights and optimizer state of a trainer on CPU are while the engine generates: `none` (they stay
-    #: in memory), or `file` (in files of the run's folder, which have no names and vanish with the process;
-    #: the worker gives their memory back).
+    #: Where weights and optimizer state are while the engine generates: `none` (they stay in memory), `file`
+    #: (for a trainer on CPU: in files of the run's folder, which have no names and vanish with the process;
+    #: the worker gives their memory back), or `host` (for one on a GPU: in the host's memory, pinned).
     offload: str = "none"
+    #: What becomes of the gradients' memory after a step: `drop` (freed), `keep` (until the next step), or
+    #: `offload` (kept while it trains, and then treated as `offload` says of the state).
+    gradients: str = "drop"
+    #: Keep each layer's input alone for the backward pass, and compute the layer again: less memory, the same
+    #: numbers, about a third more work.
+    activation_checkpointing: bool = False
 
 
 @dataclass

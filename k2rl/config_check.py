@@ -128,7 +128,8 @@ CHOICES = {
     "objective.average_over": (None, "tokens", "sequences", "sums"),
     "objective.correction": (None, "truncated", "masked"),
     "optimizer.name": ("muon", "adamw"),
-    "train.offload": ("none", "file"),
+    "train.offload": ("none", "file", "host"),
+    "train.gradients": ("drop", "keep", "offload"),
     "checkpoint_engine.strategy": ("broadcast", "shard_aware", "delta"),
     "debug.mode": ("none", "rollout_only", "train_only"),
     "tracking.live": ("auto", "on", "off"),
@@ -180,17 +181,25 @@ def check(config: Config) -> None:
     _check_debug(config)
     _check_budgets(config)
     _check_engine_args(config)
-    if config.train.offload != "none" and config.cluster.gpus_per_worker:
-        raise ConfigError(
-            f"train.offload={config.train.offload} is for a trainer on CPU; with "
-            f"cluster.gpus_per_worker={config.cluster.gpus_per_worker:g} it must be none"
-        )
+    _check_offload(config)
     request, episode = config.deadlines.generate_s, config.rollout.episode_deadline_s
     if request >= episode:
         raise ConfigError(
             f"deadlines.generate_s={request:g} must be below rollout.episode_deadline_s={episode:g}: else an "
             "engine that hangs looks like episodes that fail"
         )
+
+
+def _check_offload(config: Config) -> None:
+    offload, gpus = config.train.offload, config.cluster.gpus_per_worker
+    if offload != "none" and (offload == "file") == bool(gpus):
+        where, other = ("CPU", "host") if offload == "file" else ("a GPU", "file")
+        raise ConfigError(
+            f"train.offload={offload} is for a trainer on {where}; with cluster.gpus_per_worker={gpus:g} it "
+            f"must be none or {other}"
+        )
+    if config.train.gradients == "offload" and offload == "none":
+        raise ConfigError("train.gradients=offload goes where train.offload says; that is none")
 
 
 def _check_debug(config: Config) -> None:

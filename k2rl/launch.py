@@ -227,6 +227,8 @@ async def started(
         trains=trains and config.debug.mode != "rollout_only",
         serves=config.debug.mode != "train_only",
         offload=config.train.offload,
+        gradients=config.train.gradients,
+        activation_checkpointing=config.train.activation_checkpointing,
     )
     whole = msgspec.to_builtins(config)
     with Tracker(run_dir, config.tracking, config.train.steps, resume_step, whole) as tracker:

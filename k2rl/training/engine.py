@@ -109,33 +109,34 @@ class TrainEngine:
         else:
             self._model = load_causal_lm(self._path, self._device)
             dtype = torch.float32
-        self._passes = Passes(self._model, self._group, self._device, micro_batch_tokens)
+        self._probe = self._make_probe()
+        self._passes = Passes(self._model, self._group, self._device, micro_batch_tokens, self._probe)
         self._group.agreed(lambda: check_packing(self._model, self._path, dtype, self._passes.score))
         self._passes.let_go()
         if activation_checkpointing:
             checkpoint_activations(self._model)
         self._weights = MasterWeights(self._model, self._dtype, self._group, keep_gradients)
         self._model.config.dtype = self._dtype
+        self._qk_clip = self._make_qk_clip()
         self._saver = Saver(self._group)
-        self._optimizer = self._new_optimizer(self._optimizer_config.lr)
-        self._clip = self._qk_clip() if self._optimizer_config.qk_clip else None
+        self._optimizer = self._fresh_optimizer(self._optimizer_config.lr)
         self._settle_state()
 
-    def _new_optimizer(self, lr: float) -> MuonAdamW:
-        return build_optimizer(self._weights.named_masters(), self._optimizer_config, lr, self._model)
+    def _make_probe(self) -> LogitProbe | None:
+        if not self._optimizer_config.qk_clip:
+            return None
+        config = self._model.config
+        return LogitProbe(config.num_hidden_layers, config.num_attention_heads, self._device)
 
-    def _qk_clip(self) -> QKClip:
+    def _make_qk_clip(self) -> QKClip | None:
+        if self._probe is None:
+            return None
         masters, config = dict(self._weights.named_masters()), self._model.config
-        heads = config.num_attention_heads
-        self._passes.probe = LogitProbe(config.num_hidden_layers, heads, self._device)
-        return QKClip(head_rows(masters, config), masters, heads, self._optimizer_config.qk_clip)
+        rules = self._group.agreed(lambda: head_rows(masters, config))
+        return QKClip(rules, masters, config.num_attention_heads, self._optimizer_config.qk_clip)
 
-    def _clip_logits(self) -> dict[str, float]:
-        """QK-Clip by the logits of the passes since the last update, on all ranks; returns its metrics."""
-        if not (self._clip and self._passes.probe):
-            return {}
-        seen = self._group.gather(self._passes.probe.take().cpu())
-        return self._clip.clip(torch.stack(seen).amax(dim=0).to(self._device))
+    def _fresh_optimizer(self, lr: float) -> MuonAdamW:
+        return build_optimizer(self._weights.named_masters(), self._optimizer_config, lr, self._model)
 
     def _settle_state(self) -> None:
         """Put what the optimizer or a checkpoint made where the rest of the state lives."""
@@ -176,7 +177,7 @@ class TrainEngine:
         """Forget momentum and go on with another learning rate (k1.5 does so at each iteration)."""
         with self._group.call():
             self._residence.need()
-            self._optimizer = self._new_optimizer(lr)
+            self._optimizer = self._fresh_optimizer(lr)
             self._settle_state()
 
     def policy_step(
@@ -207,8 +208,7 @@ class TrainEngine:
 
         Returns:
             Means over the updates: `loss`, `ptx_loss` and the policy loss's own metrics. Of the last
-            update: `grad_norm` (before clipping), `update_rms` (over the first rows of all weights), and with
-            `qk_clip` what `QKClip.clip` returns.
+            update: `grad_norm` (before clipping), `update_rms` (over the first rows of all weights).
             Before the first update: `logprob_gap_mean`, `logprob_gap_max` (trainer against behaviour,
             nats), `ratio_min`, `ratio_max`, `entropy` (nats a sampled token). Of the call: `tokens`
             (sampled), `positions` (computed), `sequences`, `lr`,
@@ -386,7 +386,7 @@ class TrainEngine:
             self._group.agreed(self._saver.wait)
             self._residence.need()
             shapes = self._group.agreed(lambda: self._loadable(folder))
-            self._optimizer = self._new_optimizer(self._optimizer_config.lr)
+            self._optimizer = self._fresh_optimizer(self._optimizer_config.lr)
             for name, master in self._weights.named_masters():
                 prefix = f"optimizer/{name}/"
                 for key, (shape, dtype) in shapes.items():
@@ -443,11 +443,11 @@ class TrainEngine:
 
     @contextmanager
     def _step(self) -> Iterator[None]:
-        """Around what makes gradients: nothing is left of a call that ends early."""
+        """Around what makes gradients: none are left of a call that ends early."""
         self._residence.need()
         self._weights.clear_gradients()
-        if self._passes.probe:
-            self._passes.probe.take()
+        if self._probe:
+            self._probe.take()
         try:
             yield
         except Exception:
@@ -455,7 +455,7 @@ class TrainEngine:
             raise
 
     def _apply_gradients(self, names: Sequence[str]) -> dict[str, float]:
-        """Clip, check, step and round; returns `grad_norm`, `update_rms` and those of QK-Clip."""
+        """Clip, check, step and round; returns `grad_norm`, `update_rms` and what QK-Clip did."""
         norm = self._weights.clip_gradients(self._optimizer_config.max_grad_norm)
         if not math.isfinite(norm):
             bad = self._weights.nonfinite_gradients()
@@ -471,7 +471,10 @@ class TrainEngine:
         self._optimizer.step()
         self._settle_state()
         rms = self._weights.moved(before)
-        clipped = self._clip_logits()
+        clipped = {}
+        if self._probe and self._qk_clip:
+            maxima = self._group.largest(self._probe.take().cpu())
+            clipped = self._qk_clip.clip(maxima.to(self._device))
         self._weights.clear_gradients()
         self._weights.publish()
         self.step_count += 1

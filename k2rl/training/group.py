@@ -51,9 +51,13 @@ class Group:
         """Each rank's value, by rank."""
         return [value]
 
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of the ranks' values, element by element, in place in a CPU tensor."""
+        return values
+
     def most(self, value: int) -> int:
         """The largest of the ranks' numbers."""
-        return value
+        return int(self.largest(torch.tensor(value)))
 
     def agreed(self, work: Callable[[], T]) -> T:
         """Do something local; if that fails on a rank, all fail with the error of the first that did.
@@ -115,10 +119,9 @@ class DistributedGroup(Group):
         dist.all_gather_object(values, value, group=self.process_group)
         return values
 
-    def most(self, value: int) -> int:
-        largest = torch.tensor(value)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.process_group)
-        return int(largest)
+    def largest(self, values: Tensor) -> Tensor:
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.process_group)
+        return values
 
     def agreed(self, work: Callable[[], T]) -> T:
         try:

@@ -44,13 +44,26 @@ class Passes:
     finite on one of them fails on all.
     """
 
-    def __init__(self, model: Any, group: Group, device: torch.device, micro_batch_tokens: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        group: Group,
+        device: torch.device,
+        micro_batch_tokens: int,
+        probe: LogitProbe | None = None,
+    ) -> None:
+        """Args:
+        model: plain, or sharded over the group.
+        group: of all ranks.
+        device: that it computes on.
+        micro_batch_tokens: positions in a micro-batch, at most.
+        probe: told the attention logits of all passes that make gradients.
+        """
         self._model = model
+        self._probe = probe
         self._group = group
         self._device = device
         self._micro_batch_tokens = micro_batch_tokens
-        #: Sees the attention logits of training passes, where there are any.
-        self.probe: LogitProbe | None = None
 
     def pack(self, groups: Sequence[Sequence[LabelledSequence]]) -> list[MicroBatch]:
         """This rank's share of a batch: as many micro-batches as any rank has, the last of them empty.
@@ -74,8 +87,8 @@ class Passes:
 
     def score(self, batch: MicroBatch, temperature: float) -> TokenLogprobs:
         """Log-probs of a micro-batch's labels, in its order; differentiable."""
-        # What fills an empty micro-batch up is not of the batch.
-        probe = self.probe if torch.is_grad_enabled() and len(batch.predictors) else None
+        learns = torch.is_grad_enabled() and len(batch.predictors)  # what only fills a row up is not measured
+        probe = self._probe if learns else None
         if self._group.world == 1:
             return packed_logprobs(self._model, batch, temperature, probe)
         scored: TokenLogprobs = self._model.packed_logprobs(batch, temperature, probe)

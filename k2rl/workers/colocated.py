@@ -53,9 +53,12 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     trains: bool = True
     #: Without vLLM it trains on what it is given, and publishes nothing (`debug=train_only`).
     serves: bool = True
-    #: `file`: the trainer's weights and optimizer state are in files beside the log, and their memory is
-    #: given back while vLLM serves.
+    #: Where the trainer's weights and optimizer state are while vLLM serves, see `TrainEngine`; files are
+    #: beside the log.
     offload: str = "none"
+    #: And its gradients.
+    gradients: str = "drop"
+    activation_checkpointing: bool = False
 
 
 class ColocatedWorker:
@@ -113,6 +116,8 @@ class ColocatedWorker:
             spec.device,
             spec.offload,
             Path(spec.log_path).parent,
+            spec.gradients,
+            spec.activation_checkpointing,
         )
 
     def _configured_vllm(self) -> VLLMEngine:
@@ -216,9 +221,10 @@ class ColocatedWorker:
         spec, turn, hold = self._spec, self._ledger.turn, self._ledger.hold
         if spec.trains and turn != "vllm":
             state = self._trainer.state_bytes()
-            hold("trainer", "parameters", state["parameters"], spec.device, spec.offload == "file")
-            hold("trainer", "optimizer", state["optimizer"], spec.device, spec.offload == "file")
-            hold("trainer", "gradients", state["gradients"] if turn else 0, spec.device)
+            hold("trainer", "parameters", state["parameters"], spec.device, spec.offload != "none")
+            hold("trainer", "optimizer", state["optimizer"], spec.device, spec.offload != "none")
+            gradients, moves = state["gradients"] if turn else 0, spec.gradients != "keep"
+            hold("trainer", "gradients", gradients, spec.device, moves)
         if turn != "trainer":
             for kind, nbytes in self._vllm_bytes.items():
                 hold("vllm", kind, nbytes, spec.device, spec.inference.sleep_while_training)

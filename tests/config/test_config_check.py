@@ -89,12 +89,25 @@ def test_what_is_wrong_is_said(key: str, value: Any, expected: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_a_trainer_on_a_gpu_has_no_files() -> None:
+def test_state_is_offloaded_to_where_it_is_not() -> None:
     config = changed("train.offload", "file")
     check(config)
     config.cluster.gpus_per_worker = 1
-    with pytest.raises(ConfigError, match=r"train\.offload=file is for a trainer on CPU"):
+    with pytest.raises(ConfigError, match=r"train\.offload=file is for a trainer on CPU; .* none or host"):
         check(config)
+    config.train.offload = "host"
+    check(config)
+    config.cluster.gpus_per_worker = 0
+    with pytest.raises(ConfigError, match=r"train\.offload=host is for a trainer on a GPU; .* none or file"):
+        check(config)
+
+
+def test_gradients_are_offloaded_with_the_state_alone() -> None:
+    config = changed("train.gradients", "offload")
+    with pytest.raises(ConfigError, match=r"goes where train\.offload says; that is none"):
+        check(config)
+    config.train.offload = "file"
+    check(config)
 
 
 @pytest.mark.parametrize("name", OWN_ENGINE_ARGS)

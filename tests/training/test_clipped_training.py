@@ -125,8 +125,8 @@ def test_without_a_threshold_nothing_is_measured_or_changed(path: Path) -> None:
 def test_passes_without_a_gradient_are_not_measured(path: Path) -> None:
     engine = make_engine(path, tau=1e9)
     engine.logprobs([list(range(3, 60))])
-    assert engine._passes.probe is not None
-    assert bool(torch.isinf(engine._passes.probe.take()).all())
+    assert engine._probe is not None
+    assert bool(torch.isinf(engine._probe.take()).all())
 
 
 def test_logits_stay_near_the_threshold_over_many_updates(path: Path, tmp_path: Path) -> None:

@@ -99,14 +99,16 @@ def untimed(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if not name.endswith("_s") and name != "positions"}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_two_ranks_train_as_one(hosts: RankHosts, model_path: Path, optimizer: str) -> None:
-    settings = {"optimizer": OptimizerConfig(name=optimizer, lr=1e-3)}
+    clip = 0.1 if optimizer == "muon" and "llama" in model_path.name else 0.0
+    settings = {"optimizer": OptimizerConfig(name=optimizer, lr=1e-3, qk_clip=clip)}
     one, other = hosts.run(train, model_path, "float32", settings)
     alone = train(ALONE, model_path, "float32", settings)
     for mine, theirs, expected in zip(one["metrics"], other["metrics"], alone["metrics"], strict=True):
         assert mine == theirs
         assert untimed(mine) == pytest.approx(untimed(expected), rel=1e-3, abs=1e-6)
+        assert (0 < mine.get("qk_clip/clipped_share", 0) < 1) == (clip > 0)
     first, reference = one["gradients"][0], alone["gradients"][0]
     scale = max(abs(gradient).max() for gradient in reference.values())
     for name, gradient in reference.items():
@@ -344,7 +346,7 @@ def assert_same_state(one: dict[str, Any], other: dict[str, Any], also_then: boo
         assert all((values == other["then"][name]).all() for name, values in one["then"].items())
 
 
-@pytest.mark.parametrize("optimizer", ["adamw"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_checkpoints_of_any_number_of_ranks_are_read_by_any_other(
     hosts: RankHosts, llama_path: Path, tmp_path: Path, optimizer: str
 ) -> None:
