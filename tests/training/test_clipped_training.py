@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dense_attention
 import pytest
 import torch
 from rank_host import RankHosts
 from tiny_models import random_groups, random_texts, save_model
 from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from k2rl.config import ObjectiveConfig, OptimizerConfig
 from k2rl.errors import ConfigError
@@ -21,22 +22,6 @@ from k2rl.training.sharding import local
 
 OBJECTIVE = ObjectiveConfig(tau=0.2)
 LAYERS, HEADS = 2, 4
-SEEN: list[tuple[int, Tensor]] = []
-
-
-def keep_maxima(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Dense causal attention of one sequence that keeps the largest logits of its heads."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    mask = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).triu(1)
-    logits = (query @ key.mT * scaling).masked_fill(mask, -torch.inf)
-    SEEN.append((module.layer_idx, logits[0].amax(dim=(1, 2)).detach()))
-    return (logits.softmax(-1) @ value).transpose(1, 2), None
-
-
-AttentionInterface.register("keep_maxima", keep_maxima)
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +55,14 @@ def make_engine(path: Path, tau: float, ranks: Ranks = ALONE, lr: float = 1e-2) 
 def dense_maxima(engine: TrainEngine, folder: Path) -> Tensor:
     """[layers, heads] of the batch below under the engine's weights, each sequence alone."""
     engine.save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="keep_maxima")
-    SEEN.clear()
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=dense_attention.NAME)
+    dense_attention.LOGITS.clear()
     for sequence in [*(member for group in random_groups(3) for member in group), *random_texts(4)]:
         last = max(index for index, label in enumerate(sequence.label_mask) if label)  # it predicts nothing
         model(input_ids=torch.tensor([sequence.token_ids[:last]]), use_cache=False)
+    seen = [(layer, logits.amax(dim=(1, 2))) for layer, logits in dense_attention.LOGITS]
     return torch.stack(
-        [torch.stack([seen for at, seen in SEEN if at == layer]).amax(0) for layer in range(LAYERS)]
+        [torch.stack([maxima for at, maxima in seen if at == layer]).amax(0) for layer in range(LAYERS)]
     )
 
 
