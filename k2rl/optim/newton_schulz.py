@@ -16,7 +16,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPS = 1e-7
 """Floor of the Frobenius norm, so that a zero gradient gives a zero update."""
 
-CPU_BATCH_SIDE = 256
+CPU_BATCH_SIDE = 128
 """On a CPU, matrices with a shorter side up to this are multiplied in batches: of small ones each call
 costs more than its arithmetic, and larger ones one at a time stay in the cache (`make bench-optim`)."""
 
