@@ -99,7 +99,10 @@ class Keeper:
             self.end_all()
 
     def receive(self) -> bool:
-        message, ancillary, _, _ = self.driver.recvmsg(1 << 20, socket.CMSG_SPACE(12))
+        try:
+            message, ancillary, _, _ = self.driver.recvmsg(1 << 20, socket.CMSG_SPACE(12))
+        except ConnectionResetError:  # it died with answers unread
+            return False
         descriptors = array.array("i")
         for _, _, data in ancillary:
             descriptors.frombytes(data)
