@@ -167,8 +167,11 @@ def _parser() -> argparse.ArgumentParser:
     actions = envs.add_subparsers(required=True, metavar="ACTION", title="actions")
     actions.add_parser("list", help="list the registered environments").set_defaults(run=_list_environments)
 
-    sandbox = commands.add_parser("sandbox", help="where code that nobody trusts runs")
-    sandbox_commands.add_to(sandbox.add_subparsers(required=True, metavar="ACTION", title="actions"))
+    sandbox = commands.add_parser("sandbox", help="where untrusted code runs: `k2rl sandbox doctor`")
+    actions = sandbox.add_subparsers(required=True, metavar="ACTION", title="actions")
+    doctor = actions.add_parser("doctor", help="what this machine can do, and how to get more")
+    doctor.set_defaults(run=_sandbox_doctor)
+    sandbox_commands.add_to(actions)
 
     report = commands.add_parser("report", help="write report.html of a run anew, finished or not")
     report.add_argument("run_dir", type=Path, metavar="RUN_FOLDER", help="such as outputs/quickstart/<time>")
@@ -242,6 +245,14 @@ def _list_environments(arguments: argparse.Namespace) -> int:
     for id, description in envs.registry.available().items():
         print(f"{id:<20} {description}")
     return 0
+
+
+def _sandbox_doctor(arguments: argparse.Namespace) -> int:
+    from sandboxes.doctor import report
+
+    text, works = report()
+    print(text)
+    return 0 if works else 1
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ import os
 import platform
 import secrets
 import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from sandboxes.base import Finding, SandboxSpec
 from sandboxes.bubblewrap import agent, command, seccomp
 from sandboxes.bubblewrap.cgroups import counts_by_namespace
 from sandboxes.bubblewrap.keeping import KeeperClient
-from sandboxes.bubblewrap.sandbox import OWN_PROCESSES, BubblewrapSandbox, agent_settings
+from sandboxes.bubblewrap.sandbox import OWN_PROCESSES, WATCH, BubblewrapSandbox, agent_settings
 from sandboxes.errors import SandboxError, SandboxUnavailableError, SandboxUnsupportedError
 
 #: Seconds that a sandbox may take to start.
@@ -87,7 +88,48 @@ class BubblewrapBackend:
         return sandbox
 
     async def findings(self) -> list[Finding]:
-        raise NotImplementedError
+        try:
+            return await self._findings()
+        except SandboxError as error:
+            return [Finding(what="sandboxes", state="missing", detail=str(error))]
+
+    async def _findings(self) -> list[Finding]:
+        binary = self._bwrap or command.find_bwrap()
+        version = await asyncio.to_thread(command.bwrap_version, binary)
+        began = time.monotonic()
+        async with await self.open(SandboxSpec()) as sandbox:
+            opened = time.monotonic()
+            done = await sandbox.run_python("import os, sys; print(sys.version.split()[0], os.getuid())")
+            ended = time.monotonic()
+        if not done.ok:
+            raise SandboxError(f"a first run ended with {done.exit_code}: {done.error_text[-300:]}")
+        keeper = await self._kept()
+        number, _ = done.text.split()
+        python = self._python or command.find_python(self._uid)
+        speed = f"opened in {(opened - began) * 1e3:.0f} ms (the first), a run took {(ended - opened) * 1e3:.0f} ms"
+        who = "as your own user" if self._uid is None else f"as user {self._uid}, since you are root"
+        good = [
+            ("bubblewrap", f"{binary}, version {version}"),
+            ("start", speed),
+            ("python", f"{python}, version {number}"),
+            ("user", f"they run {who}; inside they are user {command.USER} without any right"),
+            ("kernel", f"{len(seccomp.DENIED)} system calls refused, no further user namespaces"),
+            ("network", "none"),
+            ("files", "in memory, bounded in size and number"),
+        ]
+        findings = [Finding(what=what, state="good", detail=detail) for what, detail in good]
+        if keeper.cgroup:
+            detail = f"of all processes together, by the kernel (control groups, version {keeper.cgroup})"
+            return [*findings, Finding(what="memory", state="good", detail=detail)]
+        detail = (
+            f"of all processes together, measured every {WATCH * 1e3:.0f} ms while a run lasts, so that it can "
+            f"pass the limit for a moment; no control groups: {keeper.no_cgroups}"
+        )
+        mend = (
+            "for the kernel to bound it, run as root, or with a group of your own: "
+            "systemd-run --user --scope --property=Delegate=yes k2rl ..."
+        )
+        return [*findings, Finding(what="memory", state="limited", detail=detail, mend=mend)]
 
     async def close(self) -> None:
         await asyncio.gather(*(sandbox.close() for sandbox in list(self._open.values())))

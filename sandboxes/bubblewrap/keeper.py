@@ -58,7 +58,8 @@ class Kept:
 class Keeper:
     def __init__(self, driver: socket.socket, settings: dict[str, Any]) -> None:
         self.driver = driver
-        self.bwrap = os.open(settings["bwrap"], os.O_RDONLY)
+        self.path = settings["bwrap"]
+        self.bwrap = os.open(self.path, os.O_RDONLY)
         self.uid = settings["uid"]
         self.kept: dict[int, Kept] = {}
         self.spares: list[Spare] = []
@@ -98,7 +99,10 @@ class Keeper:
             self.end_all()
 
     def receive(self) -> bool:
-        message, ancillary, _, _ = self.driver.recvmsg(1 << 20, socket.CMSG_SPACE(12))
+        try:
+            message, ancillary, _, _ = self.driver.recvmsg(1 << 20, socket.CMSG_SPACE(12))
+        except ConnectionResetError:  # it died with answers unread
+            return False
         descriptors = array.array("i")
         for _, _, data in ancillary:
             descriptors.frombytes(data)
@@ -195,8 +199,12 @@ class Keeper:
             os.setresgid(self.uid, self.uid, self.uid)
             os.setresuid(self.uid, self.uid, self.uid)
         os.umask(0o022)
+        argv = json.loads(message)["argv"]
         try:
-            os.execve(bwrap, json.loads(message)["argv"], {})
+            try:
+                os.execve(self.path, argv, {})
+            except PermissionError:  # in a folder that only root may enter; the open file can be run
+                os.execve(bwrap, argv, {})
         except OSError as error:
             os.write(2, f"cannot start bubblewrap: {error}".encode())
 

@@ -34,6 +34,7 @@ class KeeperClient:
         #: Version of the control groups it uses (0: none), and why none.
         self.cgroup, self.no_cgroups = 0, ""
         self._settings = {"bwrap": str(bwrap), "uid": uid, "cgroups": cgroups}
+        self._tasks: set[asyncio.Task[None]] = set()
         self._answers: dict[tuple[str, int], asyncio.Future[Any]] = {}
 
     async def start(self) -> None:
@@ -108,7 +109,9 @@ class KeeperClient:
 
     def kill(self, number: int) -> None:
         """Kill a sandbox as a whole."""
-        asyncio.ensure_future(self._send({"op": "kill", "id": number}))
+        task = asyncio.ensure_future(self._send({"op": "kill", "id": number}))
+        self._tasks.add(task)
+        task.add_done_callback(self._sent)
 
     async def usage(self, number: int) -> int:
         """Bytes of memory its processes hold together, without what they share counted twice."""
@@ -127,6 +130,11 @@ class KeeperClient:
         except subprocess.TimeoutExpired:
             self._process.kill()
             raise SandboxError(f"the keeper {self._process.pid} of the sandboxes did not end") from None
+
+    def _sent(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # a keeper that cannot be told has ended, and its sandboxes with it
 
     def _expect(self, what: str, number: int) -> asyncio.Future[Any]:
         if (what, number) not in self._answers:

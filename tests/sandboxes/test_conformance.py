@@ -544,7 +544,8 @@ def test_a_command_that_takes_too_long_leaves_the_shell(lab):
         shell = type(sandbox)(lab, sandbox.shell())
         shell.run("X=kept")
         result = shell.run("echo begun; sleep 1000", timeout=0.5)
-        assert (result.ended, result.text) == ("timed_out", "begun\n")
+        assert result.ended == "timed_out"
+        assert result.text.startswith("begun\n")  # bash then says what it thinks of it
         assert shell.run("echo $X").text == "kept\n"
 
 
