@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from sandboxes.base import ExecResult, Limits, SandboxSpec
 from sandboxes.bubblewrap import agent, seccomp
@@ -29,9 +29,6 @@ from sandboxes.errors import (
     SandboxUnsupportedError,
 )
 
-if TYPE_CHECKING:
-    from sandboxes.bubblewrap.keeping import KeeperClient
-
 R = TypeVar("R", bound=Run)
 
 #: Requests above this travel in a file: a packet must fit the socket's buffer.
@@ -46,6 +43,21 @@ AGENT_SECONDS = 60.0
 OWN_PROCESSES = 8
 
 
+class Keeper(Protocol):
+    """What started a sandbox and can end it: `KeeperClient`, or a docker container."""
+
+    #: Whom sandboxes run as, if not as this process.
+    uid: int | None
+    #: Why it is of no use any more; empty as long as it is.
+    dead: str
+
+    async def close(self, number: int) -> None: ...
+
+    def kill(self, number: int) -> None: ...
+
+    async def usage(self, number: int) -> int: ...
+
+
 class BubblewrapSandbox:
     """See `sandboxes.base.Sandbox`. Made by `BubblewrapBackend.open`."""
 
@@ -57,7 +69,7 @@ class BubblewrapSandbox:
         id: str,
         spec: SandboxSpec,
         connection: socket.socket,
-        keeper: KeeperClient,
+        keeper: Keeper,
         number: int,
         events: str,
         turns: asyncio.Semaphore,
