@@ -148,7 +148,7 @@ class BubblewrapSandbox:
     ) -> ExecResult:
         """One run from its request to its result."""
         kills = self.oom_kills()
-        run = self.start(kind, request, stdin, output or self.spec.limits.output_bytes)
+        run = self.start(kind, request, stdin, output or self.spec.limits.output_bytes, Run)
         loop = asyncio.get_running_loop()
         timer = loop.call_later(timeout, run.end, "timed_out")
         watch = None if self._events else asyncio.ensure_future(self.watch(run))
@@ -164,9 +164,7 @@ class BubblewrapSandbox:
         out_of_memory = code != 0 and self.oom_kills() > kills
         return run.result(code, cpu, self.spec.limits, out_of_memory)
 
-    def program(
-        self, argv: Sequence[str], cwd: str | None, env: Mapping[str, str] | None
-    ) -> dict[str, Any]:
+    def program(self, argv: Sequence[str], cwd: str | None, env: Mapping[str, str] | None) -> dict[str, Any]:
         """The request to run a program.
 
         Raises:
@@ -178,9 +176,7 @@ class BubblewrapSandbox:
         where = os.path.join(self.home, cwd or "")  # noqa: PTH118 - a path in the sandbox
         return {"argv": checked(argv), "cwd": where, "env": {**self._env, **checked_env(env)}}
 
-    def start(
-        self, kind: str, request: dict[str, Any], stdin: bytes | int, output: int, of: type[R] = Run
-    ) -> R:
+    def start(self, kind: str, request: dict[str, Any], stdin: bytes | int, output: int, of: type[R]) -> R:
         """Begin a run; `stdin` is content, or a descriptor that is closed here."""
         passed = [stdin] if isinstance(stdin, int) else [sealed("stdin", stdin)] if stdin else []
         if self._dead:
@@ -399,9 +395,8 @@ def agent_settings(spec: SandboxSpec, cgroup: bool, finished: bool = False) -> b
 def rlimits(limits: Limits, cgroup: bool) -> list[tuple[int, int]]:
     """What each process is bound to by itself.
 
-    Without a control group a look at the tree every now and then bounds its memory; twice as much for one process
-    is what it cannot pass between two looks.
-    """
+    Without a control group a look at the tree every now and then bounds its memory; twice as much for one
+    process is what it cannot pass between two looks."""
     bounds = [
         (resource.RLIMIT_CPU, math.ceil(limits.cpu_seconds)),
         (resource.RLIMIT_FSIZE, limits.file_bytes),

@@ -1,10 +1,11 @@
 """The attack table: what hostile code tries, as Python that prints `reached: …` or `held: …`.
 
-Every probe is run twice: in a sandbox, where it must be held, and outside of any as root, where it must reach what
-it is after. So a probe that cannot fail is noticed. What a kernel does not have at all it reports as `absent`.
+Every probe is run twice: in a sandbox, where it must be held, and outside of any as root, where it must
+reach what it is after. So a probe that cannot fail is noticed. What a kernel does not have at all it
+reports as `absent`.
 
-Run as a program, it plays the table with a backend and prints JSON: name -> what the probe said. It needs nothing
-but the standard library, msgspec and `sandboxes`, and so can be run as any user:
+Run as a program, it plays the table with a backend and prints JSON: name -> what the probe said. It needs
+nothing but the standard library, msgspec and `sandboxes`, and so can be run as any user:
 
     python -m tests.sandboxes.attacks bubblewrap
     python -m tests.sandboxes.attacks outside
@@ -102,7 +103,9 @@ FILES = {
 RIGHTS = {
     "capabilities": "say(any(int(l.split()[1], 16) for l in open('/proc/self/status') if l.startswith('Cap')))",
     "gaining rights by exec": "say(libc.prctl(39, 0, 0, 0, 0) == 0)",
-    "setuid programs": "say(not os.statvfs('/usr').f_flag & os.ST_NOSUID)",
+    "setuid programs": (
+        "say(not os.statvfs('/usr').f_flag & os.ST_NOSUID and b'NoNewPrivs:\\t1' not in text('/proc/self/status'))"
+    ),
     "becoming root": "os.setuid(0); say(os.getuid() == 0)",
     "other groups": "os.setgroups([0, 4]); say(True)",
     "chroot": "os.chroot('/usr'); say(True)",
@@ -261,9 +264,11 @@ MACHINE = {
     "a console": "os.close(os.open('/dev/tty0', os.O_RDONLY)) if os.path.exists('/dev/tty0') else os.close(os.open('/dev/console', os.O_WRONLY)); say(True)",
     "a name of its own for the host": "say(socket.gethostname() == T['hostname'])",
 }
-#: Calls that are refused whatever they ask: outside, the kernel looks at these senseless arguments. reboot and the
-#: like are judged by their arguments, too, and refuse these.
-REFUSED = sorted(set(seccomp.DENIED) - {"uselib", "nfsservctl", "lookup_dcookie", "vhangup", "semop", "swapoff", "acct"})
+#: Calls that are refused whatever they ask: outside, the kernel looks at these senseless arguments. reboot
+#: and the like are judged by their arguments, too, and refuse these.
+REFUSED = sorted(
+    set(seccomp.DENIED) - {"uselib", "nfsservctl", "lookup_dcookie", "vhangup", "semop", "swapoff", "acct"}
+)
 
 #: What not every machine has, or lets root have.
 ABSENT = {

@@ -18,7 +18,6 @@ from sandboxes.docker import images, owner
 from sandboxes.docker.backend import FOLDER, DockerBackend
 from sandboxes.errors import SandboxClosedError, SandboxError, SandboxUnavailableError
 from sandboxes.pool import SandboxPool
-from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.docker, pytest.mark.xdist_group("docker")]
 
@@ -236,12 +235,3 @@ def test_a_user_that_is_none():
     for user in ("nobody", "0", "0:", "a:b", "1:2:3"):
         with pytest.raises(ValueError, match="uid:gid"):
             DockerBackend(user=user)
-
-
-def test_the_example_of_the_docs():
-    page = (ROOT / "docs" / "sandboxes.md").read_text(encoding="utf-8")
-    example = page.split("```python\n")[1].split("```")[0]
-    done = subprocess.run(
-        [sys.executable, "-c", example], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert (done.stdout, done.stderr) == ("42\n", "")
