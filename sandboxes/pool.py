@@ -12,7 +12,8 @@ from sandboxes.errors import SandboxClosedError, SandboxError
 
 
 class SandboxPool:
-    """Keeps some sandboxes of one spec open. Each is given out once and closed after use: one for each rollout.
+    """Keeps some sandboxes of one spec open. Each is given out once and closed after use: one for each
+    rollout.
 
     Args:
         backend: where they come from; it is not closed with the pool.

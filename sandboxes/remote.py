@@ -37,20 +37,31 @@ class RemoteBackend:
     name = "remote"
 
     def __init__(
-        self, urls: Sequence[str] | str, *, token: str | None = None, open_seconds: float = 120.0
+        self,
+        urls: Sequence[str] | str | None = None,
+        *,
+        token: str | None = None,
+        open_seconds: float = 120.0,
     ) -> None:
         """
         Args:
-            urls: where the servers are: `http://node1:8020`.
+            urls: where the servers are: `http://node1:8020`; by default those that the variable
+                K2RL_SANDBOX_SERVERS lists, with spaces between them.
             token: what they ask for; by default the variable K2RL_SANDBOX_TOKEN.
             open_seconds: how long `open` waits for room when all servers are full.
 
         Raises:
             ValueError: this is no address of a server.
+            SandboxUnavailableError: none is given.
         """
+        if urls is None:
+            urls = os.environ.get(wire.SERVERS_VARIABLE, "").split()
         urls = [urls] if isinstance(urls, str) else urls
         if not urls:
-            raise ValueError("the remote sandbox backend needs the address of a server: http://host:port")
+            raise SandboxUnavailableError(
+                f"no sandbox server is named: start one (k2rl sandbox serve), and {wire.SERVERS_VARIABLE}="
+                "http://host:port"
+            )
         for url in urls:
             if not url.startswith(("http://", "https://")):
                 raise ValueError(f"{url!r} is no address of a sandbox server: http://host:port")

@@ -20,7 +20,7 @@ from sandboxes.errors import (
 )
 
 CONTENT_TYPE = "application/msgpack"
-TOKEN_VARIABLE = "K2RL_SANDBOX_TOKEN"
+TOKEN_VARIABLE, SERVERS_VARIABLE = "K2RL_SANDBOX_TOKEN", "K2RL_SANDBOX_SERVERS"
 
 
 class Exec(msgspec.Struct, frozen=True, tag="exec", kw_only=True):
@@ -142,7 +142,15 @@ ERRORS: dict[str, type[SandboxError]] = {
     "unsupported": SandboxUnsupportedError,
     "failed": SandboxError,
 }
-STATUS = {"invalid": 400, "closed": 410, "unavailable": 503, "unsupported": 422, "failed": 502, "file": 409, "full": 429}
+STATUS = {
+    "invalid": 400,
+    "closed": 410,
+    "unavailable": 503,
+    "unsupported": 422,
+    "failed": 502,
+    "file": 409,
+    "full": 429,
+}
 
 
 def fault_of(error: SandboxError | SandboxFileError) -> Fault:

@@ -39,6 +39,8 @@ QUICK: dict[str, Callable[[Path, str], None]] = {
     "k2rl plan model=kimi_k2 dtype=fp8 cluster=h20 gpus=256 strategy=broadcast output=json": _says(
         '"simulated": true'
     ),
+    "k2rl sandbox doctor": _says("bubblewrap: works"),
+    "python run_it.py": _says("hello\nexited 0\ntimed_out"),
     'python -W error -c "from gymnasium.utils.env_checker import check_env; from guess import GuessEnv; '
     'check_env(GuessEnv(), skip_render_check=True)"': _says(""),
 }

@@ -22,6 +22,7 @@ from sandboxes.errors import SandboxError, SandboxUnavailableError, SandboxUnsup
 #: Seconds that a sandbox may take to start.
 START_SECONDS = 60.0
 NOBODY = 65534
+AGENT_SOURCE = Path(agent.__file__)
 ALLOW_NAMESPACES = (
     "let users make namespaces: sysctl kernel.unprivileged_userns_clone=1 (Debian), "
     "kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu), user.max_user_namespaces=10000 (Red Hat); "
@@ -34,7 +35,8 @@ class BubblewrapBackend:
 
     Args:
         bwrap: the binary; looked for by default (`command.find_bwrap`).
-        python: what runs the sandbox's agent and Python code, as a path in the sandbox; looked for by default.
+        python: what runs the sandbox's agent and Python code, as a path in the sandbox; looked for by
+            default.
         uid: whom sandboxes run as when this process is root; otherwise they run as its own user.
         running: most runs at once in all sandboxes together, others wait; four for each core by default.
         cgroups: whether to use control groups where they can be had.
@@ -82,7 +84,14 @@ class BubblewrapBackend:
             number, connection, events = await self._launch(keeper, spec, python, code, settings)
         id = f"bubblewrap-{number}-{secrets.token_hex(4)}"
         sandbox = BubblewrapSandbox(
-            id, spec, connection, keeper, number, events, self._turns, lambda number: self._open.pop(number, None)
+            id,
+            spec,
+            connection,
+            keeper,
+            number,
+            events,
+            self._turns,
+            lambda number: self._open.pop(number, None),
         )
         self._open[number] = sandbox
         return sandbox
@@ -106,7 +115,8 @@ class BubblewrapBackend:
         keeper = await self._kept()
         number, _ = done.text.split()
         python = self._python or command.find_python(self._uid)
-        speed = f"opened in {(opened - began) * 1e3:.0f} ms (the first), a run took {(ended - opened) * 1e3:.0f} ms"
+        waited, took = (opened - began) * 1e3, (ended - opened) * 1e3
+        speed = f"the first was opened in {waited:.0f} ms, its first run took {took:.0f} ms"
         who = "as your own user" if self._uid is None else f"as user {self._uid}, since you are root"
         good = [
             ("bubblewrap", f"{binary}, version {version}"),
@@ -119,10 +129,10 @@ class BubblewrapBackend:
         ]
         findings = [Finding(what=what, state="good", detail=detail) for what, detail in good]
         if keeper.cgroup:
-            detail = f"of all processes together, by the kernel (control groups, version {keeper.cgroup})"
-            return [*findings, Finding(what="memory", state="good", detail=detail)]
+            by_kernel = f"of all processes together, by the kernel (control groups, version {keeper.cgroup})"
+            return [*findings, Finding(what="memory", state="good", detail=by_kernel)]
         detail = (
-            f"of all processes together, measured every {WATCH * 1e3:.0f} ms while a run lasts, so that it can "
+            f"of all processes together, measured every {WATCH * 1e3:.0f} ms while a run lasts, so it can "
             f"pass the limit for a moment; no control groups: {keeper.no_cgroups}"
         )
         mend = (
@@ -154,7 +164,7 @@ class BubblewrapBackend:
         """The agent, compiled by the Python that will run it."""
         key = (spec.image, python)
         if key not in self._code:
-            source = Path(agent.__file__).read_bytes()
+            source = AGENT_SOURCE.read_bytes()  # noqa: ASYNC240 - a small file, once
             settings = marshal.dumps({"compile": True}, 2)
             number, connection, _ = await self._launch(keeper, spec, python, source, settings)
             connection.close()
@@ -215,7 +225,7 @@ class BubblewrapBackend:
     def _check_count(self) -> None:
         if not counts_by_namespace():
             raise SandboxUnavailableError(
-                f"Linux {platform.release()} cannot bound the processes of a sandbox without a control group: "
+                f"Linux {platform.release()} bounds no sandbox's processes without a control group: "
                 "run as root or with a delegated group, or on Linux 5.14 or newer"
             )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import stat
@@ -91,8 +90,8 @@ def find_python(uid: int | None) -> str:
         if candidate.is_file() and (uid is None or readable_by_all(candidate.resolve())):
             return str(candidate)
     raise SandboxUnavailableError(
-        f"there is no Python for the sandbox: no /usr/bin/python3, and {own} cannot be read by others than its "
-        "owner; install the system's python3 (Debian, Ubuntu: apt-get install python3-minimal)"
+        f"there is no Python for the sandbox: no /usr/bin/python3, and {own} can be read by its "
+        "owner alone; install the system's python3 (Debian, Ubuntu: apt-get install python3-minimal)"
     )
 
 
@@ -171,5 +170,5 @@ def image(root: Path) -> Iterator[str]:
 
 def _bind(path: Path, inside: str) -> tuple[str, ...]:
     if path.is_symlink():
-        return ("--symlink", os.readlink(path), inside)
+        return ("--symlink", str(path.readlink()), inside)
     return ("--ro-bind", str(path), inside)

@@ -1,13 +1,13 @@
 """The process that starts the sandboxes of one driver, and ends them, however the driver ends.
 
-bubblewrap asks the kernel to kill a sandbox when the thread that started it ends, so that thread must be one that
-stays; and starting a process from one with gigabytes of weights is slow. Hence a small process with one thread.
-As root it gives up root in the child, before bubblewrap starts. It makes the control groups, and removes those of
-dead keepers. When the driver goes, by whatever signal, its end of the socket closes, and everything is ended.
+bubblewrap asks the kernel to kill a sandbox when the thread that started it ends, so that thread must be
+one that stays; and starting a process from one with gigabytes of weights is slow. Hence a small process
+with one thread. As root it gives up root in the child, before bubblewrap starts. It makes the control
+groups, and removes those of dead keepers. When the driver goes, by whatever signal, its end of the socket
+closes, and everything is ended.
 
-It speaks JSON over a socket of packets; `open` brings file descriptors: the agent's end of its socket, its code,
-and where bubblewrap's errors go.
-"""
+It speaks JSON over a socket of packets; `open` brings file descriptors: the agent's end of its socket, its
+code, and where bubblewrap's errors go."""
 
 from __future__ import annotations
 
@@ -99,7 +99,10 @@ class Keeper:
             self.end_all()
 
     def receive(self) -> bool:
-        message, ancillary, _, _ = self.driver.recvmsg(1 << 20, socket.CMSG_SPACE(12))
+        try:
+            message, ancillary, _, _ = self.driver.recvmsg(1 << 20, socket.CMSG_SPACE(12))
+        except ConnectionResetError:  # it died with answers unread
+            return False
         descriptors = array.array("i")
         for _, _, data in ancillary:
             descriptors.frombytes(data)
@@ -277,7 +280,7 @@ def _share(pid: int) -> int:
 def descendants(root: int) -> list[int]:
     """The processes below one, nearest first."""
     children: dict[int, list[int]] = {}
-    for name in os.listdir("/proc"):
+    for name in os.listdir("/proc"):  # noqa: PTH208 - names alone, of many
         if name.isdigit():
             try:
                 parent = int(Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[1])

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from sandboxes.base import ExecResult, Limits, SandboxSpec
 from sandboxes.bubblewrap import agent, seccomp
@@ -29,9 +29,6 @@ from sandboxes.errors import (
     SandboxUnsupportedError,
 )
 
-if TYPE_CHECKING:
-    from sandboxes.bubblewrap.keeping import KeeperClient
-
 R = TypeVar("R", bound=Run)
 
 #: Requests above this travel in a file: a packet must fit the socket's buffer.
@@ -46,6 +43,21 @@ AGENT_SECONDS = 60.0
 OWN_PROCESSES = 8
 
 
+class Keeper(Protocol):
+    """What started a sandbox and can end it: `KeeperClient`, or a docker container."""
+
+    #: Whom sandboxes run as, if not as this process.
+    uid: int | None
+    #: Why it is of no use any more; empty as long as it is.
+    dead: str
+
+    async def close(self, number: int) -> None: ...
+
+    def kill(self, number: int) -> None: ...
+
+    async def usage(self, number: int) -> int: ...
+
+
 class BubblewrapSandbox:
     """See `sandboxes.base.Sandbox`. Made by `BubblewrapBackend.open`."""
 
@@ -57,7 +69,7 @@ class BubblewrapSandbox:
         id: str,
         spec: SandboxSpec,
         connection: socket.socket,
-        keeper: KeeperClient,
+        keeper: Keeper,
         number: int,
         events: str,
         turns: asyncio.Semaphore,
@@ -136,7 +148,7 @@ class BubblewrapSandbox:
     ) -> ExecResult:
         """One run from its request to its result."""
         kills = self.oom_kills()
-        run = self.start(kind, request, stdin, output or self.spec.limits.output_bytes)
+        run = self.start(kind, request, stdin, output or self.spec.limits.output_bytes, Run)
         loop = asyncio.get_running_loop()
         timer = loop.call_later(timeout, run.end, "timed_out")
         watch = None if self._events else asyncio.ensure_future(self.watch(run))
@@ -152,9 +164,7 @@ class BubblewrapSandbox:
         out_of_memory = code != 0 and self.oom_kills() > kills
         return run.result(code, cpu, self.spec.limits, out_of_memory)
 
-    def program(
-        self, argv: Sequence[str], cwd: str | None, env: Mapping[str, str] | None
-    ) -> dict[str, Any]:
+    def program(self, argv: Sequence[str], cwd: str | None, env: Mapping[str, str] | None) -> dict[str, Any]:
         """The request to run a program.
 
         Raises:
@@ -166,9 +176,7 @@ class BubblewrapSandbox:
         where = os.path.join(self.home, cwd or "")  # noqa: PTH118 - a path in the sandbox
         return {"argv": checked(argv), "cwd": where, "env": {**self._env, **checked_env(env)}}
 
-    def start(
-        self, kind: str, request: dict[str, Any], stdin: bytes | int, output: int, of: type[R] = Run
-    ) -> R:
+    def start(self, kind: str, request: dict[str, Any], stdin: bytes | int, output: int, of: type[R]) -> R:
         """Begin a run; `stdin` is content, or a descriptor that is closed here."""
         passed = [stdin] if isinstance(stdin, int) else [sealed("stdin", stdin)] if stdin else []
         if self._dead:
@@ -387,9 +395,8 @@ def agent_settings(spec: SandboxSpec, cgroup: bool, finished: bool = False) -> b
 def rlimits(limits: Limits, cgroup: bool) -> list[tuple[int, int]]:
     """What each process is bound to by itself.
 
-    Without a control group a look at the tree every now and then bounds its memory; twice as much for one process
-    is what it cannot pass between two looks.
-    """
+    Without a control group a look at the tree every now and then bounds its memory; twice as much for one
+    process is what it cannot pass between two looks."""
     bounds = [
         (resource.RLIMIT_CPU, math.ceil(limits.cpu_seconds)),
         (resource.RLIMIT_FSIZE, limits.file_bytes),

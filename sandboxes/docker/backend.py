@@ -1,4 +1,4 @@
-"""The backend: containers of one daemon, some of them started ahead of need."""
+"""The backend: containers of one daemon. `sandboxes.pool` starts some of them ahead of need."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any
 
 import docker
 import docker.errors
-import msgspec
 
 from sandboxes.base import ExecResult, Finding, SandboxSpec
 from sandboxes.bubblewrap.cgroups import started
@@ -33,7 +32,7 @@ FOLDER = "k2rl-docker-"
 class DockerBackend:
     """Sandboxes that are containers of this machine's docker daemon. It belongs to one event loop.
 
-    A container is used once: the warm ones are new, and a closed one is removed.
+    Each is a new container, and a closed one is removed.
 
     Args:
         image: what a spec without an image gets; by default Debian's own packages (`images.py`).
@@ -41,7 +40,6 @@ class DockerBackend:
         python: what runs the agent and Python code, as a path in the image.
         runtime: another runtime that the daemon knows, such as gVisor's `runsc`.
         cpus: cores of a sandbox; 0: all.
-        warm: containers kept ready for the spec that was opened last.
         running: most runs at once in all sandboxes together, others wait; four for each core by default.
     """
 
@@ -55,7 +53,6 @@ class DockerBackend:
         python: str = "/usr/bin/python3",
         runtime: str | None = None,
         cpus: float = 0.0,
-        warm: int = 0,
         running: int | None = None,
     ) -> None:
         uid, gid = (os.geteuid(), os.getegid()) if os.geteuid() else (NOBODY, NOBODY)
@@ -63,7 +60,7 @@ class DockerBackend:
         if not all(part.isdecimal() for part in user.split(":")) or user.count(":") != 1:
             raise ValueError(f"user {user!r} is not of the form uid:gid")
         cores = len(os.sched_getaffinity(0))
-        self._image, self._warm, self._runtime = image, warm, runtime
+        self._image, self._runtime = image, runtime
         self._user, self._python, self._cpus = user, python, cpus
         # Only root can give a pipe to somebody else.
         self._uid = int(user.split(":")[0]) if os.geteuid() == 0 else None
@@ -73,41 +70,30 @@ class DockerBackend:
         self._preparing: asyncio.Task[Settings] | None = None
         self._open: dict[int, DockerSandbox] = {}
         self._opened = 0
-        #: Containers that are started ahead, by the spec they are for.
-        self._ready: dict[bytes, list[asyncio.Task[DockerSandbox]]] = {}
         self._ends: set[asyncio.Task[None]] = set()
 
     async def open(self, spec: SandboxSpec) -> DockerSandbox:
         """See `Backend.open`."""
         if spec.allow_hosts:
             raise SandboxUnsupportedError("docker sandboxes have no network: allow_hosts must be empty")
-        key = msgspec.msgpack.encode(spec)
-        sandbox = await self._taken(key) or await self._launch(spec)
-        if self._warm:
-            self._warm_up(key, spec)
-        return sandbox
-
-    async def _taken(self, key: bytes) -> DockerSandbox | None:
-        """A warm container for this spec that is alive, if there is one."""
-        while self._ready.get(key):
-            launch = self._ready[key].pop(0)
+        settings = await self._prepared()
+        self._opened += 1
+        number = self._opened
+        name = f"k2rl-{secrets.token_hex(8)}"
+        container = Container(self._daemon, name, self._uid)
+        async with self._opening:
             try:
-                sandbox = await launch
-            except SandboxError:  # a new attempt says whether it is still so
-                return None
-            if await sandbox.is_alive():
-                return sandbox
-            await sandbox.close()
-        return None
-
-    def _warm_up(self, key: bytes, spec: SandboxSpec) -> None:
-        """Start what is missing of the warm containers for this spec, and end those for another."""
-        for other in [other for other in self._ready if other != key]:
-            for launch in self._ready.pop(other):
-                self._later(_end(launch))
-        ready = self._ready.setdefault(key, [])
-        while len(ready) < self._warm:
-            ready.append(asyncio.create_task(self._launch(spec)))
+                words = agent_settings(spec, cgroup=True, finished=True)
+                await container.start(spec, spec.image or self._image, settings, words)
+            except BaseException as error:
+                removal = self._later(container.remove())
+                if isinstance(error, SandboxError):
+                    await asyncio.shield(removal)
+                raise
+        forget = lambda number: self._open.pop(number, None)  # noqa: E731
+        sandbox = DockerSandbox(name, spec, container, number, self._turns, forget)
+        self._open[number] = sandbox
+        return sandbox
 
     def _later(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A task that is at an end when the backend is closed."""
@@ -127,10 +113,6 @@ class DockerBackend:
 
     async def close(self) -> None:
         """See `Backend.close`."""
-        for launches in self._ready.values():
-            for launch in launches:
-                self._later(_end(launch))
-        self._ready.clear()
         for sandbox in list(self._open.values()):
             self._later(sandbox.close())
         ends: list[object] = []
@@ -143,26 +125,6 @@ class DockerBackend:
         for end in ends:
             if isinstance(end, BaseException):
                 raise end
-
-    async def _launch(self, spec: SandboxSpec) -> DockerSandbox:
-        settings = await self._prepared()
-        self._opened += 1
-        number = self._opened
-        name = f"k2rl-{secrets.token_hex(8)}"
-        container = Container(self._daemon, name, self._uid)
-        async with self._opening:
-            try:
-                words = agent_settings(spec, cgroup=True, finished=True)
-                await container.start(spec, spec.image or self._image, settings, words)
-            except BaseException as error:
-                removal = self._later(container.remove())
-                if isinstance(error, SandboxError):
-                    await asyncio.shield(removal)
-                raise
-        forget = lambda number: self._open.pop(number, None)  # noqa: E731
-        sandbox = DockerSandbox(name, spec, container, number, self._turns, forget)
-        self._open[number] = sandbox
-        return sandbox
 
     async def _prepared(self) -> Settings:
         """What is done once, and to its end even if who asked first has gone."""
@@ -218,14 +180,6 @@ class DockerSandbox(BubblewrapSandbox):
                 f"a docker sandbox has the one user that its backend was given; there is no {user!r}"
             )
         return await super().exec(argv, stdin=stdin, env=env, cwd=cwd, timeout=timeout)
-
-
-async def _end(launch: asyncio.Task[DockerSandbox]) -> None:
-    """Close a sandbox that nobody has taken."""
-    if not launch.done():
-        launch.cancel()
-    with suppress(SandboxError, asyncio.CancelledError):
-        await (await launch).close()
 
 
 def reap_containers(client: docker.DockerClient) -> None:

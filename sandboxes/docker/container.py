@@ -44,7 +44,7 @@ exec(compile(open("{INSIDE}/agent.py").read(), "agent.py", "exec"))
 #: Each place's share of `Limits.disk_bytes` and `Limits.inodes`: docker cannot let them share one file
 #: system.
 SHARES = {"/work": 12 / 16, "/tmp": 3 / 16, "/dev/shm": 1 / 16}
-#: What docker hides of /proc and /sys by itself, and the queues that are files.
+#: What docker hides of /proc by itself, all of /sys, and the queues that are files.
 MASKED = (
     "/dev/mqueue",
     "/proc/acpi",
@@ -57,8 +57,7 @@ MASKED = (
     "/proc/scsi",
     "/proc/timer_list",
     "/proc/timer_stats",
-    "/sys/devices/virtual/powercap",
-    "/sys/firmware",
+    "/sys",
 )
 #: The host's memory is short: sandboxes first, then what started them.
 OOM_SCORE = 500

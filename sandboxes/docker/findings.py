@@ -12,10 +12,10 @@ from sandboxes.base import Finding
 State = Literal["good", "limited", "missing"]
 #: What the daemon says it can bound, and what is not bounded where it cannot.
 LIMITS = {
-    "MemoryLimit": "memory of the tree",
-    "SwapLimit": "swap of the tree",
-    "PidsLimit": "number of processes",
-    "CpuCfsQuota": "cores (option cpus)",
+    "MemoryLimit": "memory",
+    "SwapLimit": "swap",
+    "PidsLimit": "processes",
+    "CpuCfsQuota": "cores",
 }
 NEEDED = ("MemoryLimit", "PidsLimit")
 MORE_CGROUPS = "turn on the kernel's control groups (boot with cgroup_enable=memory swapaccount=1)"
@@ -40,7 +40,7 @@ def _daemon(about: dict[str, Any]) -> Finding:
 def _limits(about: dict[str, Any]) -> Iterator[Finding]:
     for key, what in LIMITS.items():
         if about.get(key):
-            yield Finding(what=what, state="good", detail="bounded by a control group")
+            yield Finding(what=what, state="good", detail="of all processes together, by the kernel")
         else:
             state: State = "missing" if key in NEEDED else "limited"
             yield Finding(what=what, state=state, detail="not bounded", mend=MORE_CGROUPS)
@@ -59,13 +59,15 @@ def _walls(about: dict[str, Any], runtime: str | None) -> Iterator[Finding]:
     options = ",".join(about["SecurityOptions"])
     state: State = "good" if "name=seccomp" in options else "limited"
     yield Finding(
-        what="system calls", state=state, detail="the sandbox's list, and docker's own if it has one"
+        what="calls",
+        state=state,
+        detail="refused: the list that bubblewrap's sandboxes have, and docker's if it has one",
     )
     if "name=rootless" in options or "name=userns" in options:
-        yield Finding(what="root in a container", state="good", detail="is not root outside")
+        yield Finding(what="root", state="good", detail="in a container is not root outside")
     else:
         mend = "userns-remap in /etc/docker/daemon.json, or a rootless daemon"
-        yield Finding(what="root in a container", state="limited", detail="is root outside", mend=mend)
+        yield Finding(what="root", state="limited", detail="in a container is root outside", mend=mend)
 
 
 def _image(client: docker.DockerClient, image: str) -> Finding:

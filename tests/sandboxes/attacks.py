@@ -1,10 +1,11 @@
 """The attack table: what hostile code tries, as Python that prints `reached: …` or `held: …`.
 
-Every probe is run twice: in a sandbox, where it must be held, and outside of any as root, where it must reach what
-it is after. So a probe that cannot fail is noticed. What a kernel does not have at all it reports as `absent`.
+Every probe is run twice: in a sandbox, where it must be held, and outside of any as root, where it must
+reach what it is after. So a probe that cannot fail is noticed. What a kernel does not have at all it
+reports as `absent`.
 
-Run as a program, it plays the table with a backend and prints JSON: name -> what the probe said. It needs nothing
-but the standard library, msgspec and `sandboxes`, and so can be run as any user:
+Run as a program, it plays the table with a backend and prints JSON: name -> what the probe said. It needs
+nothing but the standard library, msgspec and `sandboxes`, and so can be run as any user:
 
     python -m tests.sandboxes.attacks bubblewrap
     python -m tests.sandboxes.attacks outside
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ SECRET = "k2rl-probe-secret"
 MARKER = "k2rl-probe-victim"
 
 PRELUDE = """
-import ctypes, errno, glob, json, os, resource, signal, socket, stat, struct, sys, time
+import ctypes, errno, glob, json, os, resource, select, signal, socket, stat, struct, sys, time
 T = json.loads(sys.argv[1])
 libc = ctypes.CDLL(None, use_errno=True)
 def call(number, *arguments):
@@ -102,7 +103,9 @@ FILES = {
 RIGHTS = {
     "capabilities": "say(any(int(l.split()[1], 16) for l in open('/proc/self/status') if l.startswith('Cap')))",
     "gaining rights by exec": "say(libc.prctl(39, 0, 0, 0, 0) == 0)",
-    "setuid programs": "say(not os.statvfs('/usr').f_flag & os.ST_NOSUID)",
+    "setuid programs": (
+        "say(not os.statvfs('/usr').f_flag & os.ST_NOSUID and b'NoNewPrivs:\\t1' not in text('/proc/self/status'))"
+    ),
     "becoming root": "os.setuid(0); say(os.getuid() == 0)",
     "other groups": "os.setgroups([0, 4]); say(True)",
     "chroot": "os.chroot('/usr'); say(True)",
@@ -220,10 +223,9 @@ RESOURCES = {
         for _ in range(8):
             if os.fork() == 0:
                 x = bytearray(50 << 20); os.write(done, b'x'); time.sleep(30); os._exit(0)
-        os.close(done)
         got = 0
-        signal.alarm(20)
-        while got < 8 and os.read(ready, 1): got += 1
+        while got < 8 and os.waitpid(-1, os.WNOHANG)[0] == 0:
+            if select.select([ready], [], [], 0.05)[0]: got += len(os.read(ready, 1))
         say(got == 8, got)
     """,
     "400 MB that no process maps": """
@@ -262,9 +264,11 @@ MACHINE = {
     "a console": "os.close(os.open('/dev/tty0', os.O_RDONLY)) if os.path.exists('/dev/tty0') else os.close(os.open('/dev/console', os.O_WRONLY)); say(True)",
     "a name of its own for the host": "say(socket.gethostname() == T['hostname'])",
 }
-#: Calls that are refused whatever they ask: outside, the kernel looks at these senseless arguments. reboot and the
-#: like are judged by their arguments, too, and refuse these.
-REFUSED = sorted(set(seccomp.DENIED) - {"uselib", "nfsservctl", "lookup_dcookie", "vhangup", "semop", "swapoff", "acct"})
+#: Calls that are refused whatever they ask: outside, the kernel looks at these senseless arguments. reboot
+#: and the like are judged by their arguments, too, and refuse these.
+REFUSED = sorted(
+    set(seccomp.DENIED) - {"uselib", "nfsservctl", "lookup_dcookie", "vhangup", "semop", "swapoff", "acct"}
+)
 
 #: What not every machine has, or lets root have.
 ABSENT = {
@@ -373,21 +377,24 @@ def outside(target: dict[str, Any]) -> dict[str, str]:
     said = {}
     with open(target["file"]):  # a descriptor that is left open
         for name, source in probes().items():
-            reader, writer = os.pipe()
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    os.dup2(writer, 1)
-                    os.chdir(target["scratch"])
-                    signal.alarm(60)
-                    sys.argv = ["-c", json.dumps(target)]
-                    exec(source, {"__name__": "__main__"})
-                finally:
-                    os._exit(1)
-            os.close(writer)
-            with os.fdopen(reader, "rb") as output:
+            with tempfile.TemporaryFile() as output:
+                pid = os.fork()
+                if pid == 0:
+                    try:
+                        os.setsid()
+                        os.dup2(output.fileno(), 1)
+                        os.chdir(target["scratch"])
+                        signal.alarm(60)
+                        sys.argv = ["-c", json.dumps(target)]
+                        exec(source, {"__name__": "__main__"})
+                    finally:
+                        os._exit(1)
+                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                with suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+                output.seek(0)
                 text = output.read().strip(b"\0\n").decode(errors="replace")
-            said[name] = text or f"nothing: {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}"
+            said[name] = text or f"nothing: {code}"
     return said
 
 

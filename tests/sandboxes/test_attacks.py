@@ -22,7 +22,10 @@ CASES = {
     "bubblewrap": ("bubblewrap", {}, False),
     "bubblewrap-as-nobody": ("bubblewrap", {}, True),
     "bubblewrap-no-cgroups": ("bubblewrap", {"cgroups": False}, False),
+    "docker": ("docker", {}, False),
+    "docker-with-root-inside": ("docker", {"user": "0:0"}, False),
 }
+DOCKER = [pytest.mark.docker, pytest.mark.slow]
 ROOT_ONLY = "the probes prove themselves as root, and only root can become nobody"
 
 
@@ -44,7 +47,10 @@ def outside() -> dict[str, str]:
     return play("outside")
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=DOCKER if name.startswith("docker") else []) for name in CASES],
+)
 def inside(request: pytest.FixtureRequest) -> dict[str, str]:
     backend, options, as_nobody = CASES[request.param]
     words = (backend, json.dumps(options))

@@ -285,10 +285,18 @@ def test_what_is_no_sandbox_server_is_told():
     run(scenario())
 
 
-@pytest.mark.parametrize("urls", [[], "", "localhost:8020", ["ftp://host"]], ids=str)
+@pytest.mark.parametrize("urls", ["", "localhost:8020", ["ftp://host"]], ids=str)
 def test_what_is_no_address(urls):
     with pytest.raises(ValueError, match="http://host:port"):
         RemoteBackend(urls)
+
+
+def test_servers_are_named_by_a_variable_too(monkeypatch):
+    monkeypatch.delenv(wire.SERVERS_VARIABLE, raising=False)
+    with pytest.raises(SandboxUnavailableError, match="no sandbox server is named"):
+        RemoteBackend()
+    monkeypatch.setenv(wire.SERVERS_VARIABLE, "http://one:1 http://two:2")
+    assert [each.url for each in RemoteBackend()._servers] == ["http://one:1", "http://two:2"]
 
 
 @pytest.mark.parametrize(
