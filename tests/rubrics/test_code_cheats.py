@@ -23,7 +23,9 @@ ASSERTS = AssertTests(
     reference="def f(a, b):\n    return a + b\n",
     seconds=1.0,
 )
-PROGRAM = ProgramTests([ProgramCase("2 3\n", "5\n"), ProgramCase("10 -4\n", "6\n")], tolerance=1e-9, seconds=1.0)
+PROGRAM = ProgramTests(
+    [ProgramCase("2 3\n", "5\n"), ProgramCase("10 -4\n", "6\n")], tolerance=1e-9, seconds=1.0
+)
 RIGHT = {
     "function": (FUNCTION, "def f(a, b):\n    return a + b\n"),
     "asserts": (ASSERTS, "def f(a, b):\n    return a + b\n"),

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from rubrics.code import AssertTests, CallCase, CodeJudge, FunctionTests, JudgeError, ProgramCase, ProgramTests
+from rubrics.code import (
+    AssertTests,
+    CallCase,
+    CodeJudge,
+    FunctionTests,
+    JudgeError,
+    ProgramCase,
+    ProgramTests,
+)
 from rubrics.code.text import difference
 from sandboxes.base import Limits
 from sandboxes.errors import SandboxUnavailableError
@@ -76,7 +84,9 @@ def test_a_checker_takes_any_right_answer(judge) -> None:
 @pytest.mark.parametrize(
     "tests",
     [
-        AssertTests("def check(candidate):\n    assert candidate(1) == 1", "f", reference="def f(x): return 2"),
+        AssertTests(
+            "def check(candidate):\n    assert candidate(1) == 1", "f", reference="def f(x): return 2"
+        ),
         AssertTests("def check(candidate):\n    assert candidate(1) ==", "f"),
         AssertTests("raise RuntimeError('no data')", "f"),
         AssertTests("x = 1"),

@@ -25,9 +25,9 @@ hashable = st.recursive(
 )
 plain = st.recursive(
     hashable | st.sets(hashable, max_size=3),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.tuples(inner)
-    | st.dictionaries(hashable, inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.tuples(inner) | st.dictionaries(hashable, inner, max_size=3)
+    ),
     max_leaves=12,
 )
 
@@ -39,7 +39,9 @@ def test_there_and_back(value: Any) -> None:
     assert type(back) is type(value)
 
 
-@given(st.recursive(st.none() | st.integers() | st.text(), lambda i: st.lists(i) | st.dictionaries(st.text(), i)))
+@given(
+    st.recursive(st.none() | st.integers() | st.text(), lambda i: st.lists(i) | st.dictionaries(st.text(), i))
+)
 def test_any_json_becomes_a_plain_value_or_is_refused(spelled: Any) -> None:
     import json
 
@@ -53,8 +55,26 @@ def test_any_json_becomes_a_plain_value_or_is_refused(spelled: Any) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "nonsense", "1.5", "NaN", "Infinity", '{"f": 1}', '{"f": "spam"}', '{"x": 1}', '{"r": 0, "type": "A"}'),
-        *('{"i": 5}', '{"t": 5}', '{"d": [[1]]}', '{"d": [[[1], 2]]}', '{"s": [[1]]}', '{"b": "0"}', '{"c": ["1"]}'),
+        *(
+            "",
+            "nonsense",
+            "1.5",
+            "NaN",
+            "Infinity",
+            '{"f": 1}',
+            '{"f": "spam"}',
+            '{"x": 1}',
+            '{"r": 0, "type": "A"}',
+        ),
+        *(
+            '{"i": 5}',
+            '{"t": 5}',
+            '{"d": [[1]]}',
+            '{"d": [[[1], 2]]}',
+            '{"s": [[1]]}',
+            '{"b": "0"}',
+            '{"c": ["1"]}',
+        ),
         *("[" * 100_000, "[" * 200 + "]" * 200, "1" * 10_000, '{"f": "nan", "i": "1"}', b"\xff"),
     ],
 )
@@ -71,7 +91,9 @@ class Liar(int):
         return 0
 
 
-@pytest.mark.parametrize("value", [Liar(3), [Liar(3)], {"a": Liar(3)}, object(), len, int, iter([]), NotImplemented])
+@pytest.mark.parametrize(
+    "value", [Liar(3), [Liar(3)], {"a": Liar(3)}, object(), len, int, iter([]), NotImplemented]
+)
 def test_objects_do_not_pass(value: Any) -> None:
     with pytest.raises(UnplainError):
         dumps(value)
@@ -85,8 +107,24 @@ def test_dicts_and_lists_of_the_standard_library_pass_as_what_they_equal() -> No
 @pytest.mark.parametrize(
     ("expected", "got"),
     [
-        *((1, 1.0), (1, True), (0, False), (1.0, 1), ("1", 1), (None, 0), ([1], (1,)), ((1,), [1]), ({1}, [1])),
-        *(({1}, frozenset({1})), ({1: 2}, {True: 2}), ({1}, {True}), ([1, 2], [1]), ({"a": 1}, {"a": 1, "b": 2})),
+        *(
+            (1, 1.0),
+            (1, True),
+            (0, False),
+            (1.0, 1),
+            ("1", 1),
+            (None, 0),
+            ([1], (1,)),
+            ((1,), [1]),
+            ({1}, [1]),
+        ),
+        *(
+            ({1}, frozenset({1})),
+            ({1: 2}, {True: 2}),
+            ({1}, {True}),
+            ([1, 2], [1]),
+            ({"a": 1}, {"a": 1, "b": 2}),
+        ),
         *((1.0, math.nan), (math.nan, 1.0), (1.0, math.inf), (math.inf, -math.inf), (0.1 + 0.2, 0.3)),
     ],
 )
@@ -98,7 +136,12 @@ def test_not_the_same(expected: Any, got: Any) -> None:
     ("expected", "got", "result"),
     [
         *((1.0, 1, True), (1, 1.0, True), (1.0, 1.0005, True), (1.0, 1.002, False), (1e9, 1e9 + 1e5, True)),
-        *((1.0, math.nan, False), (math.nan, math.nan, True), (1.0, math.inf, False), (math.inf, math.inf, True)),
+        *(
+            (1.0, math.nan, False),
+            (math.nan, math.nan, True),
+            (1.0, math.inf, False),
+            (math.inf, math.inf, True),
+        ),
         *((math.inf, 1e308, False), (True, 1, False), (10**400, 10**400, True), (10**400, 1.0, False)),
         *(([1.0, "a"], [1, "a"], True), ({"x": 1.0}, {"x": 1.0001}, True)),
     ],
