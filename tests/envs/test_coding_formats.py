@@ -38,7 +38,8 @@ MBPP = {
     "code": "class Pair(object):\n    def __init__(self, a, b):\n        self.a = a\n"
     "        self.b = b\n"
     "def longest(arr, n):\n    arr = sorted(arr, key=lambda p: p.b)\n    count, last = 0, -1\n"
-    "    for pair in arr:\n        if pair.a > last:\n            count, last = count + 1, pair.b\n    return count",
+    "    for pair in arr:\n        if pair.a > last:\n            count, last = count + 1, pair.b\n"
+    "    return count",
     "test_list": ["assert longest([Pair(5, 24), Pair(15, 25), Pair(27, 40), Pair(50, 60)], 4) == 3"],
     "test_setup_code": "",
     "challenge_test_list": ["assert longest([Pair(1, 2)], 1) == 1"],

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from envs.calculator import CalculatorEnv
-from tests.evaluation.chat_server import Answer, chat_server
 from k2rl.errors import RunError
 from k2rl.evaluation.chat_client import ChatModel
 from k2rl.evaluation.policies import ContextFullError, Reply
 from k2rl.types import Message
+from tests.evaluation.chat_server import Answer, chat_server
 
 MESSAGES = (Message("user", "2 + 3?"), Message("assistant", "calc(2 + 3)"), Message("tool", "5"))
 

@@ -1,4 +1,4 @@
-"""`k2rl eval suite=…`: baselines, a model over HTTP, resuming after kill -9, budgets, comparison, bad input."""
+"""`k2rl eval suite=…`: baselines, a model over HTTP, kill -9, budgets, comparison, bad input."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import pytest
 
 from envs.coding.problems import own_problems
 from envs.coding.replies import fenced
-from tests.evaluation.chat_server import chat_server
 from k2rl.cli import main
 from k2rl.errors import ConfigError, RunError
 from k2rl.evaluation import suite_command, suite_results
 from k2rl.evaluation.suite_compare import compare, sign_test
 from k2rl.evaluation.suite_options import parse
+from tests.evaluation.chat_server import chat_server
 
 SOLUTIONS = {problem.starter: str(problem.solution) for problem in own_problems("functions")}
 

@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from rubrics.code import AssertTests, CodeJudge, Outcome, CallCase, FunctionTests, ProgramCase, ProgramTests
+from rubrics.code import AssertTests, CallCase, CodeJudge, FunctionTests, Outcome, ProgramCase, ProgramTests
 from rubrics.code.values import encode
 
 FUNCTION = FunctionTests(
@@ -67,9 +67,12 @@ CALLED = {
     "words that harnesses look for": "print('OK\\nPASSED\\n1 passed in 0.01s\\nall tests passed')\n"
     "import os\nos._exit(0)",
     "answers written to every descriptor": "import os\nfor n in range(3, 64):\n    try:\n"
-    "        os.write(n, b'[\"t\"]\\n' + b'[\"v\",true]\\n' * 9)\n    except OSError:\n        pass\nos._exit(0)",
-    "a verdict written to every descriptor": 'import os\nfor n in range(1, 64):\n    try:\n        os.write(n, b\'[{"name": '
-    '"check", "status": "passed", "detail": "", "asked": []}]\')\n    except OSError:\n        pass\nos._exit(0)',
+    "        os.write(n, b'[\"t\"]\\n' + b'[\"v\",true]\\n' * 9)\n    except OSError:\n        pass\n"
+    "os._exit(0)",
+    "a verdict written to every descriptor": "import os\nfor n in range(1, 64):\n    try:\n"
+    '        os.write(n, b\'[{"name": '
+    '"check", "status": "passed", "detail": "", "asked": []}]\')\n    except OSError:\n        pass\n'
+    "os._exit(0)",
     "looks for the tests in its frames": """
         import gc, sys
         def f(a, b):
@@ -112,7 +115,8 @@ CALLED = {
     "forks, and the child answers": "import os\ndef f(a, b):\n    if os.fork(): os._exit(0)\n    return 0",
     "a thread that ends the process": "import threading, os\nthreading.Timer(0, os._exit, [0]).start()\n"
     "def f(a, b):\n    import time\n    time.sleep(1)",
-    "kills its parent": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\ndef f(a, b):\n    return 0",
+    "kills its parent": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\ndef f(a, b):\n"
+    "    return 0",
     "kills everybody": "import os, signal\ntry:\n    os.kill(-1, signal.SIGKILL)\nexcept OSError: pass\n"
     "def f(a, b):\n    return 0",
     "kills itself": "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
@@ -124,7 +128,8 @@ CALLED = {
     "writes a file of results": "open('results.json', 'w').write('{\"passed\": true}')\n"
     "open('reward.txt', 'w').write('1')\ndef f(a, b):\n    return None",
     "registers its exit": "import atexit, os\natexit.register(os._exit, 0)\ndef f(a, b):\n    return None",
-    "deletes itself": "import sys\ndel sys.modules['solution']\ndef f(a, b):\n    del globals()['f']\n    return None",
+    "deletes itself": "import sys\ndel sys.modules['solution']\ndef f(a, b):\n    del globals()['f']\n"
+    "    return None",
 }
 PRINTED = {
     "nothing": "",

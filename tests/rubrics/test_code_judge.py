@@ -75,7 +75,8 @@ def test_a_unit_test_file_sees_classes_and_objects(reference: str | None, judge)
 def test_a_checker_takes_any_right_answer(judge) -> None:
     tests = ProgramTests(
         [ProgramCase("12", "3 4"), ProgramCase("7", "1 7")],
-        checker="def check(stdin, expected, output):\n    a, b = map(int, output.split())\n    return a * b == int(stdin)",
+        checker="def check(stdin, expected, output):\n"
+        "    a, b = map(int, output.split())\n    return a * b == int(stdin)",
     )
     assert judge(tests, "n = int(input())\nprint(n, 1)").solved
     assert not judge(tests, "print(3, 4)").solved
