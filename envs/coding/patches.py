@@ -57,16 +57,17 @@ def _file(lines: list[str], place: int, files: Mapping[str, bytes], changes: dic
 def _header(lines: list[str], place: int) -> tuple[str | None, str | None, int]:
     """The old and the new path of a file, None where it is not there, and the line of its first hunk."""
     old = new = None
-    first = place
+    first, complete = place, False
     while place < len(lines) and not lines[place].startswith("@@ "):
         line = lines[place]
-        of_next = line.startswith("diff --git ") or (line.startswith("--- ") and new is not None)
+        of_next = line.startswith("diff --git ") or (line.startswith("--- ") and complete)
         if place > first and of_next:
             break
         if line.startswith(("rename from ", "--- ")):
             old = _path(line) if line.startswith("-") else line.removeprefix("rename from ")
         elif line.startswith(("rename to ", "+++ ")):
-            new = _path(line) if line.startswith("+") else line.removeprefix("rename to ")
+            complete = line.startswith("+")
+            new = _path(line) if complete else line.removeprefix("rename to ")
         elif line.startswith(("GIT binary patch", "Binary files ")):
             raise PatchError("binary changes cannot be applied")
         place += 1
@@ -86,11 +87,13 @@ def _hunk(
         raise PatchError(f"{path}: a hunk at line {start + 1}, where there is none")
     after += before[done:start]
     done, place = start, place + 1
-    ends_without_newline = False
+    bare = {"-": False, "+": False}
+    last = ""
     while place < len(lines) and (old_count > 0 or new_count > 0 or lines[place].startswith("\\")):
         sign, text = lines[place][:1], lines[place][1:]
         if sign == "\\":
-            ends_without_newline = True
+            # Of the line before, which has no newline: on the old side, the new one, or both.
+            bare = {side: bare[side] or last in (side, " ", "") for side in bare}
         elif sign in ("-", " ", ""):
             if done >= len(before) or before[done] != text:
                 raise PatchError(f"{path}: line {done + 1} is not {text!r:.60}")
@@ -100,10 +103,13 @@ def _hunk(
             new_count -= 1
         elif sign not in ("-", "\\"):
             raise PatchError(f"line {place + 1}: {lines[place]:.60}")
-        place += 1
+        last, place = sign, place + 1
     if old_count or new_count:
         raise PatchError(f"{path}: a hunk that is cut off")
-    if done >= len(before) and not ends_without_newline and after and after[-1] != "":
+    # A text with a newline at its end has, split, an empty last line.
+    if bare["+"] and not bare["-"] and before[done:] == [""]:
+        done += 1
+    if bare["-"] and not bare["+"]:
         after.append("")
     return place, done
 

@@ -8,7 +8,6 @@ The first call of a turn counts. `submit` ends the episode, and so does a turn w
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 
 import msgspec
@@ -29,7 +28,8 @@ USAGE = (
     "- submit(): say that you are done; your files are judged as they are then"
 )
 ARGUMENTS = {"shell": ("command",), "read_file": ("path",), "write_file": ("path", "content"), "submit": ()}
-_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*(?:</tool_call>|\Z)", re.DOTALL)
+#: Newlines in strings, which models like to write as they are, are taken.
+_DECODER = json.JSONDecoder(strict=False)
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -44,9 +44,9 @@ def call_of(action: str) -> Call | None:
     """The first tool call of a turn; None if there is none."""
     if "<tool_call>" not in action:
         return None
-    found = _CALL.search(action)
+    text = action.split("<tool_call>", 1)[1].lstrip()
     try:
-        content = json.loads(found[1], strict=False) if found else None
+        content, _ = _DECODER.raw_decode(text)
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict) or not isinstance(content.get("arguments", {}), dict):

@@ -16,6 +16,7 @@ from envs.base import TextEnv
 from k2rl.errors import ConfigError
 from k2rl.evaluation.suite_options import SuiteOptions
 from k2rl.types import Task
+from sandboxes.registry import BACKENDS
 
 ENDLESS_LIMIT = 128
 
@@ -132,6 +133,8 @@ def load_suite(options: SuiteOptions) -> Suite:
     Raises:
         ConfigError: one line: no such suite, a key it does not take, a file or row that is wrong.
     """
+    if options.sandbox not in BACKENDS:
+        raise ConfigError(f"no sandbox backend {options.sandbox!r}; there are {', '.join(BACKENDS)}")
     kind = SUITES.get(options.suite)
     if kind is None:
         raise ConfigError(f"suite={options.suite} is not one of: {', '.join(SUITES)}")

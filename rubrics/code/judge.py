@@ -256,11 +256,18 @@ def _call_problem(case: Any, answer: list[Any], tests: FunctionTests) -> str:
     expected = values.decode(case.expected)
     if values.same(expected, got, tests.tolerance):
         return ""
-    return f"{got!r:.200} instead of {expected!r:.200}"
+    return f"{_text(got)} instead of {_text(expected)}"
+
+
+def _text(value: Any) -> str:
+    try:
+        return f"{value!r:.200}"
+    except (ValueError, RecursionError):  # an integer of thousands of digits has no decimal text
+        return f"a {type(value).__name__} that is too large to show"
 
 
 def _shown(args: Any) -> str:
-    return f"({', '.join(f'{value!r:.60}' for value in values.decode(args))})"
+    return f"({', '.join(_text(value)[:60] for value in values.decode(args))})"
 
 
 def ending(ran: ExecResult) -> str:

@@ -118,7 +118,7 @@ def decode(spelled: Any, find: Keep | None = None, depth: int = 0) -> Any:
     ((tag, content),) = spelled.items()
     try:
         return _TAGS[tag](content, find, depth)
-    except (KeyError, TypeError, ValueError) as error:
+    except (IndexError, KeyError, TypeError, ValueError) as error:
         raise UnplainError(f"not a plain value: {type(error).__name__}") from error
 
 

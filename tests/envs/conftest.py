@@ -6,6 +6,9 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from envs import maybe_await
+from tests.judges import backend, judge, loop
+
+__all__ = ["backend", "judge", "loop"]
 
 
 @dataclass
