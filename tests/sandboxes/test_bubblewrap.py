@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -340,6 +341,25 @@ def test_five_hundred_sandboxes_at_once():
         assert not exists(keeper)
 
     asyncio.run(crowd())
+
+
+def test_no_descriptors_left_is_an_error_of_ours():
+    async def starve():
+        backend = BubblewrapBackend()
+        sandbox = await backend.open(SandboxSpec())
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        taken = len(list(Path("/proc/self/fd").iterdir()))  # noqa: ASYNC240
+        resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 1, hard))
+        try:
+            for stdin in (b"", b"x"):
+                with pytest.raises(SandboxError, match="Too many open files"):
+                    await sandbox.exec(["cat"], stdin=stdin)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert (await sandbox.exec(["cat"], stdin=b"x")).text == "x"
+        await backend.close()
+
+    asyncio.run(starve())
 
 
 # --------------------------------------------------------------------------------------------------- pools

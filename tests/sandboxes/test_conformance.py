@@ -513,6 +513,22 @@ def test_runs_in_an_ephemeral_sandbox_take_turns(lab):
     assert {result.text for result in lab.run(both())} == {"['mine']\n"}
 
 
+def test_a_cancelled_run_does_not_spoil_the_next_in_an_ephemeral_sandbox(lab):
+    async def cancel_and_go_on():
+        sandbox = await lab.backend.open(SandboxSpec(ephemeral=True))
+        results = []
+        for _ in range(5):
+            run = asyncio.ensure_future(sandbox.exec(["sh", "-c", "touch left; sleep 1000"]))
+            await asyncio.sleep(0.02)
+            run.cancel()
+            results.append(await sandbox.exec(["ls", "-A"]))
+        await sandbox.close()
+        return results
+
+    for result in lab.run(cancel_and_go_on()):
+        assert (result.ended, result.text) == ("exited", "")
+
+
 # --------------------------------------------------------------------------------------------------- many
 
 
