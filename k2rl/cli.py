@@ -187,10 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     stacks.set_defaults(run=_stacks)
 
     sandbox = commands.add_parser("sandbox", help="where untrusted code runs: `k2rl sandbox doctor`")
-    actions = sandbox.add_subparsers(required=True, metavar="ACTION", title="actions")
-    doctor = actions.add_parser("doctor", help="what this machine can do, and how to get more")
-    doctor.set_defaults(run=_sandbox_doctor)
-    sandbox_commands.add_to(actions)
+    sandbox_commands.add_to(sandbox.add_subparsers(required=True, metavar="ACTION", title="actions"))
 
     swe = commands.add_parser("swe", help="repository tasks: `k2rl swe build REPOSITORY FOLDER`")
     builders = swe.add_subparsers(required=True, metavar="ACTION", title="actions")

@@ -25,6 +25,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "docker": ("docker", {}),
     "remote-bubblewrap": ("remote", {"served": "bubblewrap"}),
     "remote-docker": ("remote", {"served": "docker"}),
+}
+#: What differs in how limits are held, and in nothing else: test_limits.py alone runs them, too.
+LIMIT_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bubblewrap-no-cgroups": ("bubblewrap", {"cgroups": False}),
 }
 
@@ -82,9 +85,16 @@ MARKS = {
 }
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=MARKS.get(name, [])) for name in CASES])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "lab" in metafunc.fixturenames:
+        limits = metafunc.module.__name__.endswith("test_limits")
+        cases = [pytest.param(name, marks=MARKS.get(name, [])) for name in (*CASES, *(LIMIT_CASES if limits else ()))]
+        metafunc.parametrize("lab", cases, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
-    name, options = CASES[request.param]
+    name, options = (CASES | LIMIT_CASES)[request.param]
     with asyncio.Runner() as runner, ExitStack() as stack:
         if "served" in options:
             server = stack.enter_context(served(options["served"], "--lend-path", "/usr/share/doc"))
