@@ -71,7 +71,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from sandboxes.doctor import report
 
     text, works = report()
-    print(text)
+    _say(text)
     return 0 if works else 1
 
 

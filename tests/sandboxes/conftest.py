@@ -88,7 +88,10 @@ MARKS = {
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "lab" in metafunc.fixturenames:
         limits = metafunc.module.__name__.endswith("test_limits")
-        cases = [pytest.param(name, marks=MARKS.get(name, [])) for name in (*CASES, *(LIMIT_CASES if limits else ()))]
+        cases = [
+            pytest.param(name, marks=MARKS.get(name, []))
+            for name in (*CASES, *(LIMIT_CASES if limits else ()))
+        ]
         metafunc.parametrize("lab", cases, indirect=True, scope="module")
 
 
