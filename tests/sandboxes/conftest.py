@@ -77,7 +77,7 @@ class Lab:
             return result
 
 
-#: A case that takes long for what it adds is left to `make test-slow`; without docker there is nothing to test.
+#: A case that takes long for what it adds is left to `make test-slow`; where docker is not, it is left out.
 MARKS = {
     "docker": [pytest.mark.docker, pytest.mark.slow],
     "remote-bubblewrap": [],
