@@ -109,6 +109,8 @@ class VLLMEngine:
             "max_num_seqs": config.max_num_seqs,
             "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
             "tensor_parallel_size": config.tensor_parallel,
+            # In a placement group of Ray's it would else look for its workers there.
+            "distributed_executor_backend": "mp" if config.tensor_parallel > 1 else None,
             "enforce_eager": config.enforce_eager,
             "enable_prefix_caching": True,
             # Log-probs of what was really sampled from: after the temperature.
