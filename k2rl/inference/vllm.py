@@ -54,8 +54,8 @@ def _cpu_binding(setting: str, ranks: int, cores: Sequence[int]) -> str:
     return "|".join(",".join(str(core) for core in own) for own in sets)
 
 
-def _descendants() -> set[int]:
-    return {process.pid for process in psutil.Process().children(recursive=True)}
+def _descendants() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
 
 
 class VLLMEngine:
@@ -156,7 +156,7 @@ class VLLMEngine:
             self._llm = AsyncLLM.from_vllm_config(self._vllm_config)
         except (RuntimeError, TypeError, ValueError) as error:
             raise EngineDeadError(f"vLLM did not start: {error}") from error
-        self._processes = [psutil.Process(pid) for pid in _descendants() - others]
+        self._processes = _descendants() - others
         pids = [process.pid for process in self._processes]
         self._segments = shared_memory_of(*pids) - shared_memory_of(os.getpid())
         return self
