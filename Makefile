@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Written last, so that a broken-off installation is taken up again.
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart test test-slow lint format docs lock bench-trl bench-push bench-stall bench-hosts bench-placement bench-start bench-swap bench-optim clean
+.PHONY: help setup quickstart test test-slow lint format docs lock bench-trl bench-push bench-stall bench-hosts bench-placement bench-start bench-swap bench-ranks bench-optim clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +69,9 @@ bench-placement: setup ## Placing weights in vLLM: its loaders beside recorded c
 
 bench-start: setup ## From nothing to vLLM's first token: processes spawned beside forked
 	$(BIN)/python benchmarks/start_up.py $(ARGS)
+
+bench-ranks: setup ## Two trainer ranks beside one, and offloaded state beside memory copies
+	$(BIN)/python benchmarks/train_ranks.py $(ARGS)
 
 bench-swap: setup ## What trainer and vLLM hold while the other works, and what a switch costs
 	$(BIN)/python benchmarks/memory_swap.py $(ARGS)

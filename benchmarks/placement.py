@@ -15,11 +15,12 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from k2rl.checkpoint_engine.source import checkpoint_weights
+from k2rl.checkpoint_engine.disk import CheckpointSource
 from k2rl.models.hub import resolve_model
 
 Weights = list[tuple[str, torch.Tensor]]
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     path = resolve_model(arguments.model)
-    weights = list(checkpoint_weights(path, arguments.dtype))
+    weights = read(path, arguments.dtype)
     nbytes = sum(tensor.nbytes for _, tensor in weights)
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the worker in this process
@@ -54,6 +55,17 @@ def main() -> None:
         print(f"  round {number}: {_line(*seconds)}")
     medians = [statistics.median(seconds) for seconds in zip(*rounds, strict=True)]
     print(f"median:    {_line(*medians)}, ratio {medians[0] / medians[2]:.2f}")
+
+
+def read(folder: Path, dtype: str) -> Weights:
+    """A checkpoint's tensors."""
+    weights = []
+    with CheckpointSource(folder, dtype) as source:
+        for index, spec in enumerate(source.tensors):
+            tensor = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
+            source.write(index, 0, spec.rows, tensor.view(-1).view(torch.uint8).numpy().data)
+            weights.append((spec.name, tensor))
+    return weights
 
 
 def _line(loaders: float, recorded: float, replayed: float) -> str:

@@ -39,7 +39,8 @@ def ray_cluster(config: ClusterConfig) -> Iterator[None]:
             **({"object_store_memory": 256 * 2**20} if local else {}),
         )
     except ConnectionError as error:
-        raise ConfigError(f"cluster.address={config.address!r}: {error}") from error
+        cause = " ".join(str(error.__cause__ or "").split())
+        raise ConfigError(f"cluster.address={config.address!r}: {error}{cause and f': {cause}'}") from error
     try:
         yield
     finally:

@@ -152,7 +152,10 @@ class PushingWorker:
         assert self._publisher is not None
         version = self._publisher.coordinator.version
         joining = self._publisher.join(engine_name(rank), self._engine_of(rank, receivers))
-        return await self._pushed(joining, -1 if version is None else version, (engine_name(rank),))
+        try:
+            return await self._pushed(joining, -1 if version is None else version, (engine_name(rank),))
+        except ValueError as error:  # a ring of buckets keeps no version
+            return Published(-1, False, {}, str(error), {})
 
     async def _pushed(
         self, push: Awaitable[PushReport], version: int, joining: Collection[str] = ()

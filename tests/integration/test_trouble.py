@@ -45,7 +45,9 @@ def _start_long_run(start: Start, tmp_path: Path, *overrides: str) -> tuple[Comm
     return command, run_dir
 
 
-@pytest.mark.parametrize("victim", ["VLLM::EngineCore", "ray::ColocatedWorker"])
+@pytest.mark.parametrize(
+    "victim", ["VLLM::EngineCore", pytest.param("ray::ColocatedWorker", marks=pytest.mark.slow)]
+)
 def test_a_killed_part_is_named_and_nothing_hangs(victim: str, start: Start, tmp_path: Path) -> None:
     """Where nothing is to be started again; `test_recovery.py` has what happens else."""
     command, _ = _start_long_run(start, tmp_path, "recovery.max_restarts=0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,11 @@ pytestmark = [
 STEPS = 6
 
 
+def environment() -> dict[str, str]:
+    """This process's, for a cluster without a token, which else is in the home of whoever started it."""
+    return os.environ | {"RAY_AUTH_MODE": "disabled"}
+
+
 class Node:
     """A node of a Ray cluster; a process that stands for it, and those that it has started."""
 
@@ -36,6 +42,7 @@ class Node:
             host.command(str(ray), "start", f"--node-ip-address={host.address}", *limits, *arguments),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            env=environment(),
         )
         self._process = psutil.Process(self.process.pid)
 
@@ -69,7 +76,12 @@ def nodes_alive(host: netns.Host, address: str) -> int:
     code = f"import ray; ray.init({address!r}, log_to_driver=False, logging_level='error'); "
     code += "print('NODES', sum(node['Alive'] for node in ray.nodes()))"
     done = subprocess.run(
-        host.command(sys.executable, "-c", code), capture_output=True, text=True, timeout=120, check=False
+        host.command(sys.executable, "-c", code),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment(),
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("NODES")]
     return int(lines[0].split()[1]) if lines else 0
@@ -96,6 +108,7 @@ def test_a_run_over_two_nodes_outlives_one_of_them(tmp_path: Path) -> None:
             *("optimizer=adamw", f"hydra.run.dir={run_dir}"),
             cwd=tmp_path,
             program=head.command(sys.executable, "-m", "k2rl.cli"),
+            env=environment(),
         )
         stack.callback(lambda: [process.kill() for process in command.descendants()])
 
