@@ -114,7 +114,7 @@ class Part:
             yield
         finally:
             with self._lock:
-                del self._open[key]
+                self._open.pop(key, None)  # a child that was forked meanwhile has forgotten it
                 self._write()
 
     def note(self, message: str) -> None:
