@@ -158,6 +158,7 @@ OWN_ENGINE_ARGS = {
     "logprobs_mode": None,
     "skip_tokenizer_init": None,
     "tensor_parallel_size": "inference.tensor_parallel",
+    "distributed_executor_backend": None,
     "weight_transfer_config": None,
     "worker_cls": None,
 }

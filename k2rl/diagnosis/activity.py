@@ -77,7 +77,10 @@ def begin(logs: Path, name: str) -> None:
             _process.stacks = os.memfd_create(STACKS_FILE)
             faulthandler.register(STACKS_SIGNAL, file=_process.stacks, all_threads=True)
         _process.write(Identity(str(logs.resolve()), name[:_MAX_TEXT]), 0, IDENTITY_BYTES)
-    os.environ[_LOGS_VARIABLE], os.environ[_OWNER_VARIABLE] = str(logs.resolve()), name
+    os.environ[_LOGS_VARIABLE] = str(logs.resolve())
+    # Of what several of them start in a row, all are the first one's.
+    if not name.endswith(f" of {os.environ.get(_OWNER_VARIABLE)}"):
+        os.environ[_OWNER_VARIABLE] = name
     for part in _process.parts:
         part.write()
 
@@ -111,7 +114,7 @@ class Part:
             yield
         finally:
             with self._lock:
-                del self._open[key]
+                self._open.pop(key, None)  # a child that was forked meanwhile has forgotten it
                 self._write()
 
     def note(self, message: str) -> None:

@@ -55,8 +55,8 @@ def _cpu_binding(setting: str, ranks: int, cores: Sequence[int]) -> str:
     return "|".join(",".join(str(core) for core in own) for own in sets)
 
 
-def _descendants() -> set[int]:
-    return {process.pid for process in psutil.Process().children(recursive=True)}
+def _descendants() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
 
 
 class VLLMEngine:
@@ -110,6 +110,8 @@ class VLLMEngine:
             "max_num_seqs": config.max_num_seqs,
             "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
             "tensor_parallel_size": config.tensor_parallel,
+            # In a placement group of Ray's it would else look for its workers there.
+            "distributed_executor_backend": "mp" if config.tensor_parallel > 1 else None,
             "enforce_eager": config.enforce_eager,
             "enable_prefix_caching": True,
             # Log-probs of what was really sampled from: after the temperature.
@@ -155,7 +157,7 @@ class VLLMEngine:
             self._llm = AsyncLLM.from_vllm_config(self._vllm_config)
         except (RuntimeError, TypeError, ValueError) as error:
             raise EngineDeadError(f"vLLM did not start: {error}") from error
-        self._processes = [psutil.Process(pid) for pid in _descendants() - others]
+        self._processes = _descendants() - others
         pids = [process.pid for process in self._processes]
         self._segments = shared_memory_of(*pids) - shared_memory_of(os.getpid())
         return self

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+import psutil
 import ray
 
 from k2rl.config import ObjectiveConfig
@@ -71,6 +72,8 @@ class ColocatedWorker(PushingWorker):
         self._place = place
         self._spec = spec = msgspec.structs.replace(self._spec, dtype=place.dtype)
         _use_cores(place.cores)
+        if place.world > 1:
+            _meet_at(ray.util.get_node_ip_address())
         modules = ["transformers.modeling_utils", "k2rl.training.engine"]
         vllm = None
         if place.leads:
@@ -347,6 +350,16 @@ def _use_cores(cores: Sequence[int]) -> None:
     for thread in Path("/proc/self/task").iterdir():
         with suppress(ProcessLookupError):
             os.sched_setaffinity(int(thread.name), cores)
+
+
+def _meet_at(address: str) -> None:
+    """Let trainer ranks connect to this one at an address of this node.
+
+    gloo would take what the host's name stands for, which is often a loopback address.
+    """
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(known.address == address for known in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def _import_engines(*modules: str) -> None:

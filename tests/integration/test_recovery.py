@@ -53,8 +53,9 @@ class Victim:
         return int(rows[-1]["step"]) if rows else 0
 
     def hit(self, name: str, signal_number: signal.Signals = signal.SIGKILL) -> None:
-        """Do it to a process, and wait until it was found and something was started again."""
+        """Do it to a process, once it is there, and wait until that was found."""
         before = len(self.restarts)
+        self.until(lambda: len(self.command.all_named(name)) == 1, f"there is a {name}")
         self.command.named(name).send_signal(signal_number)
         self.until(lambda: len(self.restarts) > before, f"{name} is found to be dead")
 

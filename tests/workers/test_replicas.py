@@ -45,6 +45,10 @@ class FakeWorker:
             return Generation((5,), (-0.1,), ((0, self.version),), "stop")
         return 1 if method == "restart_engine" else None
 
+    async def diagnosed(self, what: str) -> str:
+        self.calls.append(f"diagnosed: {what}")
+        return "\nwhat each part was doing"
+
     def engine_lost(self, what: str) -> EngineLostError:
         return EngineLostError(f"the vLLM engine of {self.name} {what}; last lines of a log:\nnothing")
 
@@ -140,7 +144,9 @@ def test_one_that_does_not_answer_is_given_up_first(tmp_path: Path) -> None:
         assert scene.workers[1].calls == []
         await scene.replicas.look(2, "", limit + 1)
         await scene.replicas.settle()
-        assert scene.workers[1].calls == ["give_up_engine", "restart_engine"]
+        # Before it is killed.
+        calls = ["diagnosed: answering heartbeats", "give_up_engine", "restart_engine"]
+        assert scene.workers[1].calls == calls
         assert "did not answer for 60 s" in scene.told[0]
 
     play(tmp_path, script)
