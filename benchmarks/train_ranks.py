@@ -32,7 +32,7 @@ from k2rl.training.engine import TrainEngine
 from k2rl.training.ranks import ALONE, Ranks
 from k2rl.workers.memory import GIB, resident
 
-GROUPS = 8
+GROUPS = 4
 GROUP_SIZE = 8
 PROMPT = 64
 RESPONSE = 48
@@ -104,8 +104,8 @@ def compare_ranks(settings: dict[str, Any], rounds: int) -> None:
             rates[world].append(samples / seconds)
             losses[world].append(learned[0]["loss"])
             print(
-                f"round {number}, N={world}: {seconds:.2f} s ({learned[0]['forward_backward_s']:.2f} forward and "
-                f"backward, {learned[0]['optimizer_s']:.2f} optimizer), loss {learned[0]['loss']:.6f}, "
+                f"round {number}, N={world}: {seconds:.2f} s ({learned[0]['forward_backward_s']:.2f} forward "
+                f"and backward, {learned[0]['optimizer_s']:.2f} optimizer), loss {learned[0]['loss']:.6f}, "
                 f"resident {', '.join(format(part['resident_gib'], '.2f') for part in learned)} GiB",
                 flush=True,
             )
@@ -145,8 +145,9 @@ def compare_offload(settings: dict[str, Any], rounds: int, folder: Path) -> None
             copied.append(time.perf_counter() - began)
         rate, copying = 2 * nbytes / median(moved) / 1e9, nbytes / median(copied) / 1e9
         print(
-            f"offload={level}: {nbytes / GIB:.2f} GiB there and back at {rate:.1f} GB/s, {rate / copying:.2f} of "
-            f"a copy in memory ({copying:.1f} GB/s); resident memory falls by {median(freed) / GIB:.2f} GiB",
+            f"offload={level}: {nbytes / GIB:.2f} GiB there and back at {rate:.1f} GB/s, "
+            f"{rate / copying:.2f} of a copy in memory ({copying:.1f} GB/s); "
+            f"resident memory falls by {median(freed) / GIB:.2f} GiB",
             flush=True,
         )
         engine.close()

@@ -34,6 +34,7 @@ from k2rl.training.passes import Passes, PolicyPass, some
 from k2rl.training.ranks import ALONE, Ranks
 from k2rl.training.saving import Saver, on_host, read_into, read_shapes, snapshot
 from k2rl.training.sharding import load_sharded, local
+from k2rl.workers.memory import trim
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -121,6 +122,7 @@ class TrainEngine:
         self._saver = Saver(self._group)
         self._optimizer = self._fresh_optimizer(self._optimizer_config.lr)
         self._settle_state()
+        trim()  # what the check above has gathered
 
     def _make_probe(self) -> LogitProbe | None:
         if not self._optimizer_config.qk_clip:
