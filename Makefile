@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Written last, so that a broken-off installation is taken up again.
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart test test-slow lint format docs lock bench-trl bench-push bench-stall bench-hosts bench-placement bench-start bench-swap bench-ranks bench-optim clean
+.PHONY: help setup quickstart test test-slow lint format docs lock bench-trl bench-push bench-stall bench-hosts bench-placement bench-start bench-swap bench-ranks bench-optim bench-muonclip clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,6 +78,9 @@ bench-swap: setup ## What trainer and vLLM hold while the other works, and what 
 
 bench-optim: setup ## Muon's step beside torch's, and Newton-Schulz beside plain matrix products
 	$(BIN)/python benchmarks/optim.py $(ARGS)
+
+bench-muonclip: setup ## How attention logits grow under Muon, and under MuonClip
+	$(BIN)/python benchmarks/muonclip.py $(ARGS)
 
 clean: ## Remove caches and build products; runs under outputs/ and .venv stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -201,4 +201,5 @@ def train_metrics(learned: dict[str, float], published: dict[str, float]) -> dic
 
 
 def _in_group(group: str, name: str) -> str:
-    return name if name.startswith("memory/") else f"{group}/{name}"
+    """`name`, unless it has a group of its own, in `group`."""
+    return name if "/" in name else f"{group}/{name}"

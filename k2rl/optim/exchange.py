@@ -112,7 +112,7 @@ def plan_waves(
     shapes: Sequence[tuple[int, ...]],
     boxes: Sequence[Sequence[Box]],
     shardings: Sequence[Sharding],
-    wave_elements: int = WAVE_ELEMENTS,
+    wave_elements: int | None = None,
 ) -> list[list[Matrix]]:
     """The matrices of parameters that share a group, with their workers, in waves; the same on all ranks.
 
@@ -120,8 +120,9 @@ def plan_waves(
         shapes: of whole parameters.
         boxes: the matrices of each.
         shardings: of each.
-        wave_elements: for each rank; a matrix that is larger has a wave of its own.
+        wave_elements: for each rank, default `WAVE_ELEMENTS`; a matrix that is larger has a wave of its own.
     """
+    limit = (wave_elements or WAVE_ELEMENTS) * shardings[0].ranks
     ranks = shardings[0].ranks
     found = [
         (index, box.shape, _pieces(box, shapes[index], shardings[index]))
@@ -143,7 +144,7 @@ def plan_waves(
             worker = min(range(ranks), key=load.__getitem__)
             load[worker] += _cost(shape)
         elements += shape[0] * shape[1]
-        if waves[-1] and elements > wave_elements * ranks:
+        if waves[-1] and elements > limit:
             waves.append([])
             elements = shape[0] * shape[1]
         waves[-1].append(Matrix(index, shape, pieces, worker))
@@ -172,11 +173,13 @@ def run_waves(
     """
     parts = [_Wave(wave, sharding, dtype, device) for wave in waves]
     parts[0].gather(take)
-    for part, following in zip(parts, [*parts[1:], None], strict=True):
-        if following:
-            following.gather(take)  # on its way while this one is worked on
+    for before, part, after in zip([None, *parts], parts, [*parts[1:], None], strict=False):
+        if after:
+            after.gather(take)  # on its way while this one is worked on
         part.scatter(work(part.matrices()))
-        part.finish(give)
+        if before:
+            before.finish(give)  # its results were on their way meanwhile
+    parts[-1].finish(give)
 
 
 class _Wave:

@@ -12,6 +12,9 @@ Names are `group/name`. Those that the live view, the summary and the report loo
 | `rollout/tokens_per_second`, `rollout/episodes_per_second` | throughput of the rollouts |
 | `rollout/temperature` | sampling temperature |
 | `train/loss`, `train/grad_norm`, `train/lr`, `ptx/loss` | of the optimizer step |
+| `qk_clip/max_logit`, `qk_clip/mean_logit` | largest attention logit of all heads; mean of heads' largest |
+| `qk_clip/layer_<n>/max_logit`, `…/mean_logit` | the same for each layer |
+| `qk_clip/clipped_share` | share of heads that were clipped after the step |
 | `mismatch/mean_abs_gap`, `mismatch/max_abs_gap` | trainer against vLLM log-probs, in nats |
 | `time/<phase>_s`, `time/step_s` | seconds of each phase and of the step; added by the tracker |
 

@@ -87,7 +87,7 @@ class Passes:
 
     def score(self, batch: MicroBatch, temperature: float) -> TokenLogprobs:
         """Log-probs of a micro-batch's labels, in its order; differentiable."""
-        learns = torch.is_grad_enabled() and batch.sequences
+        learns = torch.is_grad_enabled() and len(batch.predictors)  # what only fills a row up is not measured
         probe = self._probe if learns else None
         if self._group.world == 1:
             return packed_logprobs(self._model, batch, temperature, probe)

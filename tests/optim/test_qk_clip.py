@@ -5,11 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import dense_attention
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AttentionInterface,
     AutoModelForCausalLM,
     DeepseekV3Config,
     GptOssConfig,
@@ -60,27 +60,10 @@ MODELS = {
 }
 TOKENS = torch.tensor([[3, 14, 15, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]])
 
-LOGITS: dict[int, Tensor] = {}
-
-
-def keep_logits(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Causal attention that keeps its logits by layer: [heads, T, T], -inf where masked."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    mask = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).triu(1)
-    logits = (query @ key.mT * scaling).masked_fill(mask, -torch.inf)
-    LOGITS[module.layer_idx] = logits[0].detach()
-    return (logits.softmax(-1) @ value).transpose(1, 2), None
-
-
-AttentionInterface.register("keep_logits", keep_logits)
-
 
 def build(config: PretrainedConfig) -> nn.Module:
     torch.manual_seed(0)
-    model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="keep_logits")
+    model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation=dense_attention.NAME)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -91,8 +74,9 @@ def build(config: PretrainedConfig) -> nn.Module:
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
     """[layers, heads, T, T] of one forward pass."""
+    dense_attention.LOGITS.clear()
     model(input_ids=TOKENS, use_cache=False)
-    return torch.stack([LOGITS[layer] for layer in range(2)])
+    return torch.stack([logits for _, logits in dense_attention.LOGITS])
 
 
 @pytest.mark.parametrize("name", MODELS)
