@@ -24,7 +24,8 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
 from k2rl.checkpoint_engine.manifest import Manifest, Shard, TensorSpec
 from k2rl.checkpoint_engine.plan import Bucket, plan_push
-from k2rl.checkpoint_engine.relay import HostRelay, Run, runs
+from k2rl.checkpoint_engine.relay import HostRelay
+from k2rl.checkpoint_engine.runs import Run, runs
 from tests.netns import INTERFACE, Host, network
 
 PORT = 29511

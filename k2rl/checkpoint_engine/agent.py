@@ -21,7 +21,8 @@ from k2rl.checkpoint_engine.messages import (
 )
 from k2rl.checkpoint_engine.pieces import digests_of
 from k2rl.checkpoint_engine.plan import NO_PLAN, Bucket
-from k2rl.checkpoint_engine.relay import HostRelay, runs
+from k2rl.checkpoint_engine.relay import HostRelay
+from k2rl.checkpoint_engine.runs import runs
 
 
 class HostAgent:

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from k2rl.checkpoint_engine.relay import HostRelay, RelayError, Run
+from k2rl.checkpoint_engine.relay import HostRelay, RelayError
+from k2rl.checkpoint_engine.runs import Run
 
 
 def pattern(host: int, nbytes: int) -> np.ndarray:

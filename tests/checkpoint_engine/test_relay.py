@@ -20,7 +20,7 @@ from torch.distributed import TCPStore
 
 from k2rl.checkpoint_engine.manifest import Manifest, Shard, TensorSpec
 from k2rl.checkpoint_engine.plan import plan_push
-from k2rl.checkpoint_engine.relay import Run, messages, runs
+from k2rl.checkpoint_engine.runs import Run, messages, runs
 from k2rl.checkpoint_engine.transaction import culprits
 from tests import netns
 from tests.checkpoint_engine.relay_host import pattern
