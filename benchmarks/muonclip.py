@@ -61,7 +61,7 @@ def batch(seed: int) -> list[SupervisedSequence]:
 def train(seed: int, tau: float, lr: float, steps: int) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder, seed)
-        engine = TrainEngine(folder, "float32", OptimizerConfig(lr=lr, qk_clip=tau), seed=seed)
+        engine = TrainEngine(folder, "float32", OptimizerConfig(lr=lr, qk_clip=tau), seed=seed, num_threads=1)
         return [engine.sft_step(batch(1000 * seed + step)) for step in range(steps)]
 
 
@@ -104,8 +104,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tau", type=float, default=100.0)
-    parser.add_argument("--lr", type=float, default=0.02)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()

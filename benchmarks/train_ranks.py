@@ -145,8 +145,9 @@ def compare_offload(settings: dict[str, Any], rounds: int, folder: Path) -> None
             copied.append(time.perf_counter() - began)
         rate, copying = 2 * nbytes / median(moved) / 1e9, nbytes / median(copied) / 1e9
         print(
-            f"offload={level}: {nbytes / GIB:.2f} GiB there and back at {rate:.1f} GB/s, {rate / copying:.2f} "
-            f"of a copy in memory ({copying:.1f} GB/s); resident memory falls by {median(freed) / GIB:.2f} GiB",
+            f"offload={level}: {nbytes / GIB:.2f} GiB there and back at {rate:.1f} GB/s, "
+            f"{rate / copying:.2f} of a copy in memory ({copying:.1f} GB/s); "
+            f"resident memory falls by {median(freed) / GIB:.2f} GiB",
             flush=True,
         )
         engine.close()

@@ -105,11 +105,13 @@ class DistributedGroup(Group):
             #: Of the devices that compute, and of the hosts' memory.
             self.mesh: DeviceMesh = init_device_mesh(device.type, (self.world,))
             self.host_mesh: DeviceMesh = init_device_mesh("cpu", (self.world,))
+            self.process_group = dist.group.WORLD
+            self._names = self.gather(f"process {os.getpid()} on {socket.gethostname()}")
         except RuntimeError as error:
+            if dist.is_initialized():
+                dist.destroy_process_group()
             raise RunError(_not_met(ranks, error)) from error
-        self.process_group = dist.group.WORLD
         self._watch = _Watch(ranks)
-        self._names = self.gather(f"process {os.getpid()} on {socket.gethostname()}")
 
     def sum(self, values: Tensor) -> Tensor:
         with TRAINER.doing("waiting for the other ranks in a collective"):
@@ -151,6 +153,8 @@ class DistributedGroup(Group):
             if error is self._agreed:
                 raise
             self._broken = self._break_off(error)
+            if not isinstance(error, Exception):
+                raise
             raise self._broken from error
 
     def new_group(self) -> Group:

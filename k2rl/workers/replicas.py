@@ -148,6 +148,8 @@ class Replicas:
                 raise WorkerLostError(
                     f"the vLLM engine of {worker.name} could not be brought up to date: {joined.error}"
                 )
+            else:
+                self._state[leader] = "up"
         self._router.admit(self._ranks.index(leader), joined.version)
 
     def lose_again(self, leader: int, error: EngineLostError) -> None:
@@ -157,6 +159,8 @@ class Replicas:
 
     async def start_again(self, leader: int) -> int:
         """Start a dead one, with random weights, until that succeeds; returns the number of its workers.
+
+        Its caller sees to it until it is `up`.
 
         Raises:
             EngineLostError: it failed too often.
@@ -169,13 +173,14 @@ class Replicas:
             except EngineLostError as error:
                 self.lose_again(leader, error)
                 continue
-            self._state[leader] = "up"
             return receivers
 
     async def start_dead(self) -> dict[int, int]:
         """Start all that are dead again, for a push; the numbers of their workers."""
         dead = [leader for leader, state in self._state.items() if state == "down"]
-        return dict(zip(dead, await asyncio.gather(*map(self.start_again, dead)), strict=True))
+        receivers = await asyncio.gather(*map(self.start_again, dead))
+        self._state |= dict.fromkeys(dead, "up")
+        return dict(zip(dead, receivers, strict=True))
 
     async def look(self, rank: int, died: str, silent_s: float) -> None:
         """See to what a worker's heartbeat says; raises as `lose`."""

@@ -309,6 +309,18 @@ def test_a_rank_that_others_wait_for_is_named(llama_path: Path, trouble: str) ->
         hosts.close()
 
 
+def test_ranks_that_do_not_come_are_missed(llama_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    for rank in (0, 1):
+        with pytest.raises(RunError, match=rf"trainer rank {rank} of 2 did not meet .* {address} within 1 s"):
+            make_engine(Ranks(rank, 2, address, deadline_s=1.0), llama_path)
+    with pytest.raises(ValueError, match="need an address host:port"):
+        Ranks(0, 2)
+    with pytest.raises(ValueError, match="rank 2 of 2"):
+        Ranks(2, 2, address)
+
+
 def some_steps(engine: TrainEngine, *seeds: int) -> None:
     for seed in seeds:
         engine.policy_step(batch(seed), objective=OBJECTIVE, temperature=1.0)

@@ -63,6 +63,7 @@ class Scene:
         recovery = Recovery(run_dir, restarts)
         recovery._tell = self.told.append
         self.join = Published(1, True, {}, "", {})
+        self.deaths_in_join: list[int] = []
         self.replicas = Replicas(
             {worker.rank: worker for worker in self.workers},  # type: ignore[misc]
             DeadlineConfig(),
@@ -73,6 +74,11 @@ class Scene:
 
     async def _bring_up(self, leader: int, receivers: int) -> Published:
         await asyncio.sleep(0)
+        if leader in self.deaths_in_join:
+            self.deaths_in_join.remove(leader)
+            # The heartbeat knows of it before the join has failed.
+            await self.replicas.look(leader, "it is gone", 0.0)
+            return Published(1, True, {leader: "gone"}, "gone", {})
         return self.join
 
     async def generate(self) -> Generation:
@@ -206,6 +212,20 @@ def test_one_that_dies_of_a_push_is_brought_to_its_version(tmp_path: Path) -> No
         assert scene.replicas.serving == [2]
         await scene.replicas.settle()
         assert scene.replicas.serving == [0, 2]
+
+    play(tmp_path, script)
+
+
+def test_one_that_dies_while_it_joins_is_started_once_more_and_counted_once(tmp_path: Path) -> None:
+    async def script(scene: Scene) -> None:
+        scene.deaths_in_join = [2]
+        await scene.replicas.look(2, "it is gone", 0.0)
+        await scene.replicas.settle()
+        assert scene.replicas.serving == [0, 2]
+        assert scene.calls("restart_engine") == [0, 2]
+        assert [why.why for why in read_restarts(tmp_path)][1:] == [
+            "the vLLM engine of worker 2 died while being brought up to date: gone"
+        ]
 
     play(tmp_path, script)
 
