@@ -344,7 +344,7 @@ def test_cancelling_ends_the_run(lab):
     async def cancelled():
         sandbox = await lab.backend.open(SandboxSpec())
         run = asyncio.ensure_future(sandbox.exec(["sh", "-c", "while :; do touch alive; sleep 0.01; done"]))
-        while not (await sandbox.exec(["ls"])).text:  # noqa: ASYNC110 - the event is a file in the sandbox
+        while not (await sandbox.exec(["ls"])).text:
             await asyncio.sleep(0.01)
         run.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -382,7 +382,7 @@ def test_closing_ends_what_runs(lab):
     async def closed():
         sandbox = await lab.backend.open(SandboxSpec())
         run = asyncio.ensure_future(sandbox.exec(["sh", "-c", "echo begun > begun; sleep 1000"]))
-        while not (await sandbox.exec(["ls"])).text:  # noqa: ASYNC110 - the event is a file in the sandbox
+        while not (await sandbox.exec(["ls"])).text:
             await asyncio.sleep(0.01)
         await sandbox.close()
         return await run
@@ -497,7 +497,7 @@ def test_a_file_that_never_ends_is_not_read_forever(lab):
     async def growing():
         sandbox = await lab.backend.open(SandboxSpec())
         grow = asyncio.ensure_future(sandbox.exec(["sh", "-c", "while :; do echo line >> log; done"]))
-        while not (await sandbox.exec(["ls"])).text:  # noqa: ASYNC110 - the event is a file in the sandbox
+        while not (await sandbox.exec(["ls"])).text:
             await asyncio.sleep(0.01)
         content = await sandbox.read_file("log")
         grow.cancel()
