@@ -64,6 +64,7 @@ class Keeper:
         self.kept: dict[int, Kept] = {}
         self.spares: list[Spare] = []
         self.children = 0
+        self.can_prepare = True
         self.events = select.poll()
         self.hierarchy: cgroups.Hierarchy | None = None
         self.no_cgroups = ""
@@ -85,7 +86,7 @@ class Keeper:
         try:
             while True:
                 waiting = any(each.deadline is not None for each in self.kept.values())
-                short = len(self.spares) < SPARES
+                short = len(self.spares) < SPARES and self.can_prepare
                 for descriptor, _ in self.events.poll(0 if short else 20 if waiting else None):
                     if descriptor == self.driver.fileno():
                         if not self.receive():
@@ -94,7 +95,10 @@ class Keeper:
                         self.ended(descriptor)
                 self.press()
                 if short:
-                    self.prepare()
+                    try:
+                        self.prepare()
+                    except OSError:  # the next `open` tries again, and says so if it fails
+                        self.can_prepare = False
         finally:
             self.end_all()
 
@@ -124,6 +128,7 @@ class Keeper:
 
     def open(self, request: dict[str, Any], message: bytes, descriptors: array.array[int]) -> None:
         number = request["id"]
+        self.can_prepare = True
         try:
             if not self.spares:
                 self.prepare()
@@ -131,11 +136,11 @@ class Keeper:
             pidfd = os.pidfd_open(spare.pid)
             if spare.group is not None:
                 spare.group.limit(request["memory_bytes"], request["pids"])
-            socket.send_fds(spare.socket, [message], list(descriptors))
+            with spare.socket:
+                socket.send_fds(spare.socket, [message], list(descriptors))
         except OSError as error:
             self.say(id=number, failed=f"cannot start bubblewrap: {error}")
             return
-        spare.socket.close()
         self.kept[number] = Kept(number, spare.pid, pidfd, spare.group)
         self.events.register(pidfd, select.POLLIN)
         self.say(id=number, pid=spare.pid, events=str(spare.group.events) if spare.group else "")
@@ -279,17 +284,19 @@ def _share(pid: int) -> int:
 
 def descendants(root: int) -> list[int]:
     """The processes below one, nearest first."""
-    children: dict[int, list[int]] = {}
-    for name in os.listdir("/proc"):  # noqa: PTH208 - names alone, of many
-        if name.isdigit():
-            try:
-                parent = int(Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-            children.setdefault(parent, []).append(int(name))
-    found = list(children.get(root, []))
+    found = _children(root)
     for pid in found:
-        found.extend(children.get(pid, []))
+        found.extend(_children(pid))
+    return found
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208 - names alone
+            found.extend(map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split()))
+    except OSError:  # it has ended meanwhile
+        return found
     return found
 
 

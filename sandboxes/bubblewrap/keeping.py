@@ -87,6 +87,7 @@ class KeeperClient:
         await self._send(request, descriptors)
         answer = await asyncio.wait_for(opened, ANSWER_SECONDS)
         if "failed" in answer:
+            self._answers.pop(("gone", number), None)
             raise SandboxError(answer["failed"])
         return str(answer["events"])
 
@@ -104,8 +105,6 @@ class KeeperClient:
             await asyncio.wait_for(asyncio.shield(gone), ANSWER_SECONDS)
         except TimeoutError:
             raise SandboxError(f"sandbox {number} did not end within {ANSWER_SECONDS:.0f} s") from None
-        finally:
-            self._answers.pop(("gone", number), None)
 
     def kill(self, number: int) -> None:
         """Kill a sandbox as a whole."""
@@ -169,9 +168,7 @@ class KeeperClient:
             return
         answer = json.loads(message)
         what = "gone" if "gone" in answer else "usage" if "usage" in answer else "open"
-        future = self._answers.get((what, answer["id"]))
-        if what != "gone":
-            self._answers.pop((what, answer["id"]), None)
+        future = self._answers.pop((what, answer["id"]), None)
         if future is not None and not future.done():
             future.set_result(answer)
 

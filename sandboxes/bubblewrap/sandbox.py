@@ -19,7 +19,7 @@ from sandboxes.base import ExecResult, Limits, SandboxSpec
 from sandboxes.bubblewrap import agent, seccomp
 from sandboxes.bubblewrap.cgroups import oom_kills
 from sandboxes.bubblewrap.command import ETC, PATH, USER
-from sandboxes.bubblewrap.runs import Run, sealed
+from sandboxes.bubblewrap.runs import Run, pipes, sealed
 from sandboxes.bubblewrap.shell import BubblewrapShell
 from sandboxes.errors import (
     FileProblem,
@@ -138,7 +138,7 @@ class BubblewrapSandbox:
     ) -> ExecResult:
         limits = self.spec.limits
         if self.spec.ephemeral:
-            async with self._turns, self._alone:
+            async with self._alone, self._turns:
                 return await self._run(kind, request, stdin, timeout or limits.wall_seconds)
         async with self._turns:
             return await self._run(kind, request, stdin, timeout or limits.wall_seconds)
@@ -156,6 +156,7 @@ class BubblewrapSandbox:
             code, cpu = await run.done
         except asyncio.CancelledError:
             run.end("killed")
+            await asyncio.wait((run.done,))  # whoever is next must not meet what is being killed
             raise
         finally:
             timer.cancel()
@@ -178,7 +179,10 @@ class BubblewrapSandbox:
 
     def start(self, kind: str, request: dict[str, Any], stdin: bytes | int, output: int, of: type[R]) -> R:
         """Begin a run; `stdin` is content, or a descriptor that is closed here."""
-        passed = [stdin] if isinstance(stdin, int) else [sealed("stdin", stdin)] if stdin else []
+        try:
+            passed = [stdin] if isinstance(stdin, int) else [sealed("stdin", stdin)] if stdin else []
+        except OSError as error:
+            raise SandboxError(f"sandbox {self.id}: no file for a run's input: {error.strerror}") from error
         if self._dead:
             for descriptor in passed:
                 os.close(descriptor)
@@ -186,8 +190,12 @@ class BubblewrapSandbox:
         self._runs_so_far += 1
         number = self._runs_so_far
         run = of(number, output, self._kill)
-        stdout, out = os.pipe()
-        stderr, err = os.pipe()
+        try:
+            (stdout, out), (stderr, err) = pipes(2)
+        except OSError as error:
+            for descriptor in passed:
+                os.close(descriptor)
+            raise SandboxError(f"sandbox {self.id}: no pipe for a run's output: {error.strerror}") from error
         run.listen(stdout, stderr)
         if self._keeper.uid is not None:  # so that /dev/stdout can be opened, which asks for the pipe's owner
             os.fchown(out, self._keeper.uid, self._keeper.uid)

@@ -90,7 +90,7 @@ class DockerBackend:
                 if isinstance(error, SandboxError):
                     await asyncio.wait({removal})
                     if not removal.cancelled():
-                        removal.exception()  # what cannot be removed was most likely not made: `error` says why
+                        removal.exception()  # what cannot be removed was hardly made: `error` says why
                 raise
         forget = lambda number: self._open.pop(number, None)  # noqa: E731
         sandbox = DockerSandbox(name, spec, container, number, self._turns, forget)

@@ -22,9 +22,15 @@ TOKEN = "for-these-tests-alone"
 #: Name of the case -> backend and its options.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bubblewrap": ("bubblewrap", {}),
+<<<<<<< HEAD
     "docker": ("docker", {}),
     "remote-bubblewrap": ("remote", {"served": "bubblewrap"}),
     "remote-docker": ("remote", {"served": "docker"}),
+=======
+}
+#: What differs in how limits are held, and in nothing else: test_limits.py alone runs them, too.
+LIMIT_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+>>>>>>> sandbox
     "bubblewrap-no-cgroups": ("bubblewrap", {"cgroups": False}),
 }
 
@@ -74,6 +80,7 @@ class Lab:
             return result
 
 
+<<<<<<< HEAD
 #: A case that takes long for what it adds is left to `make test-slow`; without docker there is nothing to test.
 MARKS = {
     "docker": [pytest.mark.docker, pytest.mark.slow],
@@ -89,6 +96,19 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
         if "served" in options:
             server = stack.enter_context(served(options["served"], "--lend-path", "/usr/share/doc"))
             options = {"urls": server.url, "token": TOKEN}
+=======
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "lab" in metafunc.fixturenames:
+        limits = metafunc.module.__name__.endswith("test_limits")
+        cases = [*CASES, *(LIMIT_CASES if limits else ())]
+        metafunc.parametrize("lab", cases, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    name, options = (CASES | LIMIT_CASES)[request.param]
+    with asyncio.Runner() as runner:
+>>>>>>> sandbox
 
         async def made() -> Backend:
             return create(name, **options)

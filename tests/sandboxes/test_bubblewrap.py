@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -231,6 +232,14 @@ def test_a_stopped_sandbox_does_not_hold_up_its_deadline(monkeypatch):
 # --------------------------------------------------------------------------------------------------- leaks
 
 
+@pytest.fixture
+def own_temporary_folder(monkeypatch, tmp_path):
+    """Nobody else's files are counted."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+@pytest.mark.usefixtures("own_temporary_folder")
 def test_a_mixture_of_runs_leaves_nothing_behind():
     asyncio.run(soak(runs=120, settle=60))
 
@@ -299,8 +308,7 @@ def holdings(backend: BubblewrapBackend) -> dict[str, int]:
         "mounts": len(Path("/proc/self/mountinfo").read_text().splitlines()),
         "descriptors": len(list(Path("/proc/self/fd").iterdir())),
         "descriptors of the keeper": len(list(Path(f"/proc/{keeper}/fd").iterdir())),
-        "temporary files": len(list(Path("/tmp").glob("*k2rl*")))
-        + len(list(Path("/dev/shm").glob("*k2rl*"))),
+        "temporary files": len(list(Path(tempfile.gettempdir()).rglob("*"))),
         "control groups": len(groups_of(keeper)),
         "memory of the driver": resident(os.getpid()),
         "memory of the keeper": resident(keeper),
@@ -309,6 +317,8 @@ def holdings(backend: BubblewrapBackend) -> dict[str, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("own_temporary_folder")
 def test_ten_thousand_runs_leave_nothing_behind():
     asyncio.run(soak(runs=10_000, settle=500))
 
@@ -331,6 +341,25 @@ def test_five_hundred_sandboxes_at_once():
         assert not exists(keeper)
 
     asyncio.run(crowd())
+
+
+def test_no_descriptors_left_is_an_error_of_ours():
+    async def starve():
+        backend = BubblewrapBackend()
+        sandbox = await backend.open(SandboxSpec())
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        taken = len(list(Path("/proc/self/fd").iterdir()))  # noqa: ASYNC240
+        resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 1, hard))
+        try:
+            for stdin in (b"", b"x"):
+                with pytest.raises(SandboxError, match="Too many open files"):
+                    await sandbox.exec(["cat"], stdin=stdin)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert (await sandbox.exec(["cat"], stdin=b"x")).text == "x"
+        await backend.close()
+
+    asyncio.run(starve())
 
 
 # --------------------------------------------------------------------------------------------------- pools
