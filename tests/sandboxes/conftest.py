@@ -22,15 +22,12 @@ TOKEN = "for-these-tests-alone"
 #: Name of the case -> backend and its options.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bubblewrap": ("bubblewrap", {}),
-<<<<<<< HEAD
     "docker": ("docker", {}),
     "remote-bubblewrap": ("remote", {"served": "bubblewrap"}),
     "remote-docker": ("remote", {"served": "docker"}),
-=======
 }
 #: What differs in how limits are held, and in nothing else: test_limits.py alone runs them, too.
 LIMIT_CASES: dict[str, tuple[str, dict[str, Any]]] = {
->>>>>>> sandbox
     "bubblewrap-no-cgroups": ("bubblewrap", {"cgroups": False}),
 }
 
@@ -80,35 +77,27 @@ class Lab:
             return result
 
 
-<<<<<<< HEAD
-#: A case that takes long for what it adds is left to `make test-slow`; without docker there is nothing to test.
-MARKS = {
-    "docker": [pytest.mark.docker, pytest.mark.slow],
-    "remote-bubblewrap": [],
-    "remote-docker": [pytest.mark.docker, pytest.mark.slow],
-}
-
-
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=MARKS.get(name, [])) for name in CASES])
-def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
-    name, options = CASES[request.param]
-    with asyncio.Runner() as runner, ExitStack() as stack:
-        if "served" in options:
-            server = stack.enter_context(served(options["served"], "--lend-path", "/usr/share/doc"))
-            options = {"urls": server.url, "token": TOKEN}
-=======
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "lab" in metafunc.fixturenames:
         limits = metafunc.module.__name__.endswith("test_limits")
         cases = [*CASES, *(LIMIT_CASES if limits else ())]
-        metafunc.parametrize("lab", cases, indirect=True, scope="module")
+        marked = [pytest.param(name, marks=marks(name)) for name in cases]
+        metafunc.parametrize("lab", marked, indirect=True, scope="module")
+
+
+def marks(case: str) -> list[pytest.MarkDecorator]:
+    """A case that takes long for what it adds is left to `make test-slow`; without docker some have no use."""
+    docker = [pytest.mark.docker] if "docker" in case else []
+    return [*docker, *([pytest.mark.slow] if "docker" in case or "remote" in case else [])]
 
 
 @pytest.fixture(scope="module")
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     name, options = (CASES | LIMIT_CASES)[request.param]
-    with asyncio.Runner() as runner:
->>>>>>> sandbox
+    with asyncio.Runner() as runner, ExitStack() as stack:
+        if "served" in options:
+            server = stack.enter_context(served(options["served"], "--lend-path", "/usr/share/doc"))
+            options = {"urls": server.url, "token": TOKEN}
 
         async def made() -> Backend:
             return create(name, **options)
