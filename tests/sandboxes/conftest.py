@@ -86,7 +86,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def marks(case: str) -> list[pytest.MarkDecorator]:
-    """A case that takes long for what it adds is left to `make test-slow`; without docker some have no use."""
+    """What takes long for what it adds is left to `make test-slow`; without docker some cannot run."""
     docker = [pytest.mark.docker] if "docker" in case else []
     return [*docker, *([pytest.mark.slow] if "docker" in case or "remote" in case else [])]
 
