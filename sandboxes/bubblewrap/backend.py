@@ -69,7 +69,7 @@ class BubblewrapBackend:
     async def open(self, spec: SandboxSpec) -> BubblewrapSandbox:
         if spec.allow_hosts:
             raise SandboxUnsupportedError(
-                "bubblewrap sandboxes have no network at all; for some hosts alone, use the docker backend"
+                "bubblewrap sandboxes have no network at all: allow_hosts must be empty"
             )
         if spec.image is not None and self._python is None:
             python = "/usr/bin/python3"

@@ -244,6 +244,7 @@ class Container:
         task = asyncio.ensure_future(self.remove())
         self._killing.add(task)
         task.add_done_callback(self._killing.discard)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # `close` tries again
 
     async def close(self, number: int = 0) -> None:
         """Wait until it is removed. Its connection is closed, so it ends by itself if its agent lives.
