@@ -153,7 +153,7 @@ class BubblewrapSandbox:
         timer = loop.call_later(timeout, run.end, "timed_out")
         watch = None if self._events else asyncio.ensure_future(self.watch(run))
         try:
-            code, cpu = await run.done
+            code, cpu = await asyncio.shield(run.done)
         except asyncio.CancelledError:
             run.end("killed")
             await asyncio.wait((run.done,))  # whoever is next must not meet what is being killed
