@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from k2rl.errors import ConfigError, RunError
@@ -74,8 +75,15 @@ def _doctor(arguments: argparse.Namespace) -> int:
     _say(text)
     return 0 if works else 1
 
+def _require(command: str, module: str) -> None:
+    if find_spec(module) is None:
+        raise ConfigError(
+            f"`k2rl sandbox {command}` needs {module}, not installed here: pip install 'k2rl[sandbox]'"
+        )
+
 
 def _serve(arguments: argparse.Namespace) -> int:
+    _require("serve", "aiohttp")
     from sandboxes import wire
     from sandboxes.base import MIB
     from sandboxes.errors import SandboxUnavailableError
@@ -112,6 +120,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _image(arguments: argparse.Namespace) -> int:
+    _require("image", "docker")
     from docker.errors import DockerException
 
     from sandboxes.docker import images

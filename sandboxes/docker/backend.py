@@ -88,7 +88,9 @@ class DockerBackend:
             except BaseException as error:
                 removal = self._later(container.remove())
                 if isinstance(error, SandboxError):
-                    await asyncio.shield(removal)
+                    await asyncio.wait({removal})
+                    if not removal.cancelled():
+                        removal.exception()  # what cannot be removed was hardly made: `error` says why
                 raise
         forget = lambda number: self._open.pop(number, None)  # noqa: E731
         sandbox = DockerSandbox(name, spec, container, number, self._turns, forget)

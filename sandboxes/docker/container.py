@@ -59,8 +59,10 @@ MASKED = (
     "/proc/timer_stats",
     "/sys",
 )
-#: The host's memory is short: sandboxes first, then what started them.
-OOM_SCORE = 500
+
+
+#: What docker makes read-only by itself, and /dev, whose memory no limit of files counts.
+READ_ONLY = ("/dev", "/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 
 
 @dataclass(frozen=True)
@@ -142,14 +144,13 @@ class Container:
             mounts=mounts + places.mounts,
             nano_cpus=int(settings.cpus * 1e9),
             network_mode="none",
-            oom_score_adj=OOM_SCORE,
             pids_limit=limits.pids + OWN_PROCESSES,
             read_only=True,
             runtime=settings.runtime,
             security_opt=["no-new-privileges:true"],
             tmpfs=places.tmpfs,
         )
-        host["MaskedPaths"] = list(MASKED)
+        host["MaskedPaths"], host["ReadonlyPaths"] = list(MASKED), list(READ_ONLY)
         return {
             "image": image,
             "name": self.name,
@@ -243,6 +244,7 @@ class Container:
         task = asyncio.ensure_future(self.remove())
         self._killing.add(task)
         task.add_done_callback(self._killing.discard)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # `close` tries again
 
     async def close(self, number: int = 0) -> None:
         """Wait until it is removed. Its connection is closed, so it ends by itself if its agent lives.

@@ -77,22 +77,18 @@ class Lab:
             return result
 
 
-#: A case that takes long for what it adds is left to `make test-slow`; where docker is not, it is left out.
-MARKS = {
-    "docker": [pytest.mark.docker, pytest.mark.slow],
-    "remote-bubblewrap": [],
-    "remote-docker": [pytest.mark.docker, pytest.mark.slow],
-}
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "lab" in metafunc.fixturenames:
         limits = metafunc.module.__name__.endswith("test_limits")
-        cases = [
-            pytest.param(name, marks=MARKS.get(name, []))
-            for name in (*CASES, *(LIMIT_CASES if limits else ()))
-        ]
-        metafunc.parametrize("lab", cases, indirect=True, scope="module")
+        cases = [*CASES, *(LIMIT_CASES if limits else ())]
+        marked = [pytest.param(name, marks=marks(name)) for name in cases]
+        metafunc.parametrize("lab", marked, indirect=True, scope="module")
+
+
+def marks(case: str) -> list[pytest.MarkDecorator]:
+    """What takes long for what it adds is left to `make test-slow`; without docker some cannot run."""
+    docker = [pytest.mark.docker] if "docker" in case else []
+    return [*docker, *([pytest.mark.slow] if "docker" in case or "remote" in case else [])]
 
 
 @pytest.fixture(scope="module")

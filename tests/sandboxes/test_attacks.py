@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import json
 import os
 import subprocess
@@ -23,7 +24,7 @@ CASES = {
     "bubblewrap-as-nobody": ("bubblewrap", {}, True),
     "bubblewrap-no-cgroups": ("bubblewrap", {"cgroups": False}, False),
     "docker": ("docker", {}, False),
-    "docker-with-root-inside": ("docker", {"user": "0:0"}, False),
+    "docker-as-nobody": ("docker", {}, True),
 }
 DOCKER = [pytest.mark.docker, pytest.mark.slow]
 ROOT_ONLY = "the probes prove themselves as root, and only root can become nobody"
@@ -59,13 +60,24 @@ def inside(request: pytest.FixtureRequest) -> dict[str, str]:
     if os.geteuid() != 0:
         pytest.skip(ROOT_ONLY)
     with tempfile.TemporaryDirectory() as folder:
-        return said(run_as_nobody(Path(folder), "-m", "tests.sandboxes.attacks", *words))
+        groups = [grp.getgrnam("docker").gr_gid] if backend == "docker" else []
+        return said(run_as_nobody(Path(folder), "-m", "tests.sandboxes.attacks", *words, groups=groups))
 
 
 def test_the_table_is_held(inside):
     assert len(inside) >= 40
     assert inside.keys() == attacks.probes().keys()
     assert {name: what for name, what in inside.items() if not what.startswith("held")} == {}
+    assert {name: what for name, what in inside.items() if "the sandbox died" in what} == {}
+
+
+@pytest.mark.docker
+@pytest.mark.slow
+def test_root_in_a_container_reaches_no_more():
+    """It is root, and its image has a home for it, with nothing of the host's."""
+    inside = play("docker", json.dumps({"user": "0:0"}))
+    reached = {name for name, what in inside.items() if not what.startswith("held")}
+    assert reached == {"becoming root", "a home folder"}
     assert {name: what for name, what in inside.items() if "the sandbox died" in what} == {}
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import docker
 import pytest
 
+from k2rl.cli import main
 from sandboxes.base import Limits, SandboxSpec
 from sandboxes.docker import images, owner
 from sandboxes.docker.backend import FOLDER, DockerBackend
@@ -235,3 +236,48 @@ def test_a_user_that_is_none():
     for user in ("nobody", "0", "0:", "a:b", "1:2:3"):
         with pytest.raises(ValueError, match="uid:gid"):
             DockerBackend(user=user)
+
+
+def test_images_of_ones_own(client, tmp_path, capsys):
+    folder, root, broken = tmp_path / "folder", tmp_path / "root", tmp_path / "broken"
+    for each in (folder, root, broken):
+        each.mkdir()
+    (folder / "hello").write_text("hello\n")
+    (folder / "Dockerfile").write_text(
+        f"FROM {images.DEFAULT}\nCOPY hello /opt/hello\nENV COLOUR=blue PATH=/opt:/usr/bin:/bin\n"
+    )
+    (broken / "Dockerfile").write_text("FROM scratch\nCOPY nothing /\n")
+    (root / "file").write_text("")
+    names = ("k2rl-test-folder:1", "k2rl-test-root:1")
+    try:
+        assert main(["sandbox", "image", "--dockerfile", str(folder), "--name", names[0]]) == 0
+        assert main(["sandbox", "image", "--root", str(root), "--name", names[1]]) == 0
+        assert capsys.readouterr().out.split() == list(names)
+        assert main(["sandbox", "image", "--dockerfile", str(broken), "--name", "k2rl-test-none"]) == 1
+        assert "COPY failed" in capsys.readouterr().err
+
+        async def scenario(backend):
+            async with await backend.open(SandboxSpec(image=names[0], env={"SHAPE": "round"})) as sandbox:
+                said = await sandbox.exec(["sh", "-c", "echo $COLOUR $SHAPE $PATH; cat /opt/hello"])
+                assert said.text == "blue round /opt:/usr/bin:/bin\nhello\n"
+            with pytest.raises(SandboxUnavailableError, match=f"{names[1]} has no /usr/bin/python3"):
+                await backend.open(SandboxSpec(image=names[1]))
+
+        run(scenario)
+    finally:
+        for name in names:
+            client.images.remove(name, force=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--dockerfile", "."], "--name goes with"),
+        (["--name", "x"], "--name goes with"),
+        (["--root", "/no/such", "--name", "x"], "there is no /no/such"),
+    ],
+    ids=str,
+)
+def test_images_that_cannot_be_made(capsys, words, named):
+    assert main(["sandbox", "image", *words]) == 2
+    assert named in capsys.readouterr().err

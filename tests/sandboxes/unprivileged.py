@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,16 +14,19 @@ from sandboxes.bubblewrap.command import readable_by_all
 from tests.conftest import ROOT
 
 NOBODY = 65534
+#: What `sandboxes` needs, docker's SDK included.
+PACKAGES = ("msgspec", "docker", "requests", "urllib3", "certifi", "idna")
 
 
 def staged(folder: Path) -> tuple[str, dict[str, str]]:
     """A Python and an environment with which nobody can import `sandboxes` and `tests.sandboxes`."""
     folder.chmod(0o755)
-    spec = find_spec("msgspec")
-    assert spec is not None
-    assert spec.origin is not None
     ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(Path(spec.origin).parent, folder / "msgspec", ignore=ignore)
+    for package in PACKAGES:
+        spec = find_spec(package)
+        assert spec is not None
+        assert spec.origin is not None
+        shutil.copytree(Path(spec.origin).parent, folder / package, ignore=ignore)
     shutil.copytree(ROOT / "sandboxes", folder / "sandboxes", ignore=ignore)
     shutil.copytree(ROOT / "tests" / "sandboxes", folder / "tests" / "sandboxes", ignore=ignore)
     for path in folder.rglob("*"):
@@ -36,7 +40,9 @@ def staged(folder: Path) -> tuple[str, dict[str, str]]:
     raise AssertionError(f"no {name} that every user can run: install the system's (apt-get install {name})")
 
 
-def run_as_nobody(folder: Path, *words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run_as_nobody(
+    folder: Path, *words: str, timeout: float = 300, groups: Sequence[int] = ()
+) -> subprocess.CompletedProcess[str]:
     """Run `python WORDS` as a user without rights; this process must be root."""
     python, environment = staged(folder)
     return subprocess.run(
@@ -44,7 +50,7 @@ def run_as_nobody(folder: Path, *words: str, timeout: float = 300) -> subprocess
         env=environment,
         user=NOBODY,
         group=NOBODY,
-        extra_groups=[],
+        extra_groups=groups,
         cwd="/",
         capture_output=True,
         text=True,
