@@ -106,7 +106,7 @@ def _date(name: str, text: str | None, default: date) -> date:
 
 def as_data(problem: CodeProblem) -> dict[str, Any]:
     """A problem as `Task.data`."""
-    data: dict[str, Any] = msgspec.to_builtins(problem)
+    data: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(problem))
     return data
 
 

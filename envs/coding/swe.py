@@ -181,7 +181,8 @@ async def changes_in(sandbox: Sandbox, repository: Mapping[str, bytes]) -> dict[
 
 
 def _as_task(task: RepositoryTask, split: Split, id: str, seed: int) -> Task:
-    return Task(id=id, env="swe", kind="swe", split=split, seed=seed, data=msgspec.to_builtins(task))
+    data = msgspec.json.decode(msgspec.json.encode(task))
+    return Task(id=id, env="swe", kind="swe", split=split, seed=seed, data=data)
 
 
 def _split_of(task: RepositoryTask) -> Split:

@@ -130,9 +130,7 @@ async def build_here(
     try:
         backend = registry.create(sandbox)
         try:
-            return await build(
-                backend, repository, out, limit=limit, seconds=seconds, say=say
-            )
+            return await build(backend, repository, out, limit=limit, seconds=seconds, say=say)
         finally:
             await backend.close()
     except (ValueError, SandboxError, JudgeError) as error:

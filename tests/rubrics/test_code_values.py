@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rubrics.code.values import UnplainError, dumps, loads, same
@@ -32,6 +32,7 @@ plain = st.recursive(
 )
 
 
+@settings(max_examples=60, deadline=None)
 @given(plain)
 def test_there_and_back(value: Any) -> None:
     back = loads(dumps(value))
@@ -39,6 +40,7 @@ def test_there_and_back(value: Any) -> None:
     assert type(back) is type(value)
 
 
+@settings(max_examples=60, deadline=None)
 @given(
     st.recursive(st.none() | st.integers() | st.text(), lambda i: st.lists(i) | st.dictionaries(st.text(), i))
 )
