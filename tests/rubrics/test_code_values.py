@@ -16,7 +16,7 @@ hashable = st.recursive(
     st.none()
     | st.booleans()
     | st.integers()
-    | st.floats()
+    | st.floats(allow_nan=False)
     | st.text()
     | st.binary()
     | st.complex_numbers(allow_nan=False),
@@ -24,7 +24,7 @@ hashable = st.recursive(
     max_leaves=6,
 )
 plain = st.recursive(
-    hashable | st.sets(hashable, max_size=3),
+    hashable | st.just(math.nan) | st.sets(hashable, max_size=3),
     lambda inner: (
         st.lists(inner, max_size=4) | st.tuples(inner) | st.dictionaries(hashable, inner, max_size=3)
     ),
