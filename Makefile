@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Written last, so that a broken-off installation is taken up again.
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart test test-slow lint format docs lock bench-trl bench-push bench-stall bench-hosts bench-placement bench-start bench-swap clean
+.PHONY: help setup quickstart test test-slow lint format docs lock bench-trl bench-push bench-stall bench-hosts bench-placement bench-start bench-swap bench-sandbox clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ bench-start: setup ## From nothing to vLLM's first token: processes spawned besi
 
 bench-swap: setup ## What trainer and vLLM hold while the other works, and what a switch costs
 	$(BIN)/python benchmarks/memory_swap.py $(ARGS)
+
+bench-sandbox: setup ## Snippets per second in sandboxes, and what a start costs, beside plain python3
+	$(BIN)/python benchmarks/sandbox_speed.py $(ARGS)
 
 clean: ## Remove caches and build products; runs under outputs/ and .venv stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -25,8 +25,8 @@ SYSTEM = "Solve the puzzle. End with a line that says nothing but: Answer: <your
 class ReasoningGymEnv(TextEnv):
     """A puzzle of the reasoning-gym package, answered in one turn.
 
-    The reward is the package's own score: 1 for the answer, less where it stands among other text. Only data
-    sets with an answer in so many words are taken: what other scorers do with a policy's text is not always safe.
+    The reward is the package's own score: 1 for the answer, less where it stands among other text. Only
+    data sets with an answer in so many words are taken: what other scorers do with a text is not always safe.
     """
 
     kinds = ("puzzle",)

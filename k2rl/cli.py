@@ -184,6 +184,10 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--seconds", type=float, default=60.0, help="of CPU time for a commit's tests (60)")
     build.add_argument("--sandbox", default="bubblewrap", help="where tests are tried out (bubblewrap)")
     build.set_defaults(run=_build_tasks)
+    sandbox = commands.add_parser("sandbox", help="where untrusted code runs: `k2rl sandbox doctor`")
+    actions = sandbox.add_subparsers(required=True, metavar="ACTION", title="actions")
+    doctor = actions.add_parser("doctor", help="what this machine can do, and how to get more")
+    doctor.set_defaults(run=_sandbox_doctor)
 
     report = commands.add_parser("report", help="write report.html of a run anew, finished or not")
     report.add_argument("run_dir", type=Path, metavar="RUN_FOLDER", help="such as outputs/quickstart/<time>")
@@ -287,6 +291,14 @@ def _build_tasks(arguments: argparse.Namespace) -> int:
     tasks = arguments.out / "tasks.jsonl"
     print(f"{made} tasks: {tasks}; prove them: k2rl eval suite=swe path={tasks} model=gold")
     return 0
+
+
+def _sandbox_doctor(arguments: argparse.Namespace) -> int:
+    from sandboxes.doctor import report
+
+    text, works = report()
+    print(text)
+    return 0 if works else 1
 
 
 def _report(arguments: argparse.Namespace) -> int:

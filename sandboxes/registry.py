@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from sandboxes.base import Backend
+from sandboxes.errors import SandboxUnavailableError
 
 #: name -> module:class. A backend is imported when it is asked for: docker's SDK need not be there for the
 #: others.
@@ -25,6 +26,10 @@ def create(name: str, **options: Any) -> Backend:
     """
     if name not in BACKENDS:
         raise ValueError(f"no sandbox backend {name!r}; there are {', '.join(BACKENDS)}")
-    module, _, kind = BACKENDS[name].partition(":")
-    backend: Backend = getattr(import_module(module), kind)(**options)
+    path, _, kind = BACKENDS[name].partition(":")
+    try:
+        module = import_module(path)
+    except ModuleNotFoundError as error:
+        raise SandboxUnavailableError(f"the {name} backend needs {error.name}, not installed here") from error
+    backend: Backend = getattr(module, kind)(**options)
     return backend

@@ -41,6 +41,8 @@ QUICK: dict[str, Callable[[Path, str], None]] = {
     ),
     "k2rl eval suite=functions model=gold": _says("functions gold: 12/12"),
     "k2rl eval suite=functions model=null": _says("functions null: 0/12"),
+    "k2rl sandbox doctor": _says("bubblewrap: works"),
+    "python run_it.py": _says("hello\nexited 0\ntimed_out"),
     'python -W error -c "from gymnasium.utils.env_checker import check_env; from guess import GuessEnv; '
     'check_env(GuessEnv(), skip_render_check=True)"': _says(""),
 }
@@ -53,7 +55,7 @@ WHOLE_RUNS = [
     "k2rl train experiment=quickstart optimizer=adamw rollout.group_size=16 seed=1",
     "k2rl train experiment=quickstart env.id=guess:GuessEnv env.max_turns=6 'warm_start.kinds=[]'",
 ]
-#: Need a trained model, a server, or a repository of the reader's; tests/evaluation and tests/envs run their like.
+#: Need a trained model, a server, or a repository of the reader's; tests/evaluation and tests/envs run such.
 OWN_MODEL = [
     "k2rl eval suite=humaneval model=outputs/quickstart/2026-01-31_12-00-00/model limit=20",
     "k2rl eval suite=humaneval model=http://127.0.0.1:8000/v1 samples=10 k=1,10 temperature=0.8",

@@ -1,20 +1,22 @@
 """Process 1 of a sandbox: finishes it from within, gives up every right, then starts what it is told to.
 
-It runs in the sandbox's own Python, without the `site` module, and imports nothing that is not built in or quick:
-starting it is most of what a sandbox costs. bubblewrap leaves it three capabilities over the sandbox's user
-namespace; they are gone before the first request is read. From then on it can do no more than the code it starts,
-which cannot touch it: it is process 1 (no signal from inside reaches it), not dumpable, and /proc is read-only.
+It runs in the sandbox's own Python, without the `site` module, and imports nothing that is not built in or
+quick: starting it is most of what a sandbox costs. bubblewrap leaves it three capabilities over the
+sandbox's user namespace; they are gone before the first request is read. From then on it can do no more
+than the code it starts, which cannot touch it: it is process 1 (no signal from inside reaches it), not
+dumpable, and /proc is read-only.
 
-The driver talks to it over a socket of packets, `marshal`led tuples with file descriptors beside them. What goes
-back is of fixed size and checked there (`DONE`).
+The driver talks to it over a socket of packets, `marshal`led tuples with file descriptors beside them. What
+goes back is of fixed size and checked there (`DONE`).
 
-A run in a lasting sandbox has a parent of its own, a "subreaper", which adopts whatever forks away. When that
-ends, what is left of the run becomes a child of process 1, and all children of process 1 that it does not know
-are killed. In an ephemeral sandbox everything is killed, and every writable place emptied.
-"""
+A run in a lasting sandbox has a parent of its own, a "subreaper", which adopts whatever forks away. When
+that ends, what is left of the run becomes a child of process 1, and all children of process 1 that it does
+not know are killed. In an ephemeral sandbox everything is killed, and every writable place emptied."""
+
+from __future__ import annotations
 
 import _ctypes
-import _signal
+import _signal  # type: ignore[import-not-found]
 import _socket
 import errno
 import gc
@@ -26,7 +28,12 @@ import select
 import stat
 import struct
 import sys
-from time import CLOCK_BOOTTIME, clock_gettime
+
+TYPE_CHECKING = False  # the checkers' name for it; `typing` itself would have to be imported
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
+    from sandboxes.errors import FileProblem
 
 #: Number of the run, exit code or minus the signal, microseconds of CPU time.
 DONE = struct.Struct("<IiQ")
@@ -34,7 +41,15 @@ READY, PONG, FAULT = b"ready", b"pong", b"fault"
 HOME = "/work"
 WRITABLE = (HOME, "/tmp", "/dev/shm")
 #: Exit codes of the file operations, in the order of sandboxes.errors.FileProblem.
-PROBLEMS = ("missing", "symlink", "not_a_file", "too_large", "no_space", "denied", "io")
+PROBLEMS: tuple[FileProblem, ...] = (
+    "missing",
+    "symlink",
+    "not_a_file",
+    "too_large",
+    "no_space",
+    "denied",
+    "io",
+)
 FIRST_PROBLEM = 64
 CANNOT_START, NOT_FOUND = 126, 127
 CHUNK = 1 << 20
@@ -49,7 +64,7 @@ SECCOMP_MODE_FILTER = 2
 SIGKILL, SIGCHLD, SIG_DFL, SIG_IGN = _signal.SIGKILL, _signal.SIGCHLD, _signal.SIG_DFL, _signal.SIG_IGN
 
 
-class _Long(_ctypes._SimpleCData):
+class _Long(_ctypes._SimpleCData):  # type: ignore[type-arg]
     _type_ = "l"
 
 
@@ -61,20 +76,20 @@ class _Function(_ctypes.CFuncPtr):
 
 
 class _Libc:
-    _handle = _ctypes.dlopen(None, 0)
+    _handle = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]
 
 
-def libc(name, *arguments):
+def libc(name: str, *arguments: int | bytes | None) -> int:
     """Call a function of libc with longs and bytes. Raises OSError where it returns -1."""
     passed = [_Long(each) if isinstance(each, int) else each for each in arguments]
-    result = _Function((name, _Libc))(*passed)
+    result: int = _Function((name, _Libc))(*passed)  # type: ignore[arg-type]
     if result == -1:
         code = _ctypes.get_errno()
         raise OSError(code, f"{name}: {os.strerror(code)}")
     return result
 
 
-def address(buffer):
+def address(buffer: bytes) -> int:
     """Where a bytes object's content lies (it must be kept alive meanwhile)."""
     return id(buffer) + bytes.__basicsize__ - 1
 
@@ -82,12 +97,12 @@ def address(buffer):
 # ---------------------------------------------------------------------------------------------- the start
 
 
-def mount(source, target, kind, flags, data=None):
-    encode = (lambda text: None if text is None else text.encode())  # noqa: E731
-    libc("mount", encode(source), encode(target), encode(kind), flags, encode(data))
+def mount(source: str | None, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
+    words = [None if each is None else each.encode() for each in (source, target, kind, data)]
+    libc("mount", *words[:3], flags, words[3])
 
 
-def finish_sandbox(settings):
+def finish_sandbox(settings: dict[str, Any]) -> int:
     """What bubblewrap leaves to be done, with the last rights there are; returns a writable view of /proc."""
     # All writable places share one file system, so that one size and one number of files bounds them.
     os.mkdir("/run/box")
@@ -120,8 +135,9 @@ def finish_sandbox(settings):
     return proc
 
 
-def give_up_rights(program):
-    """No capability, none to be gained, and the filter of system calls; inherited by everything that follows."""
+def give_up_rights(program: bytes) -> None:
+    """No capability, none to be gained, and the filter of system calls; inherited by everything that
+    follows."""
     with open("/proc/sys/kernel/cap_last_cap") as file:
         last = int(file.read())
     for capability in range(last + 1):
@@ -134,26 +150,26 @@ def give_up_rights(program):
     libc("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, filter, 0, 0)
 
 
-def write(path, content, folder=None):
+def write(path: str, content: bytes, folder: int | None = None) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644, dir_fd=folder)
     write_all(descriptor, content)
     os.close(descriptor)
 
 
-def write_all(descriptor, content):
-    content = memoryview(content)
-    while content:
-        content = content[os.write(descriptor, content) :]
+def write_all(descriptor: int, content: bytes) -> None:
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
 
 
 # ---------------------------------------------------------------------------------------------- files
 
 
-class Problem(Exception):
+class ProblemError(Exception):
     """A file that cannot be had; its argument is one of `PROBLEMS`."""
 
 
-def problem_of(error):
+def problem_of(error: OSError) -> str:
     return {
         errno.ENOENT: "missing",
         errno.ELOOP: "symlink",
@@ -167,10 +183,10 @@ def problem_of(error):
         errno.ENOSPC: "no_space",
         errno.EFBIG: "too_large",
         errno.ENAMETOOLONG: "missing",
-    }.get(error.errno, "io")
+    }.get(error.errno or 0, "io")
 
 
-def walk(path, make):
+def walk(path: str, make: bool) -> tuple[int, str]:
     """The folder a path lies in and its last name, entered name by name: no symlink is followed anywhere."""
     path = os.path.normpath(os.path.join(HOME, path))
     *folders, name = path.split("/")[1:]
@@ -185,33 +201,33 @@ def walk(path, make):
             inner = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here)
         except NotADirectoryError:
             if stat.S_ISLNK(os.stat(folder, dir_fd=here, follow_symlinks=False).st_mode):
-                raise Problem("symlink") from None
+                raise ProblemError("symlink") from None
             raise
         os.close(here)
         here = inner
     if not name:
-        raise Problem("not_a_file")
+        raise ProblemError("not_a_file")
     return here, name
 
 
-def read_file(path, limit):
+def read_file(path: str, limit: int) -> None:
     """A regular file's content on stdout. One that grows under us is cut off by the reader."""
     here, name = walk(path, make=False)
     descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=here)
     about = os.fstat(descriptor)
     if not stat.S_ISREG(about.st_mode):
-        raise Problem("not_a_file")
+        raise ProblemError("not_a_file")
     if about.st_size > limit:
-        raise Problem("too_large")
+        raise ProblemError("too_large")
     left = limit + 1
     while left and (chunk := os.read(descriptor, min(left, CHUNK))):
         write_all(1, chunk)
         left -= len(chunk)
     if not left:
-        raise Problem("too_large")
+        raise ProblemError("too_large")
 
 
-def write_file(path, executable):
+def write_file(path: str, executable: bool) -> None:
     """Stdin into a new file, which then takes the place of what was there."""
     here, name = walk(path, make=True)
     try:
@@ -220,7 +236,7 @@ def write_file(path, executable):
         pass
     else:
         if not stat.S_ISREG(mode):
-            raise Problem("symlink" if stat.S_ISLNK(mode) else "not_a_file")
+            raise ProblemError("symlink" if stat.S_ISLNK(mode) else "not_a_file")
     beside = f".{name[:200]}.{os.getpid()}.new"
     new = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     descriptor = os.open(beside, new, 0o755 if executable else 0o644, dir_fd=here)
@@ -233,15 +249,17 @@ def write_file(path, executable):
         raise
 
 
-def snapshot():
+def snapshot() -> None:
     import tarfile
 
     with tarfile.open(fileobj=open(1, "wb", closefd=False), mode="w|", format=tarfile.PAX_FORMAT) as archive:
         for place in WRITABLE:
-            archive.add(place, filter=lambda entry: entry if not entry.ischr() and not entry.isfifo() else None)
+            archive.add(
+                place, filter=lambda entry: entry if not entry.ischr() and not entry.isfifo() else None
+            )
 
 
-def restore():
+def restore() -> None:
     import tarfile
 
     try:
@@ -251,10 +269,10 @@ def restore():
             archive.extraction_filter = lambda entry, path: entry  # it can reach no further than this process
             archive.extractall("/")
     except tarfile.TarError:
-        raise Problem("io") from None
+        raise ProblemError("io") from None
 
 
-def empty(place):
+def empty(place: str) -> None:
     """Remove all in a folder, however deep, with two folders open: what lies deeper is moved up first."""
     for attribute in os.listxattr(place):
         os.removexattr(place, attribute)
@@ -289,11 +307,11 @@ FILES = {"read": read_file, "write": write_file, "snapshot": snapshot, "restore"
 # ---------------------------------------------------------------------------------------------- children
 
 
-def run_python(code, arguments):
+def run_python(code: str, arguments: list[str]) -> None:
     """Run source as `python3 -I -c` does, in this process, and end it."""
     sys.argv = ["-c", *arguments]
     main = type(sys)("__main__")
-    main.__builtins__ = __builtins__
+    main.__dict__["__builtins__"] = __builtins__
     sys.modules["__main__"] = main
     status = 0
     try:
@@ -314,7 +332,7 @@ def run_python(code, arguments):
     os._exit(status)
 
 
-def exit_status(code):
+def exit_status(code: object) -> int:
     if code is None:
         return 0
     if isinstance(code, int):
@@ -323,7 +341,7 @@ def exit_status(code):
     return 1
 
 
-def show(error, code):
+def show(error: BaseException, code: str) -> None:
     """The traceback, without the agent's own frame and with the source's lines."""
     import linecache
     import traceback
@@ -336,7 +354,7 @@ def show(error, code):
         sys.excepthook(type(error), error, trace)
 
 
-def prepare_child(proc, request):
+def prepare_child(proc: int, request: dict[str, Any]) -> None:
     """What holds for every run: standard streams, limits, a session of its own, default signals."""
     os.setsid()
     for number, descriptor in enumerate(request["streams"]):
@@ -357,7 +375,7 @@ def prepare_child(proc, request):
     os.closerange(3, max(proc, own, *request["streams"], 64) + 1)
 
 
-def start(request):
+def start(request: dict[str, Any]) -> NoReturn:
     """Become what was asked for; never returns."""
     kind = request["kind"]
     try:
@@ -372,9 +390,10 @@ def start(request):
                 _signal.signal(number, SIG_DFL)
             os.execvpe(request["argv"][0], request["argv"], request["env"])
         else:
-            FILES[kind](*request["argv"])
+            operation: Any = FILES[kind]
+            operation(*request["argv"])
             os._exit(0)
-    except Problem as problem:
+    except ProblemError as problem:
         os._exit(FIRST_PROBLEM + PROBLEMS.index(problem.args[0]))
     except OSError as error:
         if kind in FILES:
@@ -388,7 +407,7 @@ def start(request):
         os._exit(1)
 
 
-def adopt(request):
+def adopt(request: dict[str, Any]) -> NoReturn:
     """Be the parent of a run and of all that forks away from it, and end as the run ends."""
     libc("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
@@ -414,7 +433,7 @@ def adopt(request):
 # ---------------------------------------------------------------------------------------------- process 1
 
 
-def processes():
+def processes() -> list[tuple[int, int, int]]:
     """(pid, parent, ticks at its start) of every process in the sandbox."""
     found = []
     for name in os.listdir("/proc"):
@@ -429,14 +448,14 @@ def processes():
 
 
 class Agent:
-    def __init__(self, connection, proc, settings):
+    def __init__(self, connection: _socket.socket, proc: int, settings: dict[str, Any]) -> None:
         self.connection = connection
         self.proc = proc
         self.ephemeral = settings["ephemeral"]
         self.rlimits = settings["rlimits"]
-        self.runs = {}  # pid -> number
+        self.runs: dict[int, tuple[int, str]] = {}  # pid -> the run's number, its kind
 
-    def serve(self):
+    def serve(self) -> NoReturn:
         wake, self.wake = os.pipe()
         os.set_blocking(wake, False)
         os.set_blocking(self.wake, False)
@@ -448,7 +467,7 @@ class Agent:
         self.connection.send(READY)
         if "site" not in sys.modules:  # after the word: the driver has something to do as well
             add_site()
-        idle = 20
+        idle: int | None = 20
         while True:
             ready = events.poll(idle)
             if not ready:
@@ -464,7 +483,7 @@ class Agent:
                 else:
                     self.receive()
 
-    def receive(self):
+    def receive(self) -> None:
         message, ancillary, _, _ = self.connection.recvmsg(1 << 17, _socket.CMSG_SPACE(16))
         if not message:
             os._exit(0)  # the driver is gone, and everything here goes with process 1
@@ -485,7 +504,7 @@ class Agent:
         for descriptor in descriptors:
             os.close(descriptor)
 
-    def run(self, kind, number, request, descriptors):
+    def run(self, kind: str, number: int, request: dict[str, Any], descriptors: list[int]) -> None:
         if len(descriptors) == 2:  # nothing to read
             descriptors.insert(0, os.open("/dev/null", os.O_RDONLY))
         request.update(kind=kind, streams=descriptors, rlimits=self.rlimits)
@@ -509,7 +528,7 @@ class Agent:
                 os._exit(1)
         self.runs[pid] = (number, kind)
 
-    def kill(self, number):
+    def kill(self, number: int) -> None:
         for pid, (candidate, _) in self.runs.items():
             if candidate == number:
                 if self.ephemeral:
@@ -517,22 +536,22 @@ class Agent:
                 else:
                     os.kill(pid, SIGKILL)
 
-    def interrupt(self, number, since):
+    def interrupt(self, number: int, since: float) -> None:
         """Kill what a shell has started since then (seconds of CLOCK_BOOTTIME), and leave the shell."""
-        (parent,) = [pid for pid, (candidate, _) in self.runs.items() if candidate == number] or [None]
+        parent = next((pid for pid, (candidate, _) in self.runs.items() if candidate == number), None)
         table = processes()
         tree = [each for each in table if each[1] == parent]
         if parent is None or not tree:
             return
         shell = min(tree, key=lambda each: each[2])[0]
-        for pid, above, _ in tree:
+        for pid, _, _ in tree:
             tree.extend(each for each in table if each[1] == pid)
         first = int(since * os.sysconf("SC_CLK_TCK"))
         for pid, _, started in tree:
             if pid != shell and started >= first:
                 os.kill(pid, SIGKILL)
 
-    def reap(self):
+    def reap(self) -> None:
         """Take note of every child that has ended."""
         while True:
             try:
@@ -543,7 +562,7 @@ class Agent:
                 return
             self.ended(pid, status, usage)
 
-    def ended(self, pid, status, usage):
+    def ended(self, pid: int, status: int, usage: resource.struct_rusage) -> None:
         if pid not in self.runs:
             return
         number, kind = self.runs.pop(pid)
@@ -555,7 +574,7 @@ class Agent:
         cpu = int((usage.ru_utime + usage.ru_stime) * 1e6)
         self.connection.send(DONE.pack(number, os.waitstatus_to_exitcode(status), cpu))
 
-    def clear(self):
+    def clear(self) -> None:
         """End every process that belongs to no run, among them all that the last one left."""
         for _ in range(0 if self.ephemeral else PATIENCE):
             strangers = [pid for pid, above, _ in processes() if above == 1 and pid not in self.runs]
@@ -577,7 +596,7 @@ class Agent:
             self.ended(pid, status, usage)
 
 
-def warm_up():
+def warm_up() -> None:
     """What runs of Python code need sooner or later, imported while there is nothing else to do."""
     import linecache  # noqa: F401
     import traceback  # noqa: F401
@@ -585,7 +604,7 @@ def warm_up():
     gc.freeze()
 
 
-def add_site():
+def add_site() -> None:
     """What the interpreter left out at its start: the folders of packages, and `exit`."""
     import site
 
@@ -593,22 +612,26 @@ def add_site():
     gc.freeze()
 
 
-def open_streams():
-    """Python's standard streams as every run will have them, made once; the descriptors below are exchanged."""
+def open_streams() -> None:
+    """Python's standard streams as every run will have them, made once; the descriptors below are
+    exchanged."""
     ends = (*os.pipe(), os.open("/dev/null", os.O_RDWR))
-    for number, descriptor in enumerate((ends[0], ends[1], ends[1])):  # made on pipes, since nobody can seek in one
+    for number, descriptor in enumerate(
+        (ends[0], ends[1], ends[1])
+    ):  # made on pipes, since nobody can seek in one
         os.dup2(descriptor, number)
-    sys.stdin = io.TextIOWrapper(io.open(0, "rb"), "utf-8", "surrogateescape")
-    sys.stdout = io.TextIOWrapper(io.open(1, "wb"), "utf-8", "surrogateescape")
-    sys.stderr = io.TextIOWrapper(io.open(2, "wb", 0), "utf-8", "backslashreplace", write_through=True)
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    sys.stdin = io.TextIOWrapper(open(0, "rb"), "utf-8", "surrogateescape")
+    sys.stdout = io.TextIOWrapper(open(1, "wb"), "utf-8", "surrogateescape")
+    sys.stderr = io.TextIOWrapper(open(2, "wb", 0), "utf-8", "backslashreplace", write_through=True)
+    for name in ("stdin", "stdout", "stderr"):
+        setattr(sys, f"__{name}__", getattr(sys, name))
     for number in range(3):
         os.dup2(ends[2], number)
     for descriptor in ends:
         os.close(descriptor)
 
 
-def compiled():
+def compiled() -> bytes:
     """This file as bytecode of the Python that runs it."""
     with open(__file__, "rb") as file:
         code = compile(file.read(), "<agent>", "exec")
@@ -617,7 +640,7 @@ def compiled():
     return MAGIC_NUMBER + bytes(12) + marshal.dumps(code)
 
 
-def main():
+def main() -> None:
     connection = _socket.socket(fileno=int(sys.argv[1]))
     settings = marshal.loads(connection.recv(1 << 17))
     if settings["compile"]:

@@ -8,6 +8,7 @@ import os
 import platform
 import secrets
 import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,12 +16,13 @@ from sandboxes.base import Finding, SandboxSpec
 from sandboxes.bubblewrap import agent, command, seccomp
 from sandboxes.bubblewrap.cgroups import counts_by_namespace
 from sandboxes.bubblewrap.keeping import KeeperClient
-from sandboxes.bubblewrap.sandbox import OWN_PROCESSES, BubblewrapSandbox, agent_settings
+from sandboxes.bubblewrap.sandbox import OWN_PROCESSES, WATCH, BubblewrapSandbox, agent_settings
 from sandboxes.errors import SandboxError, SandboxUnavailableError, SandboxUnsupportedError
 
 #: Seconds that a sandbox may take to start.
 START_SECONDS = 60.0
 NOBODY = 65534
+AGENT_SOURCE = Path(agent.__file__)
 ALLOW_NAMESPACES = (
     "let users make namespaces: sysctl kernel.unprivileged_userns_clone=1 (Debian), "
     "kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu), user.max_user_namespaces=10000 (Red Hat); "
@@ -33,7 +35,8 @@ class BubblewrapBackend:
 
     Args:
         bwrap: the binary; looked for by default (`command.find_bwrap`).
-        python: what runs the sandbox's agent and Python code, as a path in the sandbox; looked for by default.
+        python: what runs the sandbox's agent and Python code, as a path in the sandbox; looked for by
+            default.
         uid: whom sandboxes run as when this process is root; otherwise they run as its own user.
         running: most runs at once in all sandboxes together, others wait; four for each core by default.
         cgroups: whether to use control groups where they can be had.
@@ -81,13 +84,62 @@ class BubblewrapBackend:
             number, connection, events = await self._launch(keeper, spec, python, code, settings)
         id = f"bubblewrap-{number}-{secrets.token_hex(4)}"
         sandbox = BubblewrapSandbox(
-            id, spec, connection, keeper, number, events, self._turns, lambda number: self._open.pop(number, None)
+            id,
+            spec,
+            connection,
+            keeper,
+            number,
+            events,
+            self._turns,
+            lambda number: self._open.pop(number, None),
         )
         self._open[number] = sandbox
         return sandbox
 
     async def findings(self) -> list[Finding]:
-        raise NotImplementedError
+        try:
+            return await self._findings()
+        except SandboxError as error:
+            return [Finding(what="sandboxes", state="missing", detail=str(error))]
+
+    async def _findings(self) -> list[Finding]:
+        binary = self._bwrap or command.find_bwrap()
+        version = await asyncio.to_thread(command.bwrap_version, binary)
+        began = time.monotonic()
+        async with await self.open(SandboxSpec()) as sandbox:
+            opened = time.monotonic()
+            done = await sandbox.run_python("import os, sys; print(sys.version.split()[0], os.getuid())")
+            ended = time.monotonic()
+        if not done.ok:
+            raise SandboxError(f"a first run ended with {done.exit_code}: {done.error_text[-300:]}")
+        keeper = await self._kept()
+        number, _ = done.text.split()
+        python = self._python or command.find_python(self._uid)
+        waited, took = (opened - began) * 1e3, (ended - opened) * 1e3
+        speed = f"the first was opened in {waited:.0f} ms, its first run took {took:.0f} ms"
+        who = "as your own user" if self._uid is None else f"as user {self._uid}, since you are root"
+        good = [
+            ("bubblewrap", f"{binary}, version {version}"),
+            ("start", speed),
+            ("python", f"{python}, version {number}"),
+            ("user", f"they run {who}; inside they are user {command.USER} without any right"),
+            ("kernel", f"{len(seccomp.DENIED)} system calls refused, no further user namespaces"),
+            ("network", "none"),
+            ("files", "in memory, bounded in size and number"),
+        ]
+        findings = [Finding(what=what, state="good", detail=detail) for what, detail in good]
+        if keeper.cgroup:
+            by_kernel = f"of all processes together, by the kernel (control groups, version {keeper.cgroup})"
+            return [*findings, Finding(what="memory", state="good", detail=by_kernel)]
+        detail = (
+            f"of all processes together, measured every {WATCH * 1e3:.0f} ms while a run lasts, so it can "
+            f"pass the limit for a moment; no control groups: {keeper.no_cgroups}"
+        )
+        mend = (
+            "for the kernel to bound it, run as root, or with a group of your own: "
+            "systemd-run --user --scope --property=Delegate=yes k2rl ..."
+        )
+        return [*findings, Finding(what="memory", state="limited", detail=detail, mend=mend)]
 
     async def close(self) -> None:
         await asyncio.gather(*(sandbox.close() for sandbox in list(self._open.values())))
@@ -112,7 +164,7 @@ class BubblewrapBackend:
         """The agent, compiled by the Python that will run it."""
         key = (spec.image, python)
         if key not in self._code:
-            source = Path(agent.__file__).read_bytes()
+            source = AGENT_SOURCE.read_bytes()  # noqa: ASYNC240 - a small file, once
             settings = marshal.dumps({"compile": True}, 2)
             number, connection, _ = await self._launch(keeper, spec, python, source, settings)
             connection.close()
@@ -173,7 +225,7 @@ class BubblewrapBackend:
     def _check_count(self) -> None:
         if not counts_by_namespace():
             raise SandboxUnavailableError(
-                f"Linux {platform.release()} cannot bound the processes of a sandbox without a control group: "
+                f"Linux {platform.release()} bounds no sandbox's processes without a control group: "
                 "run as root or with a delegated group, or on Linux 5.14 or newer"
             )
 

@@ -1,4 +1,5 @@
-"""Control groups, versions 1 and 2: what the kernel counts and bounds for all processes of a sandbox together.
+"""Control groups, versions 1 and 2: what the kernel counts and bounds for all processes of a sandbox
+together.
 
 Used where the machine lets us make groups: as root, or in a group that was delegated to the user. The keeper
 makes them and is named in their names, so that groups whose keeper is dead can be told and removed.
@@ -20,8 +21,9 @@ PREFIX = "k2rl-"
 
 
 def controllers() -> tuple[str, ...]:
-    """What groups are made for. From Linux 5.14 on, RLIMIT_NPROC counts a user namespace's processes by itself, and
-    another group would cost each sandbox more than all the rest of its start: joining one waits for every core."""
+    """What groups are made for. From Linux 5.14 on, RLIMIT_NPROC counts a user namespace's processes by
+    itself, and another group would cost each sandbox more than all the rest of its start: joining one waits
+    for every core."""
     return ("memory",) if counts_by_namespace() else ("memory", "pids")
 
 

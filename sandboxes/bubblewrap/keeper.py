@@ -1,13 +1,13 @@
 """The process that starts the sandboxes of one driver, and ends them, however the driver ends.
 
-bubblewrap asks the kernel to kill a sandbox when the thread that started it ends, so that thread must be one that
-stays; and starting a process from one with gigabytes of weights is slow. Hence a small process with one thread.
-As root it gives up root in the child, before bubblewrap starts. It makes the control groups, and removes those of
-dead keepers. When the driver goes, by whatever signal, its end of the socket closes, and everything is ended.
+bubblewrap asks the kernel to kill a sandbox when the thread that started it ends, so that thread must be
+one that stays; and starting a process from one with gigabytes of weights is slow. Hence a small process
+with one thread. As root it gives up root in the child, before bubblewrap starts. It makes the control
+groups, and removes those of dead keepers. When the driver goes, by whatever signal, its end of the socket
+closes, and everything is ended.
 
-It speaks JSON over a socket of packets; `open` brings file descriptors: the agent's end of its socket, its code,
-and where bubblewrap's errors go.
-"""
+It speaks JSON over a socket of packets; `open` brings file descriptors: the agent's end of its socket, its
+code, and where bubblewrap's errors go."""
 
 from __future__ import annotations
 
@@ -58,11 +58,13 @@ class Kept:
 class Keeper:
     def __init__(self, driver: socket.socket, settings: dict[str, Any]) -> None:
         self.driver = driver
-        self.bwrap = os.open(settings["bwrap"], os.O_RDONLY)
+        self.path = settings["bwrap"]
+        self.bwrap = os.open(self.path, os.O_RDONLY)
         self.uid = settings["uid"]
         self.kept: dict[int, Kept] = {}
         self.spares: list[Spare] = []
         self.children = 0
+        self.can_prepare = True
         self.events = select.poll()
         self.hierarchy: cgroups.Hierarchy | None = None
         self.no_cgroups = ""
@@ -84,7 +86,7 @@ class Keeper:
         try:
             while True:
                 waiting = any(each.deadline is not None for each in self.kept.values())
-                short = len(self.spares) < SPARES
+                short = len(self.spares) < SPARES and self.can_prepare
                 for descriptor, _ in self.events.poll(0 if short else 20 if waiting else None):
                     if descriptor == self.driver.fileno():
                         if not self.receive():
@@ -93,12 +95,18 @@ class Keeper:
                         self.ended(descriptor)
                 self.press()
                 if short:
-                    self.prepare()
+                    try:
+                        self.prepare()
+                    except OSError:  # the next `open` tries again, and says so if it fails
+                        self.can_prepare = False
         finally:
             self.end_all()
 
     def receive(self) -> bool:
-        message, ancillary, _, _ = self.driver.recvmsg(1 << 20, socket.CMSG_SPACE(12))
+        try:
+            message, ancillary, _, _ = self.driver.recvmsg(1 << 20, socket.CMSG_SPACE(12))
+        except ConnectionResetError:  # it died with answers unread
+            return False
         descriptors = array.array("i")
         for _, _, data in ancillary:
             descriptors.frombytes(data)
@@ -120,6 +128,7 @@ class Keeper:
 
     def open(self, request: dict[str, Any], message: bytes, descriptors: array.array[int]) -> None:
         number = request["id"]
+        self.can_prepare = True
         try:
             if not self.spares:
                 self.prepare()
@@ -127,11 +136,11 @@ class Keeper:
             pidfd = os.pidfd_open(spare.pid)
             if spare.group is not None:
                 spare.group.limit(request["memory_bytes"], request["pids"])
-            socket.send_fds(spare.socket, [message], list(descriptors))
+            with spare.socket:
+                socket.send_fds(spare.socket, [message], list(descriptors))
         except OSError as error:
             self.say(id=number, failed=f"cannot start bubblewrap: {error}")
             return
-        spare.socket.close()
         self.kept[number] = Kept(number, spare.pid, pidfd, spare.group)
         self.events.register(pidfd, select.POLLIN)
         self.say(id=number, pid=spare.pid, events=str(spare.group.events) if spare.group else "")
@@ -195,8 +204,12 @@ class Keeper:
             os.setresgid(self.uid, self.uid, self.uid)
             os.setresuid(self.uid, self.uid, self.uid)
         os.umask(0o022)
+        argv = json.loads(message)["argv"]
         try:
-            os.execve(bwrap, json.loads(message)["argv"], {})
+            try:
+                os.execve(self.path, argv, {})
+            except PermissionError:  # in a folder that only root may enter; the open file can be run
+                os.execve(bwrap, argv, {})
         except OSError as error:
             os.write(2, f"cannot start bubblewrap: {error}".encode())
 
@@ -271,17 +284,19 @@ def _share(pid: int) -> int:
 
 def descendants(root: int) -> list[int]:
     """The processes below one, nearest first."""
-    children: dict[int, list[int]] = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                parent = int(Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-            children.setdefault(parent, []).append(int(name))
-    found = list(children.get(root, []))
+    found = _children(root)
     for pid in found:
-        found.extend(children.get(pid, []))
+        found.extend(_children(pid))
+    return found
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208 - names alone
+            found.extend(map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split()))
+    except OSError:  # it has ended meanwhile
+        return found
     return found
 
 

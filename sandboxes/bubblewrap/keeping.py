@@ -34,6 +34,7 @@ class KeeperClient:
         #: Version of the control groups it uses (0: none), and why none.
         self.cgroup, self.no_cgroups = 0, ""
         self._settings = {"bwrap": str(bwrap), "uid": uid, "cgroups": cgroups}
+        self._tasks: set[asyncio.Task[None]] = set()
         self._answers: dict[tuple[str, int], asyncio.Future[Any]] = {}
 
     async def start(self) -> None:
@@ -86,6 +87,7 @@ class KeeperClient:
         await self._send(request, descriptors)
         answer = await asyncio.wait_for(opened, ANSWER_SECONDS)
         if "failed" in answer:
+            self._answers.pop(("gone", number), None)
             raise SandboxError(answer["failed"])
         return str(answer["events"])
 
@@ -103,12 +105,12 @@ class KeeperClient:
             await asyncio.wait_for(asyncio.shield(gone), ANSWER_SECONDS)
         except TimeoutError:
             raise SandboxError(f"sandbox {number} did not end within {ANSWER_SECONDS:.0f} s") from None
-        finally:
-            self._answers.pop(("gone", number), None)
 
     def kill(self, number: int) -> None:
         """Kill a sandbox as a whole."""
-        asyncio.ensure_future(self._send({"op": "kill", "id": number}))
+        task = asyncio.ensure_future(self._send({"op": "kill", "id": number}))
+        self._tasks.add(task)
+        task.add_done_callback(self._sent)
 
     async def usage(self, number: int) -> int:
         """Bytes of memory its processes hold together, without what they share counted twice."""
@@ -127,6 +129,11 @@ class KeeperClient:
         except subprocess.TimeoutExpired:
             self._process.kill()
             raise SandboxError(f"the keeper {self._process.pid} of the sandboxes did not end") from None
+
+    def _sent(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # a keeper that cannot be told has ended, and its sandboxes with it
 
     def _expect(self, what: str, number: int) -> asyncio.Future[Any]:
         if (what, number) not in self._answers:
@@ -161,9 +168,7 @@ class KeeperClient:
             return
         answer = json.loads(message)
         what = "gone" if "gone" in answer else "usage" if "usage" in answer else "open"
-        future = self._answers.get((what, answer["id"]))
-        if what != "gone":
-            self._answers.pop((what, answer["id"]), None)
+        future = self._answers.pop((what, answer["id"]), None)
         if future is not None and not future.done():
             future.set_result(answer)
 

@@ -113,12 +113,29 @@ class Run:
         os.close(descriptor)
 
 
+def pipes(count: int) -> list[tuple[int, int]]:
+    """So many pipes, or none and an OSError."""
+    made: list[tuple[int, int]] = []
+    try:
+        for _ in range(count):
+            made.append(os.pipe())  # noqa: PERF401 - what was made before an error must be known
+    except OSError:
+        for descriptor in (each for pair in made for each in pair):
+            os.close(descriptor)
+        raise
+    return made
+
+
 def sealed(name: str, content: bytes) -> int:
     """A descriptor from which this content can be read, and through which nothing can be changed."""
     descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     view = memoryview(content)
-    while view:
-        view = view[os.write(descriptor, view) :]
+    try:
+        while view:
+            view = view[os.write(descriptor, view) :]
+    except OSError:
+        os.close(descriptor)
+        raise
     os.lseek(descriptor, 0, os.SEEK_SET)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, ALL_SEALS)
     return descriptor

@@ -19,7 +19,7 @@ from sandboxes.base import ExecResult, Limits, SandboxSpec
 from sandboxes.bubblewrap import agent, seccomp
 from sandboxes.bubblewrap.cgroups import oom_kills
 from sandboxes.bubblewrap.command import ETC, PATH, USER
-from sandboxes.bubblewrap.runs import Run, sealed
+from sandboxes.bubblewrap.runs import Run, pipes, sealed
 from sandboxes.bubblewrap.shell import BubblewrapShell
 from sandboxes.errors import (
     FileProblem,
@@ -114,11 +114,11 @@ class BubblewrapSandbox:
         request = {"code": code, "argv": checked(argv), "cwd": self.home, "env": checked_env(env)}
         return await self._in_turn("python", request, stdin, timeout)
 
-    async def shell(
-        self, *, cwd: str | None = None, env: Mapping[str, str] | None = None
-    ) -> BubblewrapShell:
+    async def shell(self, *, cwd: str | None = None, env: Mapping[str, str] | None = None) -> BubblewrapShell:
         if self.spec.ephemeral:
-            raise SandboxUnsupportedError("an ephemeral sandbox keeps nothing from one run to the next: no shell")
+            raise SandboxUnsupportedError(
+                "an ephemeral sandbox keeps nothing from one run to the next: no shell"
+            )
         return await BubblewrapShell.start(self, cwd, env)
 
     async def _in_turn(
@@ -126,7 +126,7 @@ class BubblewrapSandbox:
     ) -> ExecResult:
         limits = self.spec.limits
         if self.spec.ephemeral:
-            async with self._turns, self._alone:
+            async with self._alone, self._turns:
                 return await self._run(kind, request, stdin, timeout or limits.wall_seconds)
         async with self._turns:
             return await self._run(kind, request, stdin, timeout or limits.wall_seconds)
@@ -136,14 +136,15 @@ class BubblewrapSandbox:
     ) -> ExecResult:
         """One run from its request to its result."""
         kills = self.oom_kills()
-        run = self.start(kind, request, stdin, output or self.spec.limits.output_bytes)
+        run = self.start(kind, request, stdin, output or self.spec.limits.output_bytes, Run)
         loop = asyncio.get_running_loop()
         timer = loop.call_later(timeout, run.end, "timed_out")
         watch = None if self._events else asyncio.ensure_future(self.watch(run))
         try:
-            code, cpu = await run.done
+            code, cpu = await asyncio.shield(run.done)
         except asyncio.CancelledError:
             run.end("killed")
+            await asyncio.wait((run.done,))  # whoever is next must not meet what is being killed
             raise
         finally:
             timer.cancel()
@@ -152,9 +153,7 @@ class BubblewrapSandbox:
         out_of_memory = code != 0 and self.oom_kills() > kills
         return run.result(code, cpu, self.spec.limits, out_of_memory)
 
-    def program(
-        self, argv: Sequence[str], cwd: str | None, env: Mapping[str, str] | None
-    ) -> dict[str, Any]:
+    def program(self, argv: Sequence[str], cwd: str | None, env: Mapping[str, str] | None) -> dict[str, Any]:
         """The request to run a program.
 
         Raises:
@@ -166,11 +165,12 @@ class BubblewrapSandbox:
         where = os.path.join(self.home, cwd or "")  # noqa: PTH118 - a path in the sandbox
         return {"argv": checked(argv), "cwd": where, "env": {**self._env, **checked_env(env)}}
 
-    def start(
-        self, kind: str, request: dict[str, Any], stdin: bytes | int, output: int, of: type[R] = Run
-    ) -> R:
+    def start(self, kind: str, request: dict[str, Any], stdin: bytes | int, output: int, of: type[R]) -> R:
         """Begin a run; `stdin` is content, or a descriptor that is closed here."""
-        passed = [stdin] if isinstance(stdin, int) else [sealed("stdin", stdin)] if stdin else []
+        try:
+            passed = [stdin] if isinstance(stdin, int) else [sealed("stdin", stdin)] if stdin else []
+        except OSError as error:
+            raise SandboxError(f"sandbox {self.id}: no file for a run's input: {error.strerror}") from error
         if self._dead:
             for descriptor in passed:
                 os.close(descriptor)
@@ -178,8 +178,12 @@ class BubblewrapSandbox:
         self._runs_so_far += 1
         number = self._runs_so_far
         run = of(number, output, self._kill)
-        stdout, out = os.pipe()
-        stderr, err = os.pipe()
+        try:
+            (stdout, out), (stderr, err) = pipes(2)
+        except OSError as error:
+            for descriptor in passed:
+                os.close(descriptor)
+            raise SandboxError(f"sandbox {self.id}: no pipe for a run's output: {error.strerror}") from error
         run.listen(stdout, stderr)
         if self._keeper.uid is not None:  # so that /dev/stdout can be opened, which asks for the pipe's owner
             os.fchown(out, self._keeper.uid, self._keeper.uid)
@@ -386,9 +390,8 @@ def agent_settings(spec: SandboxSpec, cgroup: bool) -> bytes:
 def rlimits(limits: Limits, cgroup: bool) -> list[tuple[int, int]]:
     """What each process is bound to by itself.
 
-    Without a control group a look at the tree every now and then bounds its memory; twice as much for one process
-    is what it cannot pass between two looks.
-    """
+    Without a control group a look at the tree every now and then bounds its memory; twice as much for one
+    process is what it cannot pass between two looks."""
     bounds = [
         (resource.RLIMIT_CPU, math.ceil(limits.cpu_seconds)),
         (resource.RLIMIT_FSIZE, limits.file_bytes),
@@ -420,5 +423,3 @@ def checked_env(env: Mapping[str, str] | None) -> dict[str, str]:
     if wrong := [name for name in variables if not name or "=" in name]:
         raise ValueError(f"{wrong[0]!r} is not a variable's name")
     return variables
-
-

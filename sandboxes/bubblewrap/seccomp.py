@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import platform
 import struct
-from collections.abc import Callable
 
 from sandboxes.errors import SandboxUnavailableError
 
@@ -121,7 +120,8 @@ SOCKET = (41, 198)
 NEW_NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
 #: TIOCSTI types into a terminal, TIOCLINUX pastes into one.
 TERMINAL_INPUT = (0x5412, 0x541C)
-#: AF_UNIX, AF_INET, AF_INET6, AF_NETLINK. Others reach out of the network namespace (AF_VSOCK) or into the kernel.
+#: AF_UNIX, AF_INET, AF_INET6, AF_NETLINK. Others reach out of the network namespace (AF_VSOCK) or into the
+#: kernel.
 SOCKET_FAMILIES = (1, 2, 10, 16)
 
 #: AUDIT_ARCH_*, and the column of the tables above.
@@ -143,31 +143,23 @@ def program(machine: str | None = None) -> bytes:
     machine = machine or platform.machine()
     if machine not in ARCHITECTURES:
         raise SandboxUnavailableError(
-            f"no list of system calls for {machine}: the bubblewrap backend runs on {', '.join(ARCHITECTURES)}"
+            f"no list of system calls for {machine}: bubblewrap sandboxes run on {', '.join(ARCHITECTURES)}"
         )
     audit, column = ARCHITECTURES[machine]
-    code: list[tuple[int, int, str | None, str | None]] = []  # instruction, operand, where to if true, if false
+    code: list[
+        tuple[int, int, str | None, str | None]
+    ] = []  # instruction, operand, where to if true, if false
     labels: dict[str, int] = {}
 
     def emit(instruction: int, operand: int, yes: str | None = None, no: str | None = None) -> None:
         code.append((instruction, operand, yes, no))
 
-    def routine(label: str, offset: int, body: Callable[[], None], otherwise: int) -> None:
+    def routine(label: str, offset: int, tests: list[tuple[int, int, str]], otherwise: int) -> None:
         labels[label] = len(code)
         emit(_LOAD, offset)
-        body()
+        for test in tests:
+            emit(*test)
         emit(_RETURN, otherwise)
-
-    def clone() -> None:
-        emit(_ANY_BIT, NEW_NAMESPACES, "denied")
-
-    def ioctl() -> None:
-        for request in TERMINAL_INPUT:
-            emit(_EQUAL, request, "denied")
-
-    def socket() -> None:
-        for family in SOCKET_FAMILIES:
-            emit(_EQUAL, family, "allowed")
 
     emit(_LOAD, _ARCH)
     emit(_EQUAL, audit, None, "foreign")
@@ -180,9 +172,10 @@ def program(machine: str | None = None) -> bytes:
         if (number := numbers[column]) is not None:
             emit(_EQUAL, number, "denied")
     emit(_RETURN, ALLOW)
-    routine("clone", _ARG0, clone, ALLOW)
-    routine("ioctl", _ARG1, ioctl, ALLOW)
-    routine("socket", _ARG0, socket, REFUSE | errno.EAFNOSUPPORT)
+    routine("clone", _ARG0, [(_ANY_BIT, NEW_NAMESPACES, "denied")], ALLOW)
+    routine("ioctl", _ARG1, [(_EQUAL, request, "denied") for request in TERMINAL_INPUT], ALLOW)
+    families = [(_EQUAL, family, "allowed") for family in SOCKET_FAMILIES]
+    routine("socket", _ARG0, families, REFUSE | errno.EAFNOSUPPORT)
     for label, action in (  # at the end: jumps go forward
         ("allowed", ALLOW),
         ("denied", REFUSE | errno.EPERM),

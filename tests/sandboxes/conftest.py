@@ -15,6 +15,9 @@ from sandboxes.registry import create
 #: Name of the case -> backend and its options.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bubblewrap": ("bubblewrap", {}),
+}
+#: What differs in how limits are held, and in nothing else: test_limits.py alone runs them, too.
+LIMIT_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bubblewrap-no-cgroups": ("bubblewrap", {"cgroups": False}),
 }
 
@@ -64,9 +67,16 @@ class Lab:
             return result
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "lab" in metafunc.fixturenames:
+        limits = metafunc.module.__name__.endswith("test_limits")
+        cases = [*CASES, *(LIMIT_CASES if limits else ())]
+        metafunc.parametrize("lab", cases, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
-    name, options = CASES[request.param]
+    name, options = (CASES | LIMIT_CASES)[request.param]
     with asyncio.Runner() as runner:
 
         async def made() -> Backend:

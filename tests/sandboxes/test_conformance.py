@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from sandboxes.base import MIB, Limits, SandboxSpec
+from sandboxes.base import SandboxSpec
 from sandboxes.errors import SandboxClosedError, SandboxError, SandboxFileError, SandboxUnsupportedError
 
 # A module's backend is made once.
@@ -60,7 +60,9 @@ def test_words_reach_the_program_as_they_are(lab):
 
 def test_environment_and_folder(lab):
     with lab.open(env={"COLOUR": "blue", "SHAPE": "round"}) as sandbox:
-        result = sandbox.exec(["sh", "-c", "echo $COLOUR $SHAPE $HOME $PWD"], env={"SHAPE": "flat"}, cwd="/tmp")
+        result = sandbox.exec(
+            ["sh", "-c", "echo $COLOUR $SHAPE $HOME $PWD"], env={"SHAPE": "flat"}, cwd="/tmp"
+        )
         assert result.text == f"blue flat {sandbox.home} /tmp\n"
         assert sandbox.exec(["pwd"]).text == f"{sandbox.home}\n"
         sandbox.write_file("inner/file", b"")
@@ -135,7 +137,11 @@ def test_python_source(lab):
         ("def f(): return f()\nf()", 1, "RecursionError"),
         ("import nothing_of_that_name", 1, "ModuleNotFoundError"),
         ("raise KeyboardInterrupt", None, "KeyboardInterrupt"),
-        ("import threading, time; threading.Thread(target=lambda: (time.sleep(.1), print('late'))).start()", 0, ""),
+        (
+            "import threading, time; threading.Timer(0.1, print, ['late']).start()",
+            0,
+            "",
+        ),
         ("import atexit; atexit.register(lambda: print('at the end'))", 0, ""),
         ("\0", 1, "null"),
         ("", 0, ""),
@@ -159,7 +165,9 @@ def test_source_larger_than_any_packet(lab):
 
 def test_two_runs_of_python_share_no_variables(lab):
     with lab.open() as sandbox:
-        sandbox.run_python("import builtins, sys, os\nbuiltins.len = None\nsys.path.clear()\nos.environ['A'] = '1'")
+        sandbox.run_python(
+            "import builtins, sys, os\nbuiltins.len = None\nsys.path.clear()\nos.environ['A'] = '1'"
+        )
         result = sandbox.run_python("import json, os\nprint(len([1]), os.environ.get('A'), dir().count('x'))")
     assert result.text == "1 None 0\n"
 
@@ -169,126 +177,18 @@ def test_modules_can_be_imported_beforehand(lab):
         assert sandbox.run_python("import sys; print('json' in sys.modules)").text == "True\n"
 
 
-# --------------------------------------------------------------------------------------------------- limits
-
-
-def test_real_time(lab):
-    result = lab.exec("sleep", "1000", limits={"wall_seconds": 0.3})
-    assert (result.ended, result.exit_code) == ("timed_out", -9)
-    result = lab.exec("sh", "-c", "echo said; sleep 1000", timeout=1.0)
-    assert (result.ended, result.text) == ("timed_out", "said\n")
-
-
-def test_a_run_that_ignores_every_signal(lab):
-    code = "import signal, time\nfor n in range(1, 65):\n  try: signal.signal(n, signal.SIG_IGN)\n  except (OSError, ValueError): pass\ntime.sleep(1000)"
-    assert lab.python(code, timeout=1.0).ended == "timed_out"
-
-
-def test_processor_time(lab):
-    result = lab.python("while True: pass", limits={"cpu_seconds": 1, "wall_seconds": AMPLE})
-    assert result.ended == "timed_out"
-    assert result.duration < AMPLE
-
-
-def test_memory_of_one_process(lab):
-    code = "x = bytearray(10)\nwhile True: x += bytearray(1 << 24)"
-    result = lab.python(code, limits={"memory_bytes": 128 * MIB, "wall_seconds": AMPLE})
-    # A process that is told of its limit can end by itself.
-    assert result.ended == "out_of_memory" or (result.exit_code == 1 and "MemoryError" in result.error_text)
-
-
-def test_memory_of_the_whole_tree(lab):
-    code = (
-        "import os, time\n"
-        "for _ in range(8):\n"
-        "    if os.fork() == 0:\n"
-        "        x = bytearray(40 << 20)\n"
-        "        time.sleep(1000)\n"
-        "os.wait()\n"
-        "raise SystemExit(1)"
-    )
-    result = lab.python(code, limits={"memory_bytes": 128 * MIB, "wall_seconds": AMPLE})
-    assert result.ended == "out_of_memory"
-
-
-def test_the_sandbox_lives_on_after_it_ran_out_of_memory(lab):
-    with lab.open({"memory_bytes": 128 * MIB, "wall_seconds": AMPLE}) as sandbox:
-        code = "x = [bytearray(1 << 24) for _ in range(1000)]"
-        assert not sandbox.run_python(code).ok
-        assert sandbox.run_python("print(1)").text == "1\n"
-
-
-@pytest.mark.parametrize("stream", [1, 2])
-def test_output_is_counted_while_it_streams(lab, stream):
-    limits = {"output_bytes": 100_000, "wall_seconds": AMPLE}
-    began = time.monotonic()
-    result = lab.exec("sh", "-c", f"head -c 200000000 /dev/zero >&{stream}; sleep 1000", limits=limits)
-    assert result.ended == "output_limit"
-    assert time.monotonic() - began < AMPLE
-    assert (result.stdout, result.stderr)[stream - 1] == bytes(100_000)
-    assert (result.stdout, result.stderr)[2 - stream] == b""
-
-
-def test_output_of_exactly_the_limit_is_whole(lab):
-    result = lab.exec("head", "-c", "100000", "/dev/zero", limits={"output_bytes": 100_000})
-    assert result.ok
-    assert len(result.stdout) == 100_000
-    result = lab.exec("head", "-c", "100001", "/dev/zero", limits={"output_bytes": 100_000})
-    assert result.ended == "output_limit"
-
-
-def test_processes(lab):
-    code = (
-        "import os, time\n"
-        "count = 0\n"
-        "try:\n"
-        "    while True:\n"
-        "        if os.fork() == 0: time.sleep(1000)\n"
-        "        count += 1\n"
-        "except OSError: print(count)"
-    )
-    with lab.open({"pids": 20}) as sandbox:
-        result = sandbox.run_python(code)
-        assert result.ended == "exited"
-        assert 10 <= int(result.text) <= 30
-        assert sandbox.run_python("print(1)").text == "1\n"
-
-
-def test_open_files(lab):
-    code = "import os\nn = 0\ntry:\n    while True: os.dup(0); n += 1\nexcept OSError as e: print(n, e.errno)"
-    count, errno = lab.python(code, limits={"open_files": 50}).text.split()
-    assert (int(count) < 50, errno) == (True, "24")
-
-
-def test_file_size(lab):
-    result = lab.exec("sh", "-c", "head -c 3000000 /dev/zero > big; wc -c < big", limits={"file_bytes": 1_000_000})
-    assert int(result.text) == 1_000_000
-
-
-def test_disk_is_one_budget_for_all_places(lab):
-    fill = "for d in . /tmp /dev/shm; do head -c 6000000 /dev/zero > $d/x; done; cat ./x /tmp/x /dev/shm/x | wc -c"
-    result = lab.exec("sh", "-c", fill, limits={"disk_bytes": 8_000_000})
-    assert 7_000_000 <= int(result.text) <= 8_100_000
-    assert "No space left" in result.error_text
-
-
-def test_number_of_files(lab):
-    code = "n = 0\ntry:\n    while True: open(f'/tmp/{n}', 'w').close(); n += 1\nexcept OSError as e: print(n, e.errno)"
-    count, errno = lab.python(code, limits={"inodes": 500, "wall_seconds": AMPLE}).text.split()
-    assert (400 <= int(count) <= 500, errno) == (True, "28")
-
-
-def test_limits_that_are_none(lab):
-    for name in ("wall_seconds", "memory_bytes", "pids"):
-        for value in (0, -1, float("inf"), float("nan")):
-            with pytest.raises(ValueError, match=name):
-                Limits(**{name: value})
-
-
 # --------------------------------------------------------------------------------------------------- ends
 
 
-LEAVE = "import os\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        {}\n    os._exit(0)\nos.wait()"
+LEAVE = """
+import os
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        {}
+    os._exit(0)
+os.wait()
+"""
 
 
 def test_what_forked_away_ends_with_the_run(lab):
@@ -317,7 +217,7 @@ def test_cancelling_ends_the_run(lab):
     async def cancelled():
         sandbox = await lab.backend.open(SandboxSpec())
         run = asyncio.ensure_future(sandbox.exec(["sh", "-c", "while :; do touch alive; sleep 0.01; done"]))
-        while not (await sandbox.exec(["ls"])).text:
+        while not (await sandbox.exec(["ls"])).text:  # noqa: ASYNC110 - the event is a file in the sandbox
             await asyncio.sleep(0.01)
         run.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -355,17 +255,12 @@ def test_closing_ends_what_runs(lab):
     async def closed():
         sandbox = await lab.backend.open(SandboxSpec())
         run = asyncio.ensure_future(sandbox.exec(["sh", "-c", "echo begun > begun; sleep 1000"]))
-        while not (await sandbox.exec(["ls"])).text:
+        while not (await sandbox.exec(["ls"])).text:  # noqa: ASYNC110 - the event is a file in the sandbox
             await asyncio.sleep(0.01)
         await sandbox.close()
         return await run
 
-    try:
-        result = lab.run(closed())
-    except SandboxError as error:
-        assert "closed" in str(error)
-    else:
-        assert result.ended == "killed"
+    assert lab.run(closed()).ended == "killed"
 
 
 # --------------------------------------------------------------------------------------------------- files
@@ -448,8 +343,11 @@ def test_a_swapped_symlink_leads_nowhere(lab):
         sandbox = await lab.backend.open(SandboxSpec())
         await sandbox.write_file("/tmp/secret", b"secret")
         swap = (
-            "mkdir d; echo plain > d/f; ln -s /tmp/secret l; ln -s /tmp t; cp d/f /tmp/f 2>/dev/null; echo secret > /tmp/f\n"
-            "while :; do cp -P l d/n; mv -T d/n d/f; echo plain > d/m; mv -T d/m d/f; mv -T d e; mv -T t d; mv -T d t; mv -T e d; done"
+            "mkdir d; echo plain > d/f; ln -s /tmp/secret l; ln -s /tmp t; echo secret > /tmp/f\n"
+            "while :; do\n"
+            "    cp -P l d/n; mv -T d/n d/f; echo plain > d/m; mv -T d/m d/f\n"
+            "    mv -T d e; mv -T t d; mv -T d t; mv -T e d\n"
+            "done"
         )
         swapping = asyncio.ensure_future(sandbox.exec(["sh", "-c", swap], timeout=AMPLE))
         seen = {}
@@ -472,7 +370,7 @@ def test_a_file_that_never_ends_is_not_read_forever(lab):
     async def growing():
         sandbox = await lab.backend.open(SandboxSpec())
         grow = asyncio.ensure_future(sandbox.exec(["sh", "-c", "while :; do echo line >> log; done"]))
-        while not (await sandbox.exec(["ls"])).text:
+        while not (await sandbox.exec(["ls"])).text:  # noqa: ASYNC110 - the event is a file in the sandbox
             await asyncio.sleep(0.01)
         content = await sandbox.read_file("log")
         grow.cancel()
@@ -490,7 +388,9 @@ def test_host_files_that_are_lent_are_read_only(lab):
 
 def test_a_snapshot_brings_the_files_back(lab):
     with lab.open() as sandbox:
-        sandbox.exec(["sh", "-c", "echo one > a; mkdir d; echo two > d/b; ln -s a l; chmod 700 d/b; echo t > /tmp/t"])
+        sandbox.exec(
+            ["sh", "-c", "echo one > a; mkdir d; echo two > d/b; ln -s a l; chmod 700 d/b; echo t > /tmp/t"]
+        )
         snapshot = sandbox.snapshot()
         sandbox.exec(["sh", "-c", "echo changed > a; rm -r d; echo new > n; rm /tmp/t; mkdir -m 0 shut"])
         sandbox.restore(snapshot)
@@ -544,7 +444,8 @@ def test_a_command_that_takes_too_long_leaves_the_shell(lab):
         shell = type(sandbox)(lab, sandbox.shell())
         shell.run("X=kept")
         result = shell.run("echo begun; sleep 1000", timeout=0.5)
-        assert (result.ended, result.text) == ("timed_out", "begun\n")
+        assert result.ended == "timed_out"
+        assert result.text.startswith("begun\n")  # bash then says what it thinks of it
         assert shell.run("echo $X").text == "kept\n"
 
 
@@ -570,7 +471,8 @@ def test_a_shell_that_says_too_much(lab):
             assert shell.run("echo after").text == "after\n"
 
 
-# --------------------------------------------------------------------------------------------------- ephemeral
+# ---------------------------------------------------------------------------------------------------
+# ephemeral
 
 
 def test_nothing_survives_a_run_in_an_ephemeral_sandbox(lab):
@@ -598,7 +500,10 @@ def test_a_deep_tree_is_removed_as_well(lab):
 def test_runs_in_an_ephemeral_sandbox_take_turns(lab):
     async def both():
         sandbox = await lab.backend.open(SandboxSpec(ephemeral=True))
-        code = "import os, time\nassert not os.listdir()\nopen('mine', 'w').close()\ntime.sleep(0.05)\nprint(os.listdir())"
+        code = (
+            "import os, time\nassert not os.listdir()\nopen('mine', 'w').close()\n"
+            "time.sleep(0.05)\nprint(os.listdir())"
+        )
         results = await asyncio.gather(*(sandbox.run_python(code) for _ in range(4)))
         with pytest.raises(SandboxUnsupportedError, match="ephemeral"):
             await sandbox.shell()
@@ -606,6 +511,22 @@ def test_runs_in_an_ephemeral_sandbox_take_turns(lab):
         return results
 
     assert {result.text for result in lab.run(both())} == {"['mine']\n"}
+
+
+def test_a_cancelled_run_does_not_spoil_the_next_in_an_ephemeral_sandbox(lab):
+    async def cancel_and_go_on():
+        sandbox = await lab.backend.open(SandboxSpec(ephemeral=True))
+        results = []
+        for _ in range(5):
+            run = asyncio.ensure_future(sandbox.exec(["sh", "-c", "touch left; sleep 1000"]))
+            await asyncio.sleep(0.02)
+            run.cancel()
+            results.append(await sandbox.exec(["ls", "-A"]))
+        await sandbox.close()
+        return results
+
+    for result in lab.run(cancel_and_go_on()):
+        assert (result.ended, result.text) == ("exited", "")
 
 
 # --------------------------------------------------------------------------------------------------- many
