@@ -184,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--seconds", type=float, default=60.0, help="of CPU time for a commit's tests (60)")
     build.add_argument("--sandbox", default="bubblewrap", help="where tests are tried out (bubblewrap)")
     build.set_defaults(run=_build_tasks)
+
     sandbox = commands.add_parser("sandbox", help="where untrusted code runs: `k2rl sandbox doctor`")
     actions = sandbox.add_subparsers(required=True, metavar="ACTION", title="actions")
     doctor = actions.add_parser("doctor", help="what this machine can do, and how to get more")
