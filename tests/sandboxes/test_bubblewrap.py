@@ -496,11 +496,12 @@ def test_a_bubblewrap_that_hangs(monkeypatch, public):
         (SandboxSpec(image="/no/such/image"), "not a folder with a root file system"),
         (SandboxSpec(read_only={"/data": "/no/such/data"}), "/no/such/data"),
         (SandboxSpec(preload=("no_such_module",)), "no_such_module"),
+        (SandboxSpec(read_only={"/tmp/data": "/usr"}), "take a folder of its own"),
     ],
-    ids=["image", "data", "module"],
+    ids=["image", "data", "module", "covered"],
 )
 def test_what_is_asked_for_is_not_there(spec, said):
-    with pytest.raises(SandboxUnavailableError, match=said):
+    with pytest.raises(SandboxError, match=said):
         opened(spec=spec)
 
 
