@@ -39,6 +39,8 @@ QUICK: dict[str, Callable[[Path, str], None]] = {
     "k2rl plan model=kimi_k2 dtype=fp8 cluster=h20 gpus=256 strategy=broadcast output=json": _says(
         '"simulated": true'
     ),
+    "k2rl eval suite=functions model=gold": _says("functions gold: 12/12"),
+    "k2rl eval suite=functions model=null": _says("functions null: 0/12"),
     "k2rl sandbox doctor": _says("bubblewrap: works"),
     "python run_it.py": _says("hello\nexited 0\ntimed_out"),
     'python -W error -c "from gymnasium.utils.env_checker import check_env; from guess import GuessEnv; '
@@ -52,6 +54,19 @@ WHOLE_RUNS = [
     "k2rl train experiment=tiny env.id=guess:GuessEnv",
     "k2rl train experiment=quickstart optimizer=adamw rollout.group_size=16 seed=1",
     "k2rl train experiment=quickstart env.id=guess:GuessEnv env.max_turns=6 'warm_start.kinds=[]'",
+]
+#: Need a trained model, a server, or a repository of the reader's; tests/evaluation and tests/envs run such.
+OWN_MODEL = [
+    "k2rl eval suite=humaneval model=outputs/quickstart/2026-01-31_12-00-00/model limit=20",
+    "k2rl eval suite=humaneval model=http://127.0.0.1:8000/v1 samples=10 k=1,10 temperature=0.8",
+    "k2rl swe build path/to/repository tasks",
+    "k2rl eval suite=swe path=tasks/tasks.jsonl model=gold",
+]
+#: Run one after the other.
+COMPARED = [
+    "k2rl eval suite=functions model=null out=first",
+    "k2rl eval suite=functions model=gold out=second",
+    "k2rl eval compare first second",
 ]
 #: Measures for half a minute; tests/checkpoint_engine/test_plan_command.py runs it with small pushes.
 MEASURES = ["k2rl plan calibrate"]
@@ -74,7 +89,7 @@ def commands() -> list[str]:
 
 
 def test_every_command_is_accounted_for() -> None:
-    listed = [*QUICK, *ELSEWHERE, *WHOLE_RUNS, *MEASURES, *MAKE]
+    listed = [*QUICK, *ELSEWHERE, *WHOLE_RUNS, *OWN_MODEL, *COMPARED, *MEASURES, *MAKE]
     unknown = [command for command in commands() if command not in listed]
     assert not unknown, "in the docs; run it here, or list it with the reason why not"
     assert not [command for command in listed if command not in commands()], "no longer in the docs"
@@ -114,6 +129,12 @@ def _run(command: str, cwd: Path) -> str:
 @pytest.mark.parametrize("command", QUICK)
 def test_quick_command(command: str, folder: Path) -> None:
     QUICK[command](folder, _run(command, folder))
+
+
+def test_two_evaluations_are_compared(folder: Path) -> None:
+    for command in COMPARED:
+        said = _run(command, folder)
+    assert "difference +1.000" in said
 
 
 @pytest.mark.parametrize("command", WHOLE_RUNS)

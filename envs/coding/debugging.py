@@ -10,7 +10,7 @@ from envs.base import ResetResult, StepResult
 from envs.coding.judging import shared_judge
 from envs.coding.problems import CodeProblem, as_data, of_data
 from envs.coding.single_turn import CodeEnv
-from envs.coding.tools import USAGE, Workspace, call_of, spelled
+from envs.coding.tools import USAGE, Workspace, spelled
 from k2rl.types import Message, Split, Task
 from sandboxes.errors import SandboxFileError
 
@@ -80,11 +80,8 @@ class DebugEnv(CodeEnv):
         """
         if self._workspace is None or self._problem is None:
             raise ResetNeeded("the episode is over or was never begun: call reset()")
-        call = call_of(action)
-        if call is not None and (call.problem or call.name != "submit"):
-            answer = await self._workspace.do(call)
-            components = {"calls": 1.0, "bad_calls": float(bool(call.problem))}
-            return (Message("tool", answer),), 0.0, False, False, {"reward_components": components}
+        if (answered := await self._workspace.step(action)) is not None:
+            return answered
         problem, workspace = self._problem, self._workspace
         self._problem = None
         await workspace.end_processes()

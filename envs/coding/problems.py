@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import random
+from collections.abc import Iterator, Sequence
 from datetime import date
 from functools import lru_cache
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from k2rl.errors import ConfigError
 from k2rl.types import Split
 from rubrics.code import CodeTests
+
+T = TypeVar("T")
 
 EVAL_ONE_IN = 3
 """One problem in so many belongs to the eval split: a function of its id and text alone."""
@@ -104,9 +109,17 @@ def _date(name: str, text: str | None, default: date) -> date:
         raise ConfigError(f"{name}={text!r} is not a date like 2024-08-01") from None
 
 
+def shuffled(items: Sequence[T], split: Split, seed: int) -> Iterator[tuple[int, T]]:
+    """The items in an order that split and seed decide, again and again, each with its place from 0 on."""
+    rng, places = random.Random(f"{split} {seed}"), count()
+    while True:
+        for item in rng.sample(items, len(items)):
+            yield next(places), item
+
+
 def as_data(problem: CodeProblem) -> dict[str, Any]:
     """A problem as `Task.data`."""
-    data: dict[str, Any] = msgspec.to_builtins(problem)
+    data: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(problem))
     return data
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
-from itertools import count
 from typing import Any, ClassVar
 
 from gymnasium.error import ResetNeeded
 
 from envs.base import ResetResult, StepResult, TextEnv
 from envs.coding.judging import shared_judge
-from envs.coding.problems import CodeProblem, as_data, load_problems, of_data, released_between
+from envs.coding.problems import CodeProblem, as_data, load_problems, of_data, released_between, shuffled
 from envs.coding.replies import code_of, completed, fenced
 from k2rl.errors import ConfigError
 from k2rl.types import Message, Split, Task
@@ -58,11 +56,8 @@ class CodeEnv(TextEnv):
         chosen = [problem for problem in self.problems if problem.split == split]
         if not chosen:
             raise ConfigError(f"{self.id}: none of its {len(self.problems)} problems is in the {split} split")
-        rng = random.Random(f"{split} {seed}")
-        places = count()
-        while True:
-            for problem in rng.sample(chosen, len(chosen)):
-                yield self.task_of(problem, split, f"{self.id}/{split}/{seed}/{next(places)}", seed)
+        for place, problem in shuffled(chosen, split, seed):
+            yield self.task_of(problem, split, f"{self.id}/{split}/{seed}/{place}", seed)
 
     def all_tasks(self) -> list[Task]:
         """Every problem once, as an evaluation wants them."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections.abc import Iterator, Mapping
-from itertools import count
 from typing import Any
 
 import msgspec
@@ -14,9 +12,9 @@ from gymnasium.error import ResetNeeded
 
 from envs.base import ResetResult, StepResult, TextEnv
 from envs.coding.judging import shared_judge
-from envs.coding.problems import EVAL_ONE_IN
+from envs.coding.problems import EVAL_ONE_IN, shuffled
 from envs.coding.repositories import RepositoryTask, load_tasks, repository_of
-from envs.coding.tools import USAGE, Workspace, call_of, spelled
+from envs.coding.tools import USAGE, Workspace, spelled
 from k2rl.errors import ConfigError
 from k2rl.types import Message, Split, Task
 from rubrics.code.repository import judge_repository
@@ -74,11 +72,8 @@ class SweEnv(TextEnv):
         chosen = [task for task in self.repository_tasks if _split_of(task) == split]
         if not chosen:
             raise ConfigError(f"swe: none of its {len(self.repository_tasks)} tasks is in the {split} split")
-        rng = random.Random(f"{split} {seed}")
-        places = count()
-        while True:
-            for task in rng.sample(chosen, len(chosen)):
-                yield _as_task(task, split, f"swe/{split}/{seed}/{next(places)}", seed)
+        for place, task in shuffled(chosen, split, seed):
+            yield _as_task(task, split, f"swe/{split}/{seed}/{place}", seed)
 
     def all_tasks(self) -> list[Task]:
         """Every task once, as an evaluation wants them."""
@@ -124,11 +119,8 @@ class SweEnv(TextEnv):
         """
         if self._workspace is None or self._task is None:
             raise ResetNeeded("the episode is over or was never begun: call reset()")
-        call = call_of(action)
-        if call is not None and (call.problem or call.name != "submit"):
-            answer = await self._workspace.do(call)
-            components = {"calls": 1.0, "bad_calls": float(bool(call.problem))}
-            return (Message("tool", answer),), 0.0, False, False, {"reward_components": components}
+        if (answered := await self._workspace.step(action)) is not None:
+            return answered
         task, self._task = self._task, None
         await self._workspace.end_processes()
         changes = await changes_in(self._workspace.sandbox, self._repository)
@@ -181,7 +173,8 @@ async def changes_in(sandbox: Sandbox, repository: Mapping[str, bytes]) -> dict[
 
 
 def _as_task(task: RepositoryTask, split: Split, id: str, seed: int) -> Task:
-    return Task(id=id, env="swe", kind="swe", split=split, seed=seed, data=msgspec.to_builtins(task))
+    data = msgspec.json.decode(msgspec.json.encode(task))
+    return Task(id=id, env="swe", kind="swe", split=split, seed=seed, data=data)
 
 
 def _split_of(task: RepositoryTask) -> Split:

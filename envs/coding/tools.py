@@ -12,6 +12,8 @@ from collections.abc import Mapping
 
 import msgspec
 
+from envs.base import StepResult
+from k2rl.types import Message
 from sandboxes.base import Backend, ExecResult, Limits, Sandbox, SandboxSpec, Shell
 from sandboxes.errors import SandboxClosedError, SandboxFileError
 
@@ -88,6 +90,19 @@ class Workspace:
             await sandbox.close()
             raise
         return cls(sandbox)
+
+    async def step(self, action: str) -> StepResult | None:
+        """The step that a turn's tool call makes; None if the turn ends the episode.
+
+        Raises:
+            SandboxError: the sandbox failed.
+        """
+        call = call_of(action)
+        if call is None or (call.name == "submit" and not call.problem):
+            return None
+        answer = await self.do(call)
+        components = {"calls": 1.0, "bad_calls": float(bool(call.problem))}
+        return (Message("tool", answer),), 0.0, False, False, {"reward_components": components}
 
     async def do(self, call: Call) -> str:
         """The answer to a call; what the policy did wrong is an answer, too.

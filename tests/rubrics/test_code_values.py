@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rubrics.code.values import UnplainError, dumps, loads, same
@@ -16,7 +16,7 @@ hashable = st.recursive(
     st.none()
     | st.booleans()
     | st.integers()
-    | st.floats()
+    | st.floats(allow_nan=False)
     | st.text()
     | st.binary()
     | st.complex_numbers(allow_nan=False),
@@ -24,7 +24,7 @@ hashable = st.recursive(
     max_leaves=6,
 )
 plain = st.recursive(
-    hashable | st.sets(hashable, max_size=3),
+    hashable | st.just(math.nan) | st.sets(hashable, max_size=3),
     lambda inner: (
         st.lists(inner, max_size=4) | st.tuples(inner) | st.dictionaries(hashable, inner, max_size=3)
     ),
@@ -32,6 +32,7 @@ plain = st.recursive(
 )
 
 
+@settings(max_examples=60, deadline=None)
 @given(plain)
 def test_there_and_back(value: Any) -> None:
     back = loads(dumps(value))
@@ -39,6 +40,7 @@ def test_there_and_back(value: Any) -> None:
     assert type(back) is type(value)
 
 
+@settings(max_examples=60, deadline=None)
 @given(
     st.recursive(st.none() | st.integers() | st.text(), lambda i: st.lists(i) | st.dictionaries(st.text(), i))
 )
