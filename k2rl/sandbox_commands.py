@@ -75,6 +75,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     _say(text)
     return 0 if works else 1
 
+
 def _require(command: str, module: str) -> None:
     if find_spec(module) is None:
         raise ConfigError(
