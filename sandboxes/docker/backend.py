@@ -17,10 +17,10 @@ import docker.errors
 
 from sandboxes.base import ExecResult, Finding, SandboxSpec
 from sandboxes.bubblewrap.cgroups import started
-from sandboxes.bubblewrap.command import PATH
-from sandboxes.bubblewrap.sandbox import BubblewrapSandbox, agent_settings
+from sandboxes.bubblewrap.command import COVERED, ENVIRONMENT
+from sandboxes.bubblewrap.sandbox import BubblewrapSandbox, agent_settings, checked_env
 from sandboxes.docker import findings, images, owner
-from sandboxes.docker.container import Container, Settings
+from sandboxes.docker.container import INSIDE, Container, Settings
 from sandboxes.docker.daemon import Daemon
 from sandboxes.docker.places import unmount
 from sandboxes.errors import SandboxError, SandboxUnsupportedError
@@ -74,8 +74,14 @@ class DockerBackend:
 
     async def open(self, spec: SandboxSpec) -> DockerSandbox:
         """See `Backend.open`."""
+        checked_env(spec.env)
         if spec.allow_hosts:
             raise SandboxUnsupportedError("docker sandboxes have no network: allow_hosts must be empty")
+        for inside, outside in spec.read_only.items():
+            if not inside.startswith("/") or inside.startswith((*COVERED, "/sys", INSIDE)):
+                raise SandboxUnsupportedError(
+                    f"{outside} cannot appear at {inside}: take a folder of its own"
+                )
         settings = await self._prepared()
         self._opened += 1
         number = self._opened
@@ -164,8 +170,7 @@ class DockerSandbox(BubblewrapSandbox):
     ) -> None:
         super().__init__(id, spec, container.connection, container, number, container.events, turns, forget)
         # The image's own PATH is where it has its programs.
-        self._env = {**container.env, "HOME": self.home, "TMPDIR": "/tmp", "LANG": "C.UTF-8", **spec.env}
-        self._env.setdefault("PATH", PATH)
+        self._env = {**ENVIRONMENT, **container.env, **spec.env}
 
     async def exec(
         self,

@@ -24,6 +24,7 @@ import docker.errors
 
 from sandboxes.base import SandboxSpec
 from sandboxes.bubblewrap import agent
+from sandboxes.bubblewrap.command import ENVIRONMENT
 from sandboxes.bubblewrap.sandbox import OWN_PROCESSES
 from sandboxes.docker import owner
 from sandboxes.docker.daemon import Daemon
@@ -159,6 +160,8 @@ class Container:
             "user": settings.user,
             "hostname": "sandbox",
             "working_dir": "/",
+            # What snippets see, which are forked from the agent. PATH is the image's.
+            "environment": {name: value for name, value in ENVIRONMENT.items() if name != "PATH"},
             "labels": {owner.LABEL: settings.owner},
             "network_disabled": True,
             "host_config": host,

@@ -34,7 +34,9 @@ class Daemon:
     def start(self):
         options = ["--bridge=none", "--iptables=false", "--ip6tables=false", f"--host={self.url}"]
         options += [f"--{name}={self.folder}/{name}" for name in ("data-root", "exec-root", "pidfile")]
-        (self.folder / "pidfile").unlink(missing_ok=True)
+        # Of a daemon that was killed, whose containerd may be ending yet.
+        for stale in ("pidfile", "exec-root/containerd/containerd.pid"):
+            (self.folder / stale).unlink(missing_ok=True)
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(["dockerd", *options], stdout=log, stderr=log)
         for _ in range(600):
