@@ -95,10 +95,13 @@ class Run:
             data = os.read(descriptor, CHUNK)
         except BlockingIOError:
             return False
-        buffer = self._readers[descriptor]
         if not data:
             self._stop(descriptor)
             return False
+        return self._take(self._readers[descriptor], data)
+
+    def _take(self, buffer: bytearray, data: bytes) -> bool:
+        """Whether more is wanted."""
         room = self.limit - sum(map(len, self.output))
         buffer += data[:room]
         if len(data) > room:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from sandboxes.base import Ended, ExecResult
-from sandboxes.bubblewrap.runs import CHUNK, Run
+from sandboxes.bubblewrap.runs import Run
 from sandboxes.errors import SandboxClosedError, SandboxError, SandboxUnsupportedError
 
 if TYPE_CHECKING:
@@ -48,15 +48,7 @@ class ShellRun(Run):
         self.output[0].clear()
         return self.answer
 
-    def _read(self, descriptor: int) -> bool:
-        try:
-            data = os.read(descriptor, CHUNK)
-        except BlockingIOError:
-            return False
-        buffer = self._readers[descriptor]
-        if not data:
-            self._stop(descriptor)
-            return False
+    def _take(self, buffer: bytearray, data: bytes) -> bool:
         if buffer is self.output[0]:
             room = self.limit - len(buffer)
             buffer += data[:room]
