@@ -21,10 +21,13 @@ from tests.integration.conftest import Command, wait_for
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.slow,
+    pytest.mark.timeout(1500),
     pytest.mark.skipif(not netns.available(), reason="needs root and iproute2 for network namespaces"),
 ]
 
 STEPS = 6
+#: Four vLLM front ends and as many trainers start one after the other, on as few cores as there are.
+DEADLINE_S = 480.0
 
 
 def environment() -> dict[str, str]:
@@ -113,7 +116,7 @@ def test_a_run_over_two_nodes_outlives_one_of_them(tmp_path: Path) -> None:
         stack.callback(lambda: [process.kill() for process in command.descendants()])
 
         def until(condition: Callable[[], bool], what: str) -> None:
-            wait_for(lambda: condition() or command.process.poll() is not None, what)
+            wait_for(lambda: condition() or command.process.poll() is not None, what, DEADLINE_S)
             assert command.process.poll() is None, command.finish()
 
         until(lambda: (run_dir / "metrics.jsonl").exists() and len(read_metrics(run_dir)) >= 2, "two steps")
@@ -121,7 +124,7 @@ def test_a_run_over_two_nodes_outlives_one_of_them(tmp_path: Path) -> None:
         second.named("raylet").kill()
         until(lambda: len(read_restarts(run_dir)) == 1, "the death of the node is found")
         stack.enter_context(started(other, f"--address={address}"))
-        code, out, err = command.finish()
+        code, out, err = command.finish(DEADLINE_S)
         assert code == 0, f"{out}\n{err}"
         assert [row["step"] for row in read_metrics(run_dir)] == list(range(1, STEPS + 1))
         assert "worker 1" in read_restarts(run_dir)[0].why
