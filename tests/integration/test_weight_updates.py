@@ -613,9 +613,9 @@ def test_the_death_of_one_engine_is_named_and_the_others_go_on(live: Live) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["before", "in the middle", "after", "stopped"])
+@pytest.mark.parametrize("when", ["between pushes", "in the middle", "stopped"])
 def test_an_engine_core_that_goes_is_named_and_the_next_push_heals_the_other(live: Live, when: str) -> None:
-    """Killed before a push, after a bucket of it, and after it; or stopped, so that it never pauses."""
+    """Killed after one push and before the next, or after a bucket; or stopped, so that it never pauses."""
 
     async def test() -> None:
         others = engine_cores()
