@@ -108,7 +108,7 @@ def test_two_ranks_train_as_one(hosts: RankHosts, model_path: Path, optimizer: s
     for mine, theirs, expected in zip(one["metrics"], other["metrics"], alone["metrics"], strict=True):
         assert mine == theirs
         assert untimed(mine) == pytest.approx(untimed(expected), rel=1e-3, abs=1e-6)
-        assert (0 < mine.get("qk_clip/clipped_share", 0) < 1) == (clip > 0)
+    assert (one["metrics"][0].get("qk_clip/clipped_share", 0) > 0) == (clip > 0)
     first, reference = one["gradients"][0], alone["gradients"][0]
     scale = max(abs(gradient).max() for gradient in reference.values())
     for name, gradient in reference.items():
@@ -289,12 +289,14 @@ def step_until_it_fails(ranks: Ranks, path: Path, trouble: str) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("trouble", ["kill", "hang", "error"])
+@pytest.mark.parametrize(
+    "trouble",
+    ["kill", pytest.param("hang", marks=pytest.mark.slow), pytest.param("error", marks=pytest.mark.slow)],
+)
 def test_a_rank_that_others_wait_for_is_named(llama_path: Path, trouble: str) -> None:
     hosts = RankHosts(2)
     try:
-        deadline = 20.0 if trouble == "kill" else 8.0
-        hosts.start(step_until_it_fails, llama_path, trouble, deadline_s=deadline)
+        hosts.start(step_until_it_fails, llama_path, trouble, deadline_s=20.0)
         said = hosts.answer(0)
         assert isinstance(said, list), said
         assert len(said) == 2
