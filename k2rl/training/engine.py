@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from k2rl.training.export import export
 from k2rl.training.group import DistributedGroup, Group
 from k2rl.training.loading import check_packing, checkpoint_activations, load_causal_lm
 from k2rl.training.masters import MasterWeights
+from k2rl.training.measures import Clock, added, longest
 from k2rl.training.offload import residence
 from k2rl.training.passes import Passes, PolicyPass, some
 from k2rl.training.ranks import ALONE, Ranks
@@ -235,7 +235,7 @@ class TrainEngine:
 
         with self._step(), self._group.call():
             policy = self._group.agreed(prepared)
-            clock = _Clock()
+            clock = Clock()
             batches = self._passes.pack(groups)
             ptx_batches = self._passes.pack([[text] for text in ptx_sequences]) if use_ptx else []
             shares: dict[str, float] = {"loss": 0.0, "ptx_loss": 0.0}
@@ -263,7 +263,7 @@ class TrainEngine:
         for part in parts:
             mismatch.merge(part[1])
         return {
-            **_added(part[0] for part in parts),
+            **added(part[0] for part in parts),
             **step,
             **mismatch.metrics(),
             "entropy": sum(part[2] for part in parts) / tokens,
@@ -271,7 +271,7 @@ class TrainEngine:
             "positions": float(sum(part[3] for part in parts)),
             "sequences": float(len(sequences)),
             "lr": self._lr,
-            **_longest(part[4] for part in parts),
+            **longest(part[4] for part in parts),
         }
 
     def sft_step(self, sequences: Sequence[SupervisedSequence]) -> dict[str, float]:
@@ -287,7 +287,7 @@ class TrainEngine:
         """
         with self._step(), self._group.call():
             tokens = self._group.agreed(lambda: _loss_tokens(sequences, "loss"))
-            clock = _Clock()
+            clock = Clock()
             batches = self._passes.pack([[sequence] for sequence in sequences])
             loss = self._passes.nll_backward(batches, sequences, 1.0, "loss", self._where)
             clock.lap("forward_backward_s")
@@ -300,7 +300,7 @@ class TrainEngine:
             "tokens": float(tokens),
             "sequences": float(len(sequences)),
             "lr": self._lr,
-            **_longest(part[1] for part in parts),
+            **longest(part[1] for part in parts),
         }
 
     @torch.no_grad()
@@ -491,19 +491,6 @@ def compute_with(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-class _Clock:
-    """Seconds by phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
-        self._last = now
-
-
 def _loss_tokens(sequences: Sequence[SupervisedSequence], what: str) -> int:
     tokens = sum(sum(sequence.loss_mask) for sequence in sequences)
     if tokens == 0:
@@ -521,21 +508,3 @@ def _empty_like(master: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor
     if shape == master.shape:
         return torch.zeros_like(master, dtype=dtype, requires_grad=False)
     return torch.zeros(shape, dtype=dtype)
-
-
-def _added(parts: Iterable[dict[str, float]]) -> dict[str, float]:
-    """The sum of each number over ranks."""
-    total: dict[str, float] = {}
-    for part in parts:
-        for name, value in part.items():
-            total[name] = total.get(name, 0.0) + value
-    return total
-
-
-def _longest(parts: Iterable[dict[str, float]]) -> dict[str, float]:
-    """The largest of each number over ranks."""
-    total: dict[str, float] = {}
-    for part in parts:
-        for name, value in part.items():
-            total[name] = max(total.get(name, 0.0), value)
-    return total
