@@ -4,7 +4,7 @@ A Llama of two layers with four heads learns to repeat what it has read, which n
 rate that is too high for it. Both optimizers see the same batches from the same weights; Muon's logits are
 measured and never clipped. K2's report shows the same on models of billions of parameters, tau = 100.
 
-    make bench-muonclip                          three seeds, half a minute or so a seed on two cores
+    make bench-muonclip                          three seeds
     make bench-muonclip ARGS="--plot docs/muonclip.svg"
 """
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import dense_attention
 import pytest
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from k2rl.errors import ConfigError
 from k2rl.models.logit_probe import LogitProbe
 from k2rl.optim.qk_clip import QKClip
 from k2rl.optim.qk_rules import head_rows
+from tests import dense_attention
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 32,

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import dense_attention
 import pytest
 import torch
 from rank_host import RankHosts
@@ -19,6 +18,7 @@ from k2rl.errors import ConfigError
 from k2rl.training.engine import TrainEngine
 from k2rl.training.ranks import ALONE, Ranks
 from k2rl.training.sharding import local
+from tests import dense_attention
 
 OBJECTIVE = ObjectiveConfig(tau=0.2)
 LAYERS, HEADS = 2, 4
