@@ -12,7 +12,7 @@ from k2rl.cli import main
 from k2rl.tracking.metrics import read_metrics
 from tests.integration.conftest import Command, wait_for
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
 def test_a_stopped_vllm_worker_is_named_with_what_it_was_doing(

@@ -72,6 +72,7 @@ class Victim:
         wait_for(lambda: not self.command.descendants(), "all processes end", 90)
 
 
+@pytest.mark.slow
 def test_a_run_outlives_the_deaths_of_its_vllm_and_its_worker(start: Start, tmp_path: Path) -> None:
     run = Victim(start, tmp_path, 8)
     run.after("publish", 2)  # in a rollout

@@ -24,6 +24,7 @@ def curve(run_dir: Path, name: str) -> list[float]:
     return [row[name] for row in read_metrics(run_dir)]
 
 
+@pytest.mark.slow
 def test_two_workers_learn_what_one_does_and_outlive_a_vllm(start: Start, tmp_path: Path) -> None:
     """One of two replicas is killed; then one worker trains on what these two have played."""
     run = Victim(start, tmp_path, STEPS, "cluster.workers=2", "model.dtype=float32")
