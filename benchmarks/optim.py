@@ -149,7 +149,7 @@ def compare(
         f"{theirs32 / ours32:.2f}x"
     )
     if FAST == "float32" and len(apart) * flops(apart[0]) > EMULATED_FLOPS:
-        print("  in bfloat16, which this processor emulates, it takes some twenty seconds a step: not measured")
+        print("  in bfloat16, which this processor emulates, a step takes some twenty seconds: not measured")
         return
     ours16, theirs16 = in_turns(runs[::2], 3)
     own = ours16 if FAST == "bfloat16" else ours32

@@ -63,7 +63,7 @@ def run(words: Sequence[str]) -> str:
 
 
 def _folder(options: SuiteOptions) -> Path:
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
     folder = Path(options.out).expanduser() if options.out else FOLDER / options.suite / stamp
     try:
         folder.mkdir(parents=True, exist_ok=bool(options.out))

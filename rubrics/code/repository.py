@@ -123,9 +123,11 @@ async def run_tests(
         ran = await sandbox.run_python(program)
     try:
         answer = json.loads(ran.stdout)
-        outcomes, details = dict(answer["outcomes"]), dict(answer["details"])
+        outcomes = dict(answer["outcomes"])
+        # The name of what compares is drawn anew for each run, and nobody's business.
+        details = {test: str(said).replace(equal, "equal") for test, said in answer["details"].items()}
         genuine = answer["token"] == token
-    except (ValueError, RecursionError, TypeError, KeyError):
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
         return Report({}, problem=f"the tests did not come to their end: {ending(ran)}")
     of_controls = {id.split("::")[-1]: outcomes.pop(id) for id in list(outcomes) if id.startswith(controls)}
     if not genuine or any(of_controls.get(name) != "failed" for name in MUST_FAIL):

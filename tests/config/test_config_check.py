@@ -17,7 +17,7 @@ from k2rl.errors import ConfigError
 FREE = {
     *("env.kwargs", "rubric.kwargs", "rollout.drop_uniform_groups", "budget.per_kind", "optimizer.nesterov"),
     *("optimizer.betas", "warm_start.kinds", "inference.enforce_eager", "inference.engine_args"),
-    *("inference.sleep_while_training", "tracking.record_rollouts"),
+    *("inference.sleep_while_training", "train.activation_checkpointing", "tracking.record_rollouts"),
     "debug.rollouts",
     *("tracking.tensorboard", "tracking.wandb", "resume"),
 }

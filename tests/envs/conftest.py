@@ -1,7 +1,9 @@
 import asyncio
 import warnings
 from dataclasses import dataclass, field
+from inspect import iscoroutinefunction
 
+import gymnasium
 import pytest
 from gymnasium.utils.env_checker import check_env
 
@@ -43,14 +45,29 @@ def play():
     return lambda env, task, turns: asyncio.run(play_async(env, task, turns))
 
 
+class Answering(gymnasium.Env):
+    """An environment that is awaited, as Gymnasium's checker calls one: `run` waits for its answers."""
+
+    def __init__(self, env, run):
+        self._env, self._run = env, run
+        self.observation_space, self.action_space = env.observation_space, env.action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self._run(self._env.reset(seed=seed, options=options))
+
+    def step(self, action):
+        return self._run(self._env.step(action))
+
+
 @pytest.fixture(scope="session")
 def check_gymnasium():
-    """Gymnasium's own checker, whose warnings are errors."""
+    """Gymnasium's own checker, whose warnings are errors: `check(env)`, and `run` for what is awaited."""
 
-    def check(env):
+    def check(env, run=lambda answer: answer):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             # Nothing here renders, and that check warns about all that is not from `gymnasium.make`.
-            check_env(env, skip_render_check=True)
+            check_env(Answering(env, run) if iscoroutinefunction(env.step) else env, skip_render_check=True)
 
     return check

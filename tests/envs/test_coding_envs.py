@@ -37,6 +37,17 @@ def running(work: Callable[[], Awaitable[T]]) -> T:
     return asyncio.run(run())
 
 
+@pytest.mark.parametrize("id", IDS)
+def test_gymnasium_accepts_what_they_answer(id: str, check_gymnasium: Callable[..., None]) -> None:
+    with asyncio.Runner() as runner:
+        env = envs.make(id)
+        try:
+            check_gymnasium(env, lambda answer: runner.run(envs.maybe_await(answer)))
+        finally:
+            runner.run(envs.maybe_await(env.close()))
+            runner.run(close_judges())
+
+
 async def played(env: envs.TextEnv, task: Task, turns: list[str]) -> Episode:
     try:
         return await play_async(env, task, turns)

@@ -29,9 +29,8 @@ def test_two_workers_learn_what_one_does_and_outlive_a_vllm(start: Start, tmp_pa
     """One of two replicas is killed; then one worker trains on what these two have played."""
     run = Victim(start, tmp_path, STEPS, "cluster.workers=2", "model.dtype=float32")
     run.after("publish", 1)
-    cores = run.command.all_named("VLLM::EngineCore")
-    assert len(cores) == 2
-    cores[1].kill()
+    run.until(lambda: len(run.command.all_named("VLLM::EngineCore")) == 2, "two engine cores")
+    run.command.all_named("VLLM::EngineCore")[1].kill()
     run.until(lambda: len(run.restarts) == 1, "the death is found")
     run.ends_well()
     assert "the vLLM engine of worker" in run.restarts[0]

@@ -109,7 +109,6 @@ RIGHTS = {
     "becoming root": "os.setuid(0); say(os.getuid() == 0)",
     "other groups": "os.setgroups([0, 4]); say(True)",
     "chroot": "os.chroot('/usr'); say(True)",
-    "lower oom_score_adj": "os.write(os.open('/proc/self/oom_score_adj', os.O_WRONLY), b'-1'); say(True)",
     "real-time scheduling": "os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1)); say(True)",
     "higher priority": "os.setpriority(os.PRIO_PROCESS, 0, -5); say(True)",
     "raising a limit": "resource.setrlimit(resource.RLIMIT_NPROC, (5000, 5000)); say(True)",

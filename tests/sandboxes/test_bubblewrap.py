@@ -76,7 +76,8 @@ def groups_of(keeper: int) -> list[str]:
 # --------------------------------------------------------------------------------------------------- ends
 
 DRIVER = """
-import asyncio, os, sys
+import asyncio, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from sandboxes.base import SandboxSpec
 from sandboxes.bubblewrap.backend import BubblewrapBackend
 
