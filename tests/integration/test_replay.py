@@ -88,7 +88,7 @@ def test_a_killed_and_resumed_training_ends_with_the_same_bits(start: Start, tmp
     wait_for(lambda: _newest_checkpoint(cut) > 0, "a checkpoint")
     command.look()
     os.kill(command.process.pid, signal.SIGKILL)
-    command.finish(20)
+    command.finish(90)
     stopped = run_folder(cut)
     assert not (stopped / "model").exists(), "it was over before it was killed"
     code, _, err = start("train", f"resume={stopped}", cwd=cut).finish()

@@ -59,7 +59,7 @@ def test_a_killed_part_is_named_and_nothing_hangs(victim: str, start: Start, tmp
     assert "worker 0 died" in err
     assert ("vLLM engine" in err) == victim.startswith("VLLM")
     assert "worker-0.log" in err
-    wait_for(lambda: not command.descendants(), "all processes end", 20)
+    wait_for(lambda: not command.descendants(), "all processes end", 90)
     assert not [segment for segment in segments if segment.exists()]
 
 
@@ -79,7 +79,7 @@ def test_a_run_killed_resumed_interrupted_and_resumed(start: Start, tmp_path: Pa
     wait_for(lambda: _newest(run_dir) >= 1, "a checkpoint")
     command.look()
     command.process.kill()
-    command.finish(20)
+    command.finish(90)
     wait_for(lambda: _only_agents_left(command), "all that computes for the killed run ends", 30)
     killed_at = _newest(run_dir)
     torn = checkpoint_folder(run_dir, 999)
@@ -96,7 +96,7 @@ def test_a_run_killed_resumed_interrupted_and_resumed(start: Start, tmp_path: Pa
     code, _, err = resumed.finish(60)
     assert code == 130, err
     assert f"resume={run_dir}" in err
-    wait_for(lambda: not resumed.descendants(), "all processes end", 20)
+    wait_for(lambda: not resumed.descendants(), "all processes end", 90)
 
     done = _steps(run_dir)[-1]
     assert checkpoints(run_dir)[-1] == (done, checkpoint_folder(run_dir, done))
@@ -169,7 +169,7 @@ def test_vllm_that_cannot_start_is_reported_with_its_log(start: Start, tmp_path:
     assert code == 1
     assert "vLLM engine of worker 0 died while starting" in err
     assert "KV cache" in err or "memory" in err
-    wait_for(lambda: not command.descendants(), "all processes end", 20)
+    wait_for(lambda: not command.descendants(), "all processes end", 90)
 
 
 def test_a_failing_job_of_a_multirun_ends_it_with_its_exit_code(start: Start, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_failing_job_of_a_multirun_ends_it_with_its_exit_code(start: Start, tm
     assert "cluster.gpus_per_worker=1000" in err
     assert len(err.splitlines()) == 1
     assert [path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()] == ["0"]
-    wait_for(lambda: not command.descendants(), "all processes end", 20)
+    wait_for(lambda: not command.descendants(), "all processes end", 90)
 
 
 def test_all_failed_rollouts_stop_the_run_with_the_reason(start: Start, tmp_path: Path) -> None:
@@ -257,4 +257,4 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_step(start: Start, tmp_p
     assert steps == (0, 1)
     assert read_state(folders[-1])["step_count"] == 1
     assert all(weights.isfinite().all() for weights in _masters(folders[-1]).values())
-    wait_for(lambda: not command.descendants(), "all processes end", 20)
+    wait_for(lambda: not command.descendants(), "all processes end", 90)
