@@ -193,7 +193,8 @@ def test_one_engines_death_is_named_and_the_others_wait_for_the_next_push() -> N
     async def test(everything: Group) -> None:
         await everything.push(1)
         everything.first.fault = ("kill", 0)
-        with pytest.raises(EngineDeadError, match="^first: a worker died; receiver 1 .*died") as caught:
+        # Of its two workers, the one that was killed or, on a busy machine, the one that leaves with it.
+        with pytest.raises(EngineDeadError, match=r"^first: a worker died; receiver [01] .*died") as caught:
             await everything.push(2)
         assert "second" not in str(caught.value)
         assert set(await everything.second.versions()) <= {1, None}

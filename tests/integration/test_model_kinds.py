@@ -54,7 +54,7 @@ def _probe(folder: Path, ranks: int, kinds: list[str]) -> dict[str, dict[str, An
         env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": binding},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=480,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
