@@ -139,7 +139,7 @@ def test_saved_model_serves_in_plain_vllm_as_in_transformers(tiny_run: Path, tmp
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=480,
         check=False,
     )
     assert done.returncode == 0, done.stderr
