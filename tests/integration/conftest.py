@@ -18,6 +18,7 @@ from tests.installation import environment, everything, install
 
 DEADLINE_S = 480.0
 CENSUS_INTERVAL_S = 0.2
+TITLE_S = 20.0
 
 
 class Command:
@@ -64,13 +65,23 @@ class Command:
     def all_named(self, name: str) -> list[psutil.Process]:
         """The descendants whose command line or name has `name` in it."""
         self.look()
-        return [p for p in self.descendants() if name in p.name() or name in " ".join(p.cmdline())]
+        return [process for process in self.descendants() if _is_named(process, name)]
 
     def named(self, name: str) -> psutil.Process:
-        """The one of them that there is."""
+        """The one that there is, or will be soon: a title can be read a moment after its process is there."""
+        with contextlib.suppress(AssertionError):
+            wait_for(lambda: len(self.all_named(name)) == 1, f"one process named {name}", TITLE_S)
         found = self.all_named(name)
-        assert len(found) == 1, f"{len(found)} processes named {name}: {found}"
+        assert len(found) == 1, f"{len(found)} processes named {name} of {self.descendants()}: {found}"
         return found[0]
+
+
+def _is_named(process: psutil.Process, name: str) -> bool:
+    """The kernel keeps 15 bytes of a process's name."""
+    try:
+        return name[:15] in process.name() or name in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _is_alive(process: psutil.Process) -> bool:
