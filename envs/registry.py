@@ -15,6 +15,8 @@ _REGISTRY: Registry[TextEnv] = Registry(
     base=TextEnv,
     group="k2rl.envs",
     builtin={
+        "agent": "envs.agents:FunctionAgentEnv",
+        "agent_command": "envs.agents:CommandAgentEnv",
         "calculator": "envs.calculator:CalculatorEnv",
         "code_contest": "envs.coding.single_turn:ContestEnv",
         "code_debug": "envs.coding.debugging:DebugEnv",

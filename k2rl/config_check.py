@@ -64,6 +64,8 @@ BOUNDS = {
     "rollout.max_tokens_per_turn": FROM_1,
     "rollout.max_failed_share": SHARE,
     "rollout.episode_deadline_s": ABOVE_0,
+    "gateway.port": Bound(0, 65535),
+    "gateway.body_mib": FROM_1,
     # vLLM samples anything between 0 and 0.01 at 0.01, while the trainer would divide by the lower value.
     "temperature.start": Bound(0.01),
     "temperature.end": Bound(0.01),

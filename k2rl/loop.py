@@ -124,19 +124,21 @@ def policy_batch(
     """The groups to learn from, with advantages, what the loss is averaged over, and the mean shaped reward.
 
     Failed episodes are left out; a group needs two scored ones. Groups whose rewards are all equal
-    have no gradient on policy: they count in the average and cost no computation.
+    have no gradient on policy: they count in the average and cost no computation. Each branch of an
+    episode is a sequence of its own, with the episode's advantage.
     """
     by_group: defaultdict[str, list[Trajectory]] = defaultdict(list)
     for trajectory in trajectories:
         if not trajectory.failed and trajectory.num_sampled:
             by_group[trajectory.group_id].append(trajectory)
-    groups, num_tokens = [], 0
+    groups, num_tokens, num_sequences = [], 0, 0
     shaped: list[float] = []
     for members in by_group.values():
         if len(members) < 2:
             continue
         lengths = [t.num_sampled for t in members]
         num_tokens += sum(lengths)
+        num_sequences += sum(1 + len(t.branches) for t in members)
         rewards = shaped_rewards(
             [t.reward for t in members], lengths, [t.stop_reason for t in members], config.budget, step
         )
@@ -144,8 +146,14 @@ def policy_batch(
         if config.rollout.drop_uniform_groups and is_uniform(rewards):
             continue
         advantages = group_advantages(rewards, config.objective.baseline, config.objective.tau)
-        groups.append([TrainSequence.from_trajectory(t, a) for t, a in zip(members, advantages, strict=True)])
-    return groups, BatchTotals(len(shaped), num_tokens), fmean(shaped) if shaped else None
+        groups.append(
+            [
+                TrainSequence.from_trajectory(sequence, advantage)
+                for trajectory, advantage in zip(members, advantages, strict=True)
+                for sequence in (trajectory, *trajectory.branches)
+            ]
+        )
+    return groups, BatchTotals(num_sequences, num_tokens), fmean(shaped) if shaped else None
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory], seconds: float | None) -> dict[str, float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import envs.registry
+from envs.agents import AgentEnv
 from envs.base import TextEnv
 from k2rl.checkpoint_engine.disk import checkpoint_manifest
 from k2rl.checkpoint_engine.plan import RING_SLOTS, PlanError, fit_bucket
@@ -84,6 +85,8 @@ class Preflight:
         async def reset(env: TextEnv) -> tuple[Iterable[Message], Any]:
             return await call(env.reset, seed=task.seed, options={"task": task})
 
+        if isinstance(self.env, AgentEnv):
+            return list((await self.play(task, lambda env: repeat(""))).segments[0].token_ids)
         messages, _ = await _asked(self.config, f"on task {task.id}", self._hosted(reset))
         return self.chat.prompt_ids(tuple(messages))
 

@@ -74,14 +74,27 @@ class ChatTemplate:
         stop += configured if isinstance(configured, list) else [configured]
         return cls(tokenizer, list(dict.fromkeys(token for token in stop if token is not None)))
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the template tells the policy itself of the tools that it has."""
+        return "tools" in str(self._tokenizer.chat_template)
+
+    def prompt_ids(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
+    ) -> list[int]:
         """The opening of a conversation, up to where the policy starts to write.
+
+        Args:
+            messages: of any authors.
+            tools: for a template that knows them: `{"type": "function", "function": {"name": …}}`.
 
         Raises:
             ConfigError: the template refuses these messages (some know no system role).
         """
         spelled: list[str] = []
-        return self._encode(self._render(self._masked(messages, spelled), generate=True), spelled)
+        masked = [self._mask(tool, spelled) for tool in tools] if tools else None
+        text = self._render(self._masked(messages, spelled), generate=True, tools=masked)
+        return self._encode(text, spelled)
 
     def continuation_ids(self, messages: Sequence[Message], turn_closed: bool) -> list[int]:
         """What stands between two policy turns: the environment's messages and the next turn's opening.
@@ -137,10 +150,12 @@ class ChatTemplate:
             raise ConfigError("the chat template cannot write the tool calls of an assistant message")
         return whole[len(opening) : -len(end)]
 
-    def _render(self, messages: Sequence[dict[str, Any]], generate: bool) -> str:
+    def _render(
+        self, messages: Sequence[dict[str, Any]], generate: bool, tools: list[Any] | None = None
+    ) -> str:
         try:
             text = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generate
+                list(messages), tools=tools, tokenize=False, add_generation_prompt=generate
             )
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)

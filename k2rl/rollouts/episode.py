@@ -90,7 +90,7 @@ async def _take_turns(
         )
         generation = await engine.generate(context, sampling)
         action = chat.decode(generation.token_ids)
-        trajectory.segments += _segments(generation)
+        trajectory.segments += turn_segments(generation)
         trajectory.messages.append(Message("assistant", action))
         if generation.finish_reason == "length" and left <= limits.max_tokens_per_turn:
             return "token_budget" if budget <= room else "context"
@@ -118,7 +118,7 @@ def _observe(trajectory: Trajectory, messages: Sequence[Message], token_ids: lis
     trajectory.segments.append(Segment(tuple(token_ids), sampled=False))
 
 
-def _segments(generation: Generation) -> list[Segment]:
+def turn_segments(generation: Generation) -> list[Segment]:
     """One segment a weight version: a turn that outlived an update has several."""
     starts = [start for start, _ in generation.weight_spans]
     ends = [*starts[1:], len(generation.token_ids)]
