@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -115,14 +117,14 @@ def schedule(
     config = Config()
     for name, value in rollout.items():
         setattr(config.rollout, name, value)
-    scheduler = RolloutScheduler(config, policy, chat, lambda: msgspec_copy(env), env.rubric)
+
+    def make_env() -> RemoteEnv:
+        return RemoteEnv(env._urls, env._token)
+
+    scheduler = RolloutScheduler(config, policy, chat, make_env, env.rubric)
     attempts = [Attempt(f"a{n}", "g", task(n), 1.0, n) for n in range(count)]
     trajectories: list[Trajectory] = run(scheduler.run(attempts))
     return trajectories
-
-
-def msgspec_copy(env: RemoteEnv) -> RemoteEnv:
-    return RemoteEnv(env._urls, env._token, env._open_seconds, env._call_seconds)
 
 
 def test_a_service_is_the_environment_that_it_serves(url: str, chat: ChatTemplate) -> None:
@@ -327,12 +329,10 @@ def test_one_of_several_processes_that_dies_is_started_again(chat: ChatTemplate,
 
 
 def _gone(pid: int) -> None:
-    async def look() -> None:
-        async with asyncio.timeout(60):
-            while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
-                await asyncio.sleep(0.05)
-
-    asyncio.run(look())
+    end, command = time.monotonic() + 60, Path(f"/proc/{pid}/cmdline")
+    while command.exists() and command.read_bytes():  # empty: nobody has asked yet how it ended
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def _children(pid: int) -> list[int]:
@@ -341,8 +341,6 @@ def _children(pid: int) -> list[int]:
 
 def _free_ports() -> int:
     """The first of two that are free."""
-    import socket
-
     for port in range(20000 + os.getpid() % 10000, 60000, 2):
         try:
             for each in (port, port + 1):
