@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
-import json
 import sys
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
+from k2rl.authoring.commands import keywords_of
 from k2rl.errors import ConfigError
 from k2rl.sandbox_commands import token_of
 
@@ -34,13 +32,7 @@ def add_to(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     serve.add_argument("id", metavar="ID", help="of the environment, or module:Class")
-    serve.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an argument of its constructor, as JSON or text; repeatable",
-    )
+    serve.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help="of its constructor, in JSON")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
     serve.add_argument("--port", type=int, default=8030, help="0: any that is free (8030)")
     serve.add_argument("--processes", type=int, default=1, help="services to start (1)")
@@ -71,7 +63,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         raise ConfigError("--processes is at least 1, and several need a --port to count from")
     if arguments.call_seconds <= 0:
         raise ConfigError("--call-seconds must be above 0")
-    make = functools.partial(envs.registry.make, arguments.id, **_settings(arguments.set))
+    make = functools.partial(envs.registry.make, arguments.id, **keywords_of(arguments.arguments))
     env = make()
     if isinstance(env, AgentEnv):
         raise ConfigError(f"{arguments.id} is played by an agent, which a run starts itself")
@@ -102,26 +94,12 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _command(arguments: argparse.Namespace, port: int) -> list[str]:
     """What starts one of several services."""
-    words = [sys.executable, "-m", "k2rl.cli", "envs", "serve", arguments.id, "--ends-with-stdin"]
-    words += [word for setting in arguments.set for word in ("--set", setting)]
+    words = [sys.executable, "-m", "k2rl.cli", "envs", "serve", arguments.id, *arguments.arguments]
     if arguments.token_file is not None:
         words += ["--token-file", str(arguments.token_file)]
     for name in ("host", "episodes", "lease", "call_seconds", "body_mib"):
         words += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
-    return [*words, "--port", str(port)]
-
-
-def _settings(words: Sequence[str]) -> dict[str, Any]:
-    settings = {}
-    for word in words:
-        name, equals, text = word.partition("=")
-        if not equals or not name.isidentifier():
-            raise ConfigError(f"--set {word}: write it as NAME=VALUE")
-        try:
-            settings[name] = json.loads(text)
-        except ValueError:
-            settings[name] = text
-    return settings
+    return [*words, "--port", str(port), "--ends-with-stdin"]
 
 
 def _say(line: str) -> None:

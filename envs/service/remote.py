@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from envs.base import ResetResult, StepResult, TextEnv
 from envs.service import wire
-from k2rl.types import Split, Task, Trajectory, Verdict
+from k2rl.types import Message, Split, Task, ToolSpec, Trajectory, Verdict
 from rubrics.base import Rubric
 from rubrics.environment import EnvironmentReward
 from sandboxes.borrowing import CONNECT_SECONDS, Lender, borrow_anywhere, checked_urls
@@ -159,8 +159,16 @@ class RemoteEnv(TextEnv):
                 return
             start += len(drawn)
 
-    def demonstration(self, task: Task) -> list[str] | None:
-        return self._ask_now("/v1/demonstration", task, list[str] | None, self._call_seconds)  # type: ignore[arg-type]
+    @property
+    def tools(self) -> Sequence[ToolSpec]:
+        return self._episode.begun.tools if self._episode is not None else ()
+
+    def demonstration(self, task: Task) -> Sequence[str | Message] | None:
+        answer: Any = list[str | Message] | None
+        turns: list[str | Message] | None = self._ask_now(
+            "/v1/demonstration", task, answer, self._call_seconds
+        )
+        return turns
 
     async def reset(  # type: ignore[override]
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from k2rl.types import Message, Split, Task
+from k2rl.types import Message, Split, Task, ToolSpec
 
 TOKEN_VARIABLE, SERVICES_VARIABLE = "K2RL_ENVS_TOKEN", "K2RL_ENVS_SERVICES"
 MOST_TASKS = 256
@@ -48,6 +48,7 @@ class Begun(msgspec.Struct, frozen=True, kw_only=True):
     #: Seconds without a call or a renewal after which the service closes the episode.
     lease: float
     messages: list[Message]
+    tools: list[ToolSpec]
     info: dict[str, Any]
 
 

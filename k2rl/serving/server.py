@@ -19,7 +19,7 @@ from aiohttp import web
 from envs.base import TextEnv
 from envs.service import wire
 from k2rl.rollouts.hosting import CLOSE_DEADLINE_S, call
-from k2rl.types import Message, Task, Trajectory
+from k2rl.types import Message, Task, ToolSpec, Trajectory
 from rubrics.base import judge_safely
 from rubrics.deadline import MissedDeadlineError, within
 from rubrics.environment import EnvironmentReward
@@ -58,6 +58,10 @@ class _Played:
     env: TextEnv
     #: Of one step at a time.
     lock: asyncio.Lock
+
+
+_First = tuple[list[Message], list[ToolSpec], dict[str, Any]]
+"""Messages, tools and info of a new episode."""
 
 
 class EnvironmentServer(LendingServer[_Played]):
@@ -139,16 +143,17 @@ class EnvironmentServer(LendingServer[_Played]):
         begin = msgspec.msgpack.decode(await request.read(), type=wire.Begin)
         if self.full:
             return self.all_lent()
-        id, (messages, info) = await self.lend(self._begun(begin))
-        return answer(wire.Begun(id=id, lease=self._options.lease, messages=messages, info=info))
+        id, (messages, tools, info) = await self.lend(self._begun(begin))
+        return answer(wire.Begun(id=id, lease=self._options.lease, messages=messages, tools=tools, info=info))
 
-    async def _begun(self, begin: wire.Begin) -> tuple[_Played, tuple[list[Message], dict[str, Any]]]:
+    async def _begun(self, begin: wire.Begin) -> tuple[_Played, _First]:
         env = await self._asked("the constructor", call(self._make_env))
         options = {} if begin.task is None else {"task": begin.task}
         try:
             given = await self._asked("reset", call(env.reset, seed=begin.seed, options=options))
             messages, info = _unpacked(given, 2, "reset")
-            return _Played(env, asyncio.Lock()), (_messages(messages, "reset"), _sendable(info))
+            tools = _checked(list(env.tools), list[ToolSpec], "tools")
+            return _Played(env, asyncio.Lock()), (_messages(messages, "reset"), tools, _sendable(info))
         except BaseException:
             await self._put_away(env)
             raise

@@ -70,7 +70,7 @@ def served(*words: str) -> Iterator[Served]:
 def url() -> Iterator[str]:
     """A service with short leases, and room for three."""
     words = ("--port", "0", "--episodes", "3", "--lease", "1", "--call-seconds", "2", "--body-mib", "1")
-    with served("served_envs:Moody", "--set", "greeting=Hm?", *words) as service:
+    with served("served_envs:Moody", "greeting=Hm?", *words) as service:
         yield service.url()
 
 
@@ -357,7 +357,7 @@ def _free_ports() -> int:
     [
         (("calculator", "--host", "0.0.0.0"), "give it a token"),
         (("calculator", "--processes", "2", "--port", "0"), "--port to count from"),
-        (("calculator", "--set", "max_calls"), "--set max_calls: write it as NAME=VALUE"),
+        (("calculator", "max_calls"), "'max_calls' is not KEY=VALUE"),
         (("calculater",), "unknown environment 'calculater'"),
         (("calculator", "--call-seconds", "0"), "--call-seconds"),
     ],

@@ -17,13 +17,21 @@ from typing import Any
 import msgspec
 import xxhash
 
+from envs.tools.formats import parse
 from k2rl.errors import ConfigError
 from k2rl.inference.engine import Generation, InferenceEngine, Sampling
 from k2rl.models.chat import ChatTemplate
 from k2rl.rollouts.episode import Attempt, EpisodeLimits, turn_seed, turn_segments
-from k2rl.rollouts.gateway import tool_calls
-from k2rl.rollouts.gateway.wire import ChatRequest, FinishReason, RefusedError, Reply, messages_of, stops_of
-from k2rl.types import Message, Segment, StopReason, Trajectory
+from k2rl.rollouts.gateway.wire import (
+    ChatRequest,
+    FinishReason,
+    RefusedError,
+    Reply,
+    messages_of,
+    stops_of,
+    tools_of,
+)
+from k2rl.types import Message, Segment, StopReason, ToolCall, Trajectory
 
 #: What no further request can change: a full context can be made smaller by the agent, these cannot.
 FINAL: tuple[StopReason, ...] = ("max_turns", "token_budget")
@@ -170,13 +178,9 @@ class Session:
         return None, 0
 
     def _rendered(self, request: ChatRequest, parent: Turn | None, new: list[Message]) -> list[int]:
-        knows = self.chat.knows_tools
-        messages = new if knows else [tool_calls.spelled(message) for message in new]
         if parent is not None:
-            return self.chat.continuation_ids(messages, parent.generation.finish_reason == "stop")
-        if request.tools and not knows:
-            return self.chat.prompt_ids(tool_calls.introduced(messages, request.tools))
-        return self.chat.prompt_ids(messages, request.tools)
+            return self.chat.continuation_ids(new, parent.generation.finish_reason == "stop")
+        return self.chat.prompt_ids(new, tools_of(request))
 
     def _sampling(self, request: ChatRequest, prompt: int) -> tuple[Sampling, StopReason | None]:
         limits = self.limits
@@ -224,11 +228,10 @@ class Session:
         return Generation(ids[:kept], generation.logprobs[:kept], spans, reason), text[:at], True
 
     def _keep(self, asked: Asked, generation: Generation, text: str, finish: FinishReason) -> Reply:
-        calls: tuple[Any, ...] = ()
+        calls: tuple[ToolCall, ...] = ()
         content = text
         if asked.request.tools and asked.request.tool_choice != "none":
-            made = sum(len(message.tool_calls) for message in asked.conversation)
-            content, calls = tool_calls.parse(text, made)
+            content, calls = _read(text, sum(len(message.tool_calls) for message in asked.conversation))
         reply = Message("assistant", content, calls)
         turn = Turn(asked.parent, asked.messages, tuple(asked.prompt), reply, generation)
         if asked.parent is not None:
@@ -244,6 +247,21 @@ class Session:
             tuple(self.chat.decode([token]) for token in generation.token_ids),
             generation.logprobs,
         )
+
+
+def _read(text: str, made: int) -> tuple[str, tuple[ToolCall, ...]]:
+    """What a turn says and the tools it calls, `made` of which there were before.
+
+    Where a call cannot be read, the turn is all text: its client would have nothing to answer to.
+    """
+    turn = parse(text)
+    if not turn.calls or any(call.problem for call in turn.calls):
+        return text, ()
+    calls = [
+        ToolCall(call.id or f"functions.{call.name}:{number}", call.name, call.arguments)
+        for number, call in enumerate(turn.calls, start=made)
+    ]
+    return turn.content, tuple(calls)
 
 
 def _digests(tools: Sequence[dict[str, Any]] | None, conversation: Sequence[Message]) -> Iterator[bytes]:

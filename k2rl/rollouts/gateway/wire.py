@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from k2rl.types import Message, ToolCall
+from k2rl.types import Message, ToolCall, ToolSpec
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 ROLES = {
@@ -109,6 +109,8 @@ def read_request(body: bytes) -> ChatRequest:
     for tool in request.tools or ():
         if not isinstance(tool.get("function"), dict) or not isinstance(tool["function"].get("name"), str):
             raise RefusedError(400, "tools: each is {type: function, function: {name, …}}")
+        if not isinstance(tool["function"].get("parameters") or {}, dict):
+            raise RefusedError(400, "tools: parameters are a JSON schema, an object")
     return request
 
 
@@ -181,6 +183,14 @@ def error(refused: RefusedError) -> dict[str, Any]:
     """The body of a refusal."""
     kind = "invalid_request_error" if refused.status < 500 else "server_error"
     return {"error": {"message": str(refused), "type": kind, "param": None, "code": refused.code}}
+
+
+def tools_of(request: ChatRequest) -> list[ToolSpec]:
+    functions = [tool["function"] for tool in request.tools or ()]
+    return [
+        ToolSpec(each["name"], str(each.get("description") or ""), each.get("parameters") or {})
+        for each in functions
+    ]
 
 
 def stops_of(request: ChatRequest) -> Sequence[str]:
