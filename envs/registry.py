@@ -1,6 +1,6 @@
 """Environments by id: built in, of packages (entry points `k2rl.envs`), Gymnasium's, `module:Class`.
 
-Gymnasium's ids are those that `gymnasium.register` was given for subclasses of `TextEnv`; ours are there, too,
+Gymnasium's ids are those that `gymnasium.register` was given for subclasses of `TextEnv`; ours are there
 as `k2rl/<id>-v0`. `module:namespace/Name-v0` imports the module that registers one.
 """
 
@@ -29,7 +29,9 @@ _REGISTRY: Registry[TextEnv] = Registry(
         "code_function": "envs.coding.single_turn:CodeEnv",
         "remote": "envs.service.remote:RemoteEnv",
         "reasoning_gym": "envs.reasoning_gym:ReasoningGymEnv",
+        "sudoku": "envs.games.sudoku:SudokuEnv",
         "swe": "envs.coding.swe:SweEnv",
+        "twenty_four": "envs.games.twenty_four:TwentyFourEnv",
     },
     listing="`k2rl envs list` shows all",
 )

@@ -30,7 +30,7 @@ from rubrics.deadline import MissedDeadlineError, within
 
 SPLITS: tuple[Split, ...] = ("train", "eval")
 SEEDS = (0, 1, 7)
-COMPARED = 200
+COMPARED = 100
 """Tasks of each split and seed that are compared between the splits."""
 
 NONSENSE = (
