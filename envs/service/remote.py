@@ -61,7 +61,9 @@ class _Episode:
         if self._ended is not None:
             raise EnvironmentServiceError(self._ended)
         path = f"/v1/episodes/{self.begun.id}"
-        return await self._service.ask("POST", path, wire.Step(action=action), wire.Stepped, seconds)
+        # Half a surrogate pair is no character, and nothing that a policy's tokens can be decoded to.
+        step = wire.Step(action=action.encode(errors="replace").decode())
+        return await self._service.ask("POST", path, step, wire.Stepped, seconds)
 
     async def close(self) -> None:
         """Where the service does not answer, the end of the lease closes it there."""

@@ -23,6 +23,7 @@ from served_envs import Moody
 import envs.registry
 from envs.service import remote, wire
 from envs.service.remote import EnvironmentServiceError, RemoteEnv
+from k2rl.authoring.check import Settings, check
 from k2rl.config import Config
 from k2rl.errors import ConfigError
 from k2rl.inference.engine import Generation, Sampling
@@ -149,6 +150,15 @@ def test_it_is_made_by_configuration_alone(url: str) -> None:
         envs.registry.make("remote", urls=["localhost:1"])
     with pytest.raises(ConfigError, match=r"environment service http://127\.0\.0\.1:1 is gone"):
         envs.registry.make("remote", urls="http://127.0.0.1:1")
+
+
+def test_a_served_environment_is_as_sound_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    with served("calculator", "max_calls=3", "--port", "0") as service:
+        monkeypatch.setenv(wire.SERVICES_VARIABLE, service.url())
+        monkeypatch.setenv(wire.TOKEN_VARIABLE, TOKEN)
+        findings = run(check("remote", {}, Settings(tasks=1, deadline_s=60)))
+        assert [finding for finding in findings if finding.status == "FAULT"] == []
+        assert len(findings) > 5
 
 
 def test_more_episodes_than_there_is_room_for_wait_for_it(url: str, chat: ChatTemplate) -> None:
