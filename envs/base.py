@@ -78,6 +78,24 @@ class TextEnv(gymnasium.Env[Messages, str], ABC):
         """The policy's turns in an ideal episode, or None if the environment does not know them."""
         return None
 
+    def snapshot(self) -> bytes | None | Awaitable[bytes | None]:
+        """The running episode as it stands between two steps, for `restore`; None if it has no such form.
+
+        Needed only to resume an unfinished episode in another process: without one it is kept alive
+        there, or replayed from its actions. May be `async def`. It must not change the episode.
+        """
+        return None
+
+    def restore(self, task: Task, snapshot: bytes) -> None | Awaitable[None]:
+        """Resume the episode of this task that `snapshot` was taken of, on a new instance, instead of `reset`.
+
+        The next call is `step`, with the action it would have had. May be `async def`.
+
+        Raises:
+            NotImplementedError: the environment takes no snapshots.
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes no snapshots")
+
     def start_episode(self, seed: int | None, options: dict[str, Any] | None) -> Task:
         """Seed Gymnasium's generator and give the task of the new episode.
 

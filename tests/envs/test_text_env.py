@@ -114,6 +114,15 @@ def test_environments_may_be_asynchronous(play):
     assert play(AsyncEchoEnv(), task, ["a", "b"]) == play(EchoEnv(), task, ["a", "b"])
 
 
+def test_snapshots_are_optional():
+    env = EchoEnv()
+    task = next(env.tasks("train", 0))
+    env.reset(options={"task": task})
+    assert env.snapshot() is None
+    with pytest.raises(NotImplementedError, match="EchoEnv takes no snapshots"):
+        EchoEnv().restore(task, b"")
+
+
 def test_maybe_await():
     async def later():
         return 2
