@@ -78,7 +78,7 @@ class TextEnv(gymnasium.Env[Messages, str], ABC):
         """The policy's turns in an ideal episode, or None if the environment does not know them."""
         return None
 
-    def snapshot(self) -> bytes | None | Awaitable[bytes | None]:
+    def snapshot(self) -> bytes | Awaitable[bytes | None] | None:
         """The running episode as it stands between two steps, for `restore`; None if it has no such form.
 
         Needed only to resume an unfinished episode in another process: without one it is kept alive
@@ -86,8 +86,8 @@ class TextEnv(gymnasium.Env[Messages, str], ABC):
         """
         return None
 
-    def restore(self, task: Task, snapshot: bytes) -> None | Awaitable[None]:
-        """Resume the episode of this task that `snapshot` was taken of, on a new instance, instead of `reset`.
+    def restore(self, task: Task, snapshot: bytes) -> Awaitable[None] | None:
+        """Resume the episode that `snapshot` was taken of, on a new instance, instead of `reset`.
 
         The next call is `step`, with the action it would have had. May be `async def`.
 
