@@ -16,7 +16,7 @@ class Sampling(msgspec.Struct, frozen=True):
     temperature: float
     max_tokens: int
     seed: int | None = None
-    #: End a turn in which a pattern of up to `repeat_size` tokens comes `repeat_count` times in a row; 0: never.
+    #: End a turn in which a pattern of up to so many tokens comes `repeat_count` times in a row; 0: never.
     repeat_size: int = 0
     repeat_count: int = 0
 

@@ -25,7 +25,7 @@ from k2rl.checkpoint_engine.messages import (
 from k2rl.checkpoint_engine.plan import Box, Needs
 from k2rl.config import InferenceConfig
 from k2rl.diagnosis.activity import FRONT_END
-from k2rl.inference.engine import EngineDeadError, Generation, GenerationError, Sampling
+from k2rl.inference.engine import EngineDeadError, FinishReason, Generation, GenerationError, Sampling
 from k2rl.inference.prefork import adopt, start_server
 from k2rl.types import NO_WEIGHT_VERSION
 from k2rl.workers.process import OWNER_PID, remove, shared_memory_of
@@ -203,7 +203,9 @@ class VLLMEngine:
             self._running.discard(request_id)
             interrupted = request_id in self._interrupted
             self._interrupted.discard(request_id)
-        reason = "interrupted" if interrupted and output.finish_reason == "abort" else output.finish_reason
+        reason: FinishReason = (
+            "interrupted" if interrupted and output.finish_reason == "abort" else output.finish_reason
+        )
         if reason not in ("stop", "length", "repetition", "interrupted"):
             raise GenerationError(f"vLLM ended {request_id} with {reason!r}, not at its turn's end")
         token_ids = tuple(output.token_ids)

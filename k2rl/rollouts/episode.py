@@ -133,7 +133,7 @@ async def _restored(episode: Episode, env: TextEnv) -> bool:
     if _told(seen) == _told(trajectory.messages):
         return True
     logger.warning(
-        "episode %s is played from its beginning: its environment, given the same actions, answered otherwise",
+        "episode %s is played from its beginning: the same actions led its environment elsewhere",
         episode.attempt.id,
     )
     return False
@@ -162,7 +162,9 @@ async def _take_turns(
         if room <= 0:
             return "context"
         left = min(budget, room)
-        generation = await _sampled(episode, turn, engine, context, min(left, limits.max_tokens_per_turn), limits)
+        generation = await _sampled(
+            episode, turn, engine, context, min(left, limits.max_tokens_per_turn), limits
+        )
         action = chat.decode(generation.token_ids)
         reached = generation.finish_reason == "length" and left <= limits.max_tokens_per_turn
         if reached or generation.finish_reason == "repetition":

@@ -68,7 +68,9 @@ def _places() -> asyncio.Semaphore:
     return places
 
 
-async def _in_thread(function: Callable[..., T | Awaitable[T]], *args: Any, **kwargs: Any) -> T | Awaitable[T]:
+async def _in_thread(
+    function: Callable[..., T | Awaitable[T]], *args: Any, **kwargs: Any
+) -> T | Awaitable[T]:
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
     outcome: list[Any] = [None, None]

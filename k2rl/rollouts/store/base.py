@@ -61,16 +61,19 @@ class TrajectoryStore(Protocol):
         """End all leases of `holder`, of unfinished and finished episodes alike; returns how many."""
         ...
 
-    def park(self, episodes: Sequence[Episode], holder: str) -> None:
-        """Keep how far leased episodes have come and end their leases; what others hold by now stays theirs."""
+    def park(self, episodes: Sequence[Episode], holder: str, seconds: float) -> None:
+        """Keep how far leased episodes have come.
+
+        `holder` has them for `seconds` from now, with 0 no longer. What others hold by now stays theirs.
+        """
         ...
 
     def finish(self, trajectories: Sequence[Trajectory]) -> int:
-        """Keep finished episodes, each id once; returns how many were new. They need not have been asked for."""
+        """Keep finished episodes, each id once, asked for or not; returns how many were new."""
         ...
 
     def take(self, count: int, holder: str, seconds: float) -> list[Trajectory]:
-        """Up to `count` finished episodes, those asked for first, for `holder` alone while the lease lasts."""
+        """Up to `count` finished episodes, the oldest first, for `holder` alone while the lease lasts."""
         ...
 
     def ack(self, ids: Sequence[str], holder: str) -> list[str]:
@@ -123,7 +126,7 @@ def open_store(url: str, name: str, deadline_s: float) -> TrajectoryStore:
 
         return RedisStore(url, name, deadline_s)
     if "://" in url:
-        raise ConfigError(f"rollout.store={url}: only redis://, rediss:// and unix:// are known; null is a file")
+        raise ConfigError(f"rollout.store={url} must be redis://, rediss:// or unix://; null is a file")
     from k2rl.rollouts.store.sqlite import SQLiteStore
 
     return SQLiteStore(Path(url), deadline_s)

@@ -108,11 +108,17 @@ local function park()
   local holder, id, begun, content = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
   local open = redis.call('ZSCORE', key('leased'), id) or redis.call('ZSCORE', key('waiting'), id)
   if not open or redis.call('HGET', key('holders'), id) ~= holder then return 0 end
-  redis.call('ZREM', key('leased'), id)
-  redis.call('HDEL', key('holders'), id)
   redis.call('HSET', key('content'), id, content)
   if begun == '1' then redis.call('SADD', key('parked'), id) end
-  redis.call('ZADD', key('waiting'), place(id), id)
+  redis.call('ZREM', key('leased'), id)
+  redis.call('ZREM', key('waiting'), id)
+  local seconds = tonumber(ARGV[5])
+  if seconds > 0 then
+    redis.call('ZADD', key('leased'), now() + seconds, id)
+  else
+    redis.call('HDEL', key('holders'), id)
+    redis.call('ZADD', key('waiting'), place(id), id)
+  end
   return 1
 end
 

@@ -1,7 +1,7 @@
 """Episodes in Redis (7 or newer), for rollout processes on many machines; every change is one script there.
 
-Keys of a run begin with `k2rl:{name}:`, and so are on one node of a cluster. With `appendonly yes` a Redis that
-is killed and started again has all that it answered.
+Keys of a run begin with `k2rl:{name}:`, and so are on one node of a cluster. With `appendonly yes` a Redis
+that is killed and started again has all that it answered.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class RedisStore:
             ConfigError: there is no Redis, or an old one.
         """
         parts = urlsplit(url)
-        self._where = f"{parts.scheme}://{parts.hostname or parts.path}{f':{parts.port}' if parts.port else ''}"
+        port = f":{parts.port}" if parts.port else ""
+        self._where = f"{parts.scheme}://{parts.hostname or parts.path}{port}"  # without its password
         self._prefix = f"k2rl:{{{name}}}:"
         try:
             self._redis = redis.Redis.from_url(
@@ -107,10 +108,10 @@ class RedisStore:
     def release(self, holder: str) -> int:
         return int(self._call("release", holder))
 
-    def park(self, episodes: Sequence[Episode], holder: str) -> None:
+    def park(self, episodes: Sequence[Episode], holder: str, seconds: float) -> None:
         for e in episodes:
             begun = "1" if e.trajectory is not None else ""
-            self._call("park", holder, e.attempt.id, begun, msgspec.msgpack.encode(e))
+            self._call("park", holder, e.attempt.id, begun, msgspec.msgpack.encode(e), seconds)
 
     def ack(self, ids: Sequence[str], holder: str) -> list[str]:
         acked: list[str] = []
@@ -136,7 +137,7 @@ class RedisStore:
         if not verdict.ok:
             return
         try:
-            self._redis.hset(self._prefix + "verdicts", key, msgspec.msgpack.encode(verdict))  # type: ignore[arg-type]
+            self._redis.hset(self._prefix + "verdicts", key, msgspec.msgpack.encode(verdict))
         except redis.RedisError as error:
             raise RunError(f"the store of episodes {self._where}: {error}") from error
 

@@ -38,8 +38,8 @@ CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, content BLOB NOT NULL
 class SQLiteStore:
     """A `TrajectoryStore` in a file that processes of one machine may share.
 
-    It is in WAL mode: a killed process loses nothing that was answered; a machine that loses its power may lose
-    the last moments, and never what is in the file.
+    It is in WAL mode: a killed process loses nothing that was answered. A machine that loses its power may
+    lose what came last, and nothing else.
     """
 
     def __init__(self, path: Path, deadline_s: float = 30.0, clock: Callable[[], float] = time.time) -> None:
@@ -99,7 +99,10 @@ class SQLiteStore:
 
     def lease(self, count: int, holder: str, seconds: float) -> list[Episode]:
         order = "parked DESC, number"
-        return [msgspec.msgpack.decode(row, type=Episode) for row in self._leased(WAITING, order, count, holder, seconds)]
+        return [
+            msgspec.msgpack.decode(row, type=Episode)
+            for row in self._leased(WAITING, order, count, holder, seconds)
+        ]
 
     def take(self, count: int, holder: str, seconds: float) -> list[Trajectory]:
         rows = self._leased(FINISHED, "number", count, holder, seconds)
@@ -109,7 +112,8 @@ class SQLiteStore:
         now = self._clock()
         with self._transaction() as db:
             rows = db.execute(
-                f"SELECT number, content FROM episodes WHERE state = ? AND until <= ? ORDER BY {order} LIMIT ?",
+                "SELECT number, content FROM episodes WHERE state = ? AND until <= ? "
+                f"ORDER BY {order} LIMIT ?",
                 (state, now, count),
             ).fetchall()
             db.executemany(
@@ -129,11 +133,16 @@ class SQLiteStore:
             statement = "UPDATE episodes SET holder = '', until = 0 WHERE holder = ? AND state != ?"
             return db.execute(statement, (holder, LEARNED)).rowcount
 
-    def park(self, episodes: Sequence[Episode], holder: str) -> None:
-        rows = [(e.trajectory is not None, msgspec.msgpack.encode(e), e.attempt.id, holder) for e in episodes]
+    def park(self, episodes: Sequence[Episode], holder: str, seconds: float) -> None:
+        then = self._clock() + seconds
+        owner, until = (holder, then) if seconds else ("", 0.0)
+        rows = [
+            (e.trajectory is not None, msgspec.msgpack.encode(e), owner, until, e.attempt.id, holder)
+            for e in episodes
+        ]
         with self._transaction() as db:
             db.executemany(
-                "UPDATE episodes SET parked = ?, content = ?, holder = '', until = 0 "
+                "UPDATE episodes SET parked = ?, content = ?, holder = ?, until = ? "
                 f"WHERE id = ? AND holder = ? AND state = {WAITING}",
                 rows,
             )
