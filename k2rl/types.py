@@ -13,7 +13,9 @@ import msgspec
 
 Role = Literal["system", "user", "assistant", "tool"]
 Split = Literal["train", "eval"]
-StopReason = Literal["env_done", "env_truncated", "max_turns", "token_budget", "context", "failed"]
+StopReason = Literal[
+    "env_done", "env_truncated", "max_turns", "token_budget", "context", "repetition", "failed"
+]
 
 NO_WEIGHT_VERSION = -1
 """Weight version of tokens that no policy sampled (prompts, tool results)."""
@@ -154,6 +156,11 @@ class Trajectory(msgspec.Struct):
     def weight_versions(self) -> list[int]:
         """The weight version of each token; `NO_WEIGHT_VERSION` where it was not sampled."""
         return [segment.weight_version for segment in self.segments for _ in segment.token_ids]
+
+    @property
+    def lines(self) -> list[Trajectory]:
+        """Its sequences: the trajectory itself, and its branches."""
+        return [self, *self.branches]
 
     @property
     def num_sampled(self) -> int:

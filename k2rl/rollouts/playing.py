@@ -6,21 +6,24 @@ from envs.agents import AgentEnv
 from envs.base import TextEnv
 from k2rl.inference.engine import InferenceEngine
 from k2rl.models.chat import ChatTemplate
-from k2rl.rollouts.episode import Attempt, EpisodeLimits, run_episode
+from k2rl.rollouts.episode import Episode, EpisodeLimits, run_episode
 from k2rl.rollouts.gateway.episode import run_agent_episode
 from k2rl.rollouts.gateway.server import Gateway
 from k2rl.types import Trajectory
 
 
 async def play_episode(
-    attempt: Attempt,
+    episode: Episode,
     env: TextEnv,
     engine: InferenceEngine,
     chat: ChatTemplate,
     limits: EpisodeLimits,
     gateway: Gateway | None = None,
 ) -> Trajectory:
-    """Play one episode; the trajectory has no verdict yet.
+    """Play one episode, or go on with one; the trajectory has no verdict yet.
+
+    What an agent was at in a process that is no more cannot be taken up: its episode is played from its
+    beginning.
 
     Args:
         gateway: where agents ask; without one, an episode opens its own.
@@ -29,8 +32,8 @@ async def play_episode(
         Exception: whatever the environment, the agent or the engine raises.
     """
     if not isinstance(env, AgentEnv):
-        return await run_episode(attempt, env, engine, chat, limits)
+        return await run_episode(episode, env, engine, chat, limits)
     if gateway is not None:
-        return await run_agent_episode(attempt, env, engine, chat, limits, gateway)
+        return await run_agent_episode(episode.attempt, env, engine, chat, limits, gateway)
     async with Gateway() as own:
-        return await run_agent_episode(attempt, env, engine, chat, limits, own)
+        return await run_agent_episode(episode.attempt, env, engine, chat, limits, own)

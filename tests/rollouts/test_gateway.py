@@ -189,6 +189,35 @@ def test_other_tools_are_another_beginning(chat: ChatTemplate) -> None:
     assert len(main.branches) == 1
 
 
+class Interrupted(Policy):
+    """Breaks off each turn after five tokens, and once more; the weights are newer each time."""
+
+    async def generate(self, prompt_ids: list[int], sampling: Sampling) -> Generation:
+        if not self.drawn or self.left == ():
+            self.left = (await super().generate(prompt_ids, sampling)).token_ids
+            self.version = 0
+        else:
+            self.prompts.append(list(prompt_ids))
+        ids, self.left, self.version = self.left[:5], self.left[5:], self.version + 1
+        reason = "interrupted" if self.left else "stop"
+        return Generation(ids, (-1.0,) * len(ids), ((0, self.version),), reason)
+
+
+def test_a_turn_that_is_interrupted_goes_on_with_later_weights(chat: ChatTemplate) -> None:
+    async def script(model: Any, session: Session, url: str) -> Any:
+        answer = await ask(model, user("1"))
+        return answer.choices[0], session.trajectory()
+
+    policy = Interrupted(chat, ["a longer turn"])
+    choice, trajectory = talk(policy, chat, script)
+    assert (choice.message.content, choice.finish_reason) == ("a longer turn", "stop")
+    (drawn,) = policy.drawn
+    assert _sampled(trajectory) == drawn
+    versions = [version for version in trajectory.weight_versions if version >= 0]
+    assert versions == [1 + index // 5 for index in range(len(drawn))]
+    assert policy.prompts[1] == [*policy.prompts[0], *drawn[:5]]
+
+
 def test_branches_are_trained_on_with_their_episodes_advantage(chat: ChatTemplate) -> None:
     async def twice(model: Any, session: Session, url: str) -> Trajectory:
         await ask(model, user("1"))
@@ -201,7 +230,7 @@ def test_branches_are_trained_on_with_their_episodes_advantage(chat: ChatTemplat
 
     good, bad = talk(Policy(chat, ["a", "bc"]), chat, twice), talk(Policy(chat, ["d"]), chat, once)
     good.verdict, bad.verdict = Verdict.scored(1.0), Verdict.scored(0.0)
-    ((first, second, third),), totals, shaped = policy_batch(Config(), [good, bad], 1)
+    ((first, second, third),), totals, shaped = policy_batch(Config(), [good, bad], 1, 3)
     assert [first.advantage, second.advantage, third.advantage] == [0.5, 0.5, -0.5]
     assert (totals.sequences, totals.tokens) == (3, good.num_sampled + bad.num_sampled)
     assert shaped == 0.5

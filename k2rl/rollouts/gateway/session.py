@@ -21,7 +21,7 @@ from envs.tools.formats import parse
 from k2rl.errors import ConfigError
 from k2rl.inference.engine import Generation, InferenceEngine, Sampling
 from k2rl.models.chat import ChatTemplate
-from k2rl.rollouts.episode import Attempt, EpisodeLimits, turn_seed, turn_segments
+from k2rl.rollouts.episode import Attempt, EpisodeLimits, draw_turn, turn_seed, turn_segments
 from k2rl.rollouts.gateway.wire import (
     ChatRequest,
     FinishReason,
@@ -34,7 +34,7 @@ from k2rl.rollouts.gateway.wire import (
 from k2rl.types import Message, Segment, StopReason, ToolCall, Trajectory
 
 #: What no further request can change: a full context can be made smaller by the agent, these cannot.
-FINAL: tuple[StopReason, ...] = ("max_turns", "token_budget")
+FINAL: tuple[StopReason, ...] = ("max_turns", "token_budget", "repetition")
 
 
 @dataclass(eq=False)
@@ -122,7 +122,7 @@ class Session:
             Exception: what the engine raises; `failed` has it, too.
         """
         try:
-            generation = await self.engine.generate([*asked.before, *asked.prompt], asked.sampling)
+            generation = await draw_turn(self.engine, [*asked.before, *asked.prompt], asked.sampling)
         except Exception as error:
             if not self.failed.done():
                 self.failed.set_exception(error)
@@ -131,9 +131,10 @@ class Session:
             self._reserved -= asked.sampling.max_tokens
         self._sampled += len(generation.token_ids)
         text = self.chat.decode(generation.token_ids)
-        cut = generation.finish_reason == "length"
+        cut = generation.finish_reason != "stop"
         if self.stop_reason not in FINAL:
-            self.stop_reason = asked.bound if cut else None
+            repeats = generation.finish_reason == "repetition"
+            self.stop_reason = "repetition" if repeats else asked.bound if cut else None
         if stops := stops_of(asked.request):
             generation, text, stopped = self._stopped(generation, text, stops)
             cut = cut and not stopped
@@ -186,6 +187,8 @@ class Session:
         limits = self.limits
         budget = limits.token_budget - self._sampled
         room = limits.max_model_len - prompt
+        if self.stop_reason == "repetition":
+            raise self._over("repetition", "the policy says the same over and over")
         if self._requests >= limits.max_turns:
             raise self._over("max_turns", f"the episode's {limits.max_turns} turns are used up")
         if budget <= 0:
@@ -203,7 +206,8 @@ class Session:
         if most == min(budget, room):
             bound = "token_budget" if budget <= room else "context"
         seed = turn_seed(self.attempt.seed, self._requests)
-        return Sampling(self.attempt.temperature, most, seed), bound
+        sampling = Sampling(self.attempt.temperature, most, seed, limits.repeat_size, limits.repeat_count)
+        return sampling, bound
 
     def _over(self, reason: StopReason, message: str, code: str = "") -> RefusedError:
         self.stop_reason = reason
