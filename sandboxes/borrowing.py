@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
-import aiohttp
 import msgspec
 
 from sandboxes import wire
+
+if TYPE_CHECKING:
+    import aiohttp
 
 T = TypeVar("T")
 
@@ -110,6 +112,8 @@ class Lender(Generic[L]):
             Exception: `unreachable` if the server does not answer, or not in time; what `error_of` makes of a
                 fault; `error` where it is no such server.
         """
+        import aiohttp  # here, so that environments can be listed where it is not installed
+
         session = self._session
         if session is None or session.closed:
             # Connections idle for longer than a few seconds are not used again: the server may be closing
