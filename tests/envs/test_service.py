@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -34,6 +33,7 @@ from k2rl.rollouts.scheduler import RolloutScheduler
 from k2rl.types import Message, Task, Trajectory
 from sandboxes.wire import CONTENT_TYPE
 from tests.conftest import ROOT
+from tests.ports import free_ports
 
 TOKEN = "for-these-tests-alone"
 HERE = Path(__file__).parent
@@ -322,7 +322,7 @@ def test_a_service_that_is_killed_fails_what_it_plays_and_the_others_go_on(chat:
 
 
 def test_one_of_several_processes_that_dies_is_started_again(chat: ChatTemplate, tmp_path: Path) -> None:
-    with served("served_envs:Moody", "--port", str(_free_ports()), "--processes", "2") as services:
+    with served("served_envs:Moody", "--port", str(free_ports(2)), "--processes", "2") as services:
         urls = sorted([services.url(), services.url()])
         pids = _children(services.process.pid)
         assert len(pids) == 2
@@ -347,19 +347,6 @@ def _gone(pid: int) -> None:
 
 def _children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def _free_ports() -> int:
-    """The first of two that are free."""
-    for port in range(20000 + os.getpid() % 10000, 60000, 2):
-        try:
-            for each in (port, port + 1):
-                with socket.create_server(("127.0.0.1", each)):
-                    pass
-        except OSError:
-            continue
-        return port
-    raise AssertionError("no ports")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +13,13 @@ from typing import Any
 import pytest
 
 from tests.integration.conftest import wait_for
+from tests.ports import free_ports
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
 def test_a_run_goes_on_when_a_service_is_killed(start: Callable[..., Any], tmp_path: Path) -> None:
-    port = _free_ports()
+    port = free_ports(2)
     urls = [f"http://127.0.0.1:{port}", f"http://127.0.0.1:{port + 1}"]
     services = start("envs", "serve", "calculator", "--port", str(port), "--processes", "2", cwd=tmp_path)
     for url in urls:
@@ -46,15 +46,3 @@ def _health(url: str) -> int | None:
             return int(json.load(reply)["open"])
     except OSError:
         return None
-
-
-def _free_ports() -> int:
-    """The first of two that are free."""
-    for port in range(20000 + os.getpid() % 10000, 60000, 2):
-        try:
-            for each in (port, port + 1):
-                socket.create_server(("127.0.0.1", each)).close()
-        except OSError:
-            continue
-        return port
-    raise AssertionError("no ports")
