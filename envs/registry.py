@@ -19,6 +19,7 @@ _REGISTRY: Registry[TextEnv] = Registry(
         "code_contest": "envs.coding.single_turn:ContestEnv",
         "code_debug": "envs.coding.debugging:DebugEnv",
         "code_function": "envs.coding.single_turn:CodeEnv",
+        "harbor": "envs.coding.harbor:HarborEnv",
         "reasoning_gym": "envs.reasoning_gym:ReasoningGymEnv",
         "swe": "envs.coding.swe:SweEnv",
     },

@@ -1,0 +1,15 @@
+import csv
+import json
+import pathlib
+
+totals = {}
+for path in pathlib.Path(__file__).with_name("ledger").glob("*.csv"):
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            text = row["cents"]
+            cents = -int(text[1:-1]) if text.startswith("(") else int(text)
+            totals[row["account"]] = totals.get(row["account"], 0) + cents
+expected = {account: cents for account, cents in sorted(totals.items()) if cents}
+with open("/app/totals.json") as file:
+    found = json.load(file)
+assert list(found.items()) == list(expected.items()), found
