@@ -208,7 +208,9 @@ def _reward(task: HarborTask, name: str, text: str) -> tuple[float, dict[str, fl
             reward = float(text)
         else:
             components = {str(key): float(value) for key, value in json.loads(text).items()}
-            reward = components["reward"] if "reward" in components else sum(components.values()) / len(components)
+            reward = (
+                components["reward"] if "reward" in components else sum(components.values()) / len(components)
+            )
         if not all(map(math.isfinite, (reward, *components.values()))) or not 0 <= reward <= 1:
             raise ValueError("not between 0 and 1")
     except (ValueError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:

@@ -1,6 +1,6 @@
 """Harbor's task folders (schema 1.x): an instruction, an environment, a verifier that writes a reward.
 
-    task.toml  instruction.md  environment/  tests/test.sh  solution/solve.sh
+task.toml  instruction.md  environment/  tests/test.sh  solution/solve.sh
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def load_harbor(source: str | None) -> list[HarborTask]:
     Raises:
         ConfigError: one line: no such folder, no task in it, a task that is wrong or that cannot be had here.
     """
-    root = Path(str(files("envs.coding") / "data" / "harbor")) if source is None else Path(source).expanduser()
+    root = (
+        Path(str(files("envs.coding") / "data" / "harbor")) if source is None else Path(source).expanduser()
+    )
     if not root.is_dir():
         raise ConfigError(f"tasks={source!r}: there is no such folder")
     root = root.resolve()
@@ -108,7 +110,9 @@ def _task(folder: Path, config: dict[str, Any]) -> HarborTask:
         instruction=(folder / "instruction.md").read_text().strip(),
         agent_s=_seconds(config, "agent"),
         verifier_s=_seconds(config, "verifier"),
-        verifier_env={str(key): str(value) for key, value in config.get("verifier", {}).get("env", {}).items()},
+        verifier_env={
+            str(key): str(value) for key, value in config.get("verifier", {}).get("env", {}).items()
+        },
         memory_bytes=_bytes(environment, "memory", 2 * GIB),
         disk_bytes=_bytes(environment, "storage", GIB),
         image=str(environment.get("docker_image") or ""),

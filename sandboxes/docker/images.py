@@ -76,9 +76,7 @@ def from_root(client: docker.DockerClient, root: Path, name: str) -> str:
     return name
 
 
-def from_dockerfile(
-    client: docker.DockerClient, folder: Path, name: str, network: str | None = None
-) -> str:
+def from_dockerfile(client: docker.DockerClient, folder: Path, name: str, network: str | None = None) -> str:
     """An image from the folder of a Dockerfile; returns its name.
 
     Args:
@@ -110,7 +108,12 @@ def relocated(client: docker.DockerClient, image: str, links: dict[str, str], ke
     folder = client.images.get(image).attrs["Config"].get("WorkingDir") or "/"
     steps = [f"mkdir -p {kept}"]
     if folder != "/":
-        steps += [f"mkdir -p {folder}", f"cp -a {folder}/. {kept}/", f"rm -rf {folder}", f"ln -s /work {folder}"]
+        steps += [
+            f"mkdir -p {folder}",
+            f"cp -a {folder}/. {kept}/",
+            f"rm -rf {folder}",
+            f"ln -s /work {folder}",
+        ]
     steps += [f"chmod -R a+rX {kept}"]
     steps += [f"rm -rf {path} && ln -s {target} {path}" for path, target in links.items() if path != folder]
     text = f"FROM {image}\nUSER 0:0\nWORKDIR /\nRUN {' && '.join(steps)}\n"

@@ -2,7 +2,7 @@ import csv
 import json
 import pathlib
 
-totals = {}
+totals: dict[str, int] = {}
 for path in pathlib.Path(__file__).with_name("ledger").glob("*.csv"):
     with path.open() as file:
         for row in csv.DictReader(file):
@@ -10,6 +10,5 @@ for path in pathlib.Path(__file__).with_name("ledger").glob("*.csv"):
             cents = -int(text[1:-1]) if text.startswith("(") else int(text)
             totals[row["account"]] = totals.get(row["account"], 0) + cents
 expected = {account: cents for account, cents in sorted(totals.items()) if cents}
-with open("/app/totals.json") as file:
-    found = json.load(file)
+found = json.loads(pathlib.Path("/app/totals.json").read_text())
 assert list(found.items()) == list(expected.items()), found
