@@ -9,12 +9,14 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
 from k2rl.training.checkpoint import checkpoint_folder, checkpoints, is_sound
+from tests import netns
 from tests.integration.conftest import DEADLINE_S, Command
 from tests.integration.test_recovery import WORKER, Victim
 
@@ -23,18 +25,15 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 Start = Callable[..., Command]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Where a run's checkpoints go: a file system of 32 MiB, mounted there."""
-    folder = tmp_path / "run" / "checkpoints"
-    folder.mkdir(parents=True)
-    if os.geteuid() or not shutil.which("mount"):
-        pytest.skip("needs root to mount a file system")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "none", str(folder)]
-    if (done := subprocess.run(mount, check=False, capture_output=True, text=True)).returncode:
-        pytest.skip(f"cannot mount a file system: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+@contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """A file system of 32 MiB of its own, mounted there."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "none", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def fill(folder: Path) -> Path:
@@ -49,17 +48,24 @@ def newest(run: Victim) -> int:
     return max((step for step, _ in checkpoints(run.run_dir)), default=-1)
 
 
-def test_a_disk_that_is_full_for_a_while(small_disk: Path, start: Start, tmp_path: Path) -> None:
+@pytest.mark.skipif(not netns.available(), reason="needs root to mount a file system")
+def test_a_disk_that_is_full_for_a_while(start: Start, tmp_path: Path) -> None:
     run = Victim(start, tmp_path, 8, "train.checkpoint_every=1", "train.keep_checkpoints=1")
-    notes = run.run_dir / "notes.jsonl"
+    run.until((run.run_dir / "logs").exists, "the run owns its folder")
+    with small_disk(run.run_dir / "checkpoints"):
+        _fill_it_twice(run, start, tmp_path)
+
+
+def _fill_it_twice(run: Victim, start: Start, tmp_path: Path) -> None:
+    notes, disk = run.run_dir / "notes.jsonl", run.run_dir / "checkpoints"
     run.until(lambda: newest(run) >= 1, "a checkpoint of a step")
-    ballast = fill(small_disk)
+    ballast = fill(disk)
     run.until(lambda: "No space left on device" in notes.read_text(), "the full disk is found")
     kept = newest(run)
     assert is_sound(checkpoint_folder(run.run_dir, kept))
     ballast.unlink()
     run.until(lambda: newest(run) > kept, "a checkpoint is written again")
-    ballast = fill(small_disk)
+    ballast = fill(disk)
     code, _, err = run.command.finish()
     assert code == 1, err
     assert err.startswith(
