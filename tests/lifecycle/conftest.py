@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import os
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -52,6 +53,10 @@ async def interrupt(worker: FakeWorker) -> None:
 
 async def fail(worker: FakeWorker) -> None:
     raise RunError("something broke")
+
+
+async def vanish(worker: FakeWorker) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 async def die(worker: FakeWorker) -> None:
