@@ -72,7 +72,8 @@ def drawn(hash_seed: str) -> dict[str, Any]:
         timeout=600,
         check=True,
     )
-    return {name: entries for name, *entries in map(json.loads, ran.stdout.splitlines())}
+    lines = [line for line in ran.stdout.splitlines() if line.startswith('["')]  # some print, too
+    return {name: entries for name, *entries in map(json.loads, lines)}
 
 
 def faults(name: str) -> list[str]:
