@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice, repeat
 from pathlib import Path
@@ -81,13 +81,13 @@ class Preflight:
             ConfigError: the environment raises or hangs.
         """
 
-        async def reset(env: TextEnv) -> tuple[Iterable[Message], Any]:
-            return await call(env.reset, seed=task.seed, options={"task": task})
+        async def reset(env: TextEnv) -> list[int]:
+            messages, _ = await call(env.reset, seed=task.seed, options={"task": task})
+            return self.chat.prompt_ids(tuple(messages), env.tools)
 
-        messages, _ = await _asked(self.config, f"on task {task.id}", self._hosted(reset))
-        return self.chat.prompt_ids(tuple(messages))
+        return await _asked(self.config, f"on task {task.id}", self._hosted(reset))
 
-    async def play(self, task: Task, script: Callable[[TextEnv], Iterable[str]]) -> Trajectory:
+    async def play(self, task: Task, script: Callable[[TextEnv], Iterable[str | Message]]) -> Trajectory:
         """Play a script as the policy's turns, with the engine's whole context for a budget.
 
         Raises:
@@ -252,7 +252,7 @@ async def _demonstrated(prepared: Preflight, task: Task) -> Trajectory:
     """A demonstration, played to the end that the environment gives it."""
     config = prepared.config
 
-    def script(env: TextEnv) -> list[str]:
+    def script(env: TextEnv) -> Sequence[str | Message]:
         turns = env.demonstration(task)
         if turns is None:
             raise ConfigError(

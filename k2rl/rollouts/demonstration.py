@@ -8,13 +8,13 @@ from envs.base import TextEnv
 from k2rl.inference.engine import Generation, Sampling
 from k2rl.models.chat import ChatTemplate
 from k2rl.rollouts.episode import Attempt, EpisodeLimits, run_episode
-from k2rl.types import Task, Trajectory
+from k2rl.types import Message, Task, Trajectory
 
 
 class ScriptedEngine:
     """An `InferenceEngine` that says given turns, in order; log-probs are 0, the weight version 0."""
 
-    def __init__(self, turns: Iterable[str], chat: ChatTemplate) -> None:
+    def __init__(self, turns: Iterable[str | Message], chat: ChatTemplate) -> None:
         self._turns = iter(turns)
         self._chat = chat
 
@@ -30,7 +30,7 @@ class ScriptedEngine:
 async def play_script(
     env: TextEnv,
     task: Task,
-    turns: Iterable[str],
+    turns: Iterable[str | Message],
     chat: ChatTemplate,
     limits: EpisodeLimits,
 ) -> Trajectory:

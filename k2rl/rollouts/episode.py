@@ -56,7 +56,7 @@ async def run_episode(
     started = time.monotonic()
     trajectory = Trajectory(attempt.id, attempt.group_id, attempt.task, attempt.temperature)
     messages, _ = await call(env.reset, seed=attempt.task.seed, options={"task": attempt.task})
-    prompt = chat.prompt_ids(messages)
+    prompt = chat.prompt_ids(messages, env.tools)
     if len(prompt) >= limits.max_model_len:
         raise ValueError(
             f"its prompt of {len(prompt)} tokens does not fit inference.max_model_len={limits.max_model_len}"
