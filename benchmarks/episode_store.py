@@ -1,8 +1,8 @@
-"""Trajectories per second through the store: rollout processes finish them, a trainer takes and learns from each once.
+"""Trajectories per second through the store: played by several processes, each learned from once.
 
-Four processes lease prompts and finish trajectories of 8 KB, in batches of 32 as episodes end together; one trainer
-takes what is finished and acknowledges it. All run at the same time, against a Redis with an append-only file that
-the benchmark starts, or against SQLite.
+Four processes lease prompts and finish trajectories of 8 KB, in batches of 32 as episodes end together; one
+trainer takes what is finished and acknowledges it. All run at the same time, against a Redis with an append-only
+file that the benchmark starts, or against SQLite.
 
     make bench-store
     make bench-store ARGS="--trajectories 40000 --processes 4"
@@ -107,9 +107,7 @@ def main() -> None:
             ("Redis", lambda: with_redis(Path(folder), arguments.trajectories, arguments.processes)),
             (
                 "SQLite",
-                lambda: measure(
-                    str(Path(folder) / "e.sqlite3"), arguments.trajectories, arguments.processes
-                ),
+                lambda: measure(str(Path(folder) / "e.sqlite3"), arguments.trajectories, arguments.processes),
             ),
         ):
             seconds, learned, double = run()

@@ -1,10 +1,10 @@
 """Ten thousand episodes at once in one process: what the driver spends on a turn, and whether any gets lost.
 
 The policy is a script that answers after a lognormal delay, as a busy engine does; the environments are real
-code of four turns, half of them `async def` with a lognormal delay, half of them plain functions that block for
-some milliseconds. Everything else is the product: pool, gate, seats, deadlines, chat template, judges and the store
-(a file). All of the process's CPU time counts as overhead, the tokenizer's and the environments' included; the
-same turns played one after the other, without any of the scheduling, are measured beside it.
+code of four turns, half of them `async def` with a lognormal delay, half of them plain functions that block
+for some milliseconds. Everything else is the product: pool, gate, seats, deadlines, chat template, judges and
+the store (a file). All of the process's CPU time is counted, the tokenizer's and the environments' included;
+the same turns played one after the other, without any of the scheduling, are measured beside it.
 
     make bench-episodes                     10,000 episodes
     make bench-episodes ARGS="--episodes 1000"
@@ -110,7 +110,9 @@ def configured(episodes: int) -> Config:
     return config
 
 
-async def together(config: Config, chat: ChatTemplate, folder: Path) -> tuple[float, float, Script, list[str]]:
+async def together(
+    config: Config, chat: ChatTemplate, folder: Path
+) -> tuple[float, float, Script, list[str]]:
     engine = Script(chat, slow=True)
     scheduler = RolloutScheduler(config, engine, chat, Waiting, Waiting().rubric)
 
@@ -150,9 +152,13 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     alone = asyncio.run(one_by_one(config, chat, 200))
     print(f"{len(ids)} of {episodes} episodes over, {len(ids) - len(set(ids))} of them double")
-    print(f"{engine.turns} turns in {seconds:.1f} s; up to {engine.most_open} requests with the policy at once")
+    print(
+        f"{engine.turns} turns in {seconds:.1f} s; up to {engine.most_open} requests with the policy at once"
+    )
     print(f"memory: {peak:.2f} GiB at most, {before:.2f} GiB before")
-    print(f"CPU: {1e3 * spent / engine.turns:.3f} ms a turn in all; the same turns alone {1e3 * alone:.3f} ms")
+    print(
+        f"CPU: {1e3 * spent / engine.turns:.3f} ms a turn in all; the same turns alone {1e3 * alone:.3f} ms"
+    )
 
 
 if __name__ == "__main__":

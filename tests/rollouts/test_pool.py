@@ -1,4 +1,4 @@
-"""Groups across steps: who is parked, dropped, taken, waited for and taken up again; a told engine, no vLLM."""
+"""Groups across steps: who is parked, dropped, taken, waited for and taken up again; no vLLM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from envs.base import TextEnv
-from envs.calculator import CalculatorEnv
 from k2rl.config import Config
 from k2rl.inference.engine import EngineDeadError, Generation, Sampling
 from k2rl.models.chat import ChatTemplate
@@ -47,7 +46,7 @@ class Letters(TextEnv):
 
 
 class Engine:
-    """Says one token after the other: 2 for a short task, and for a long one 2 in each version of the weights.
+    """Says two tokens: all there is of a short turn, and of a long one what a version of the weights says.
 
     The last of a turn's is a stop token; a long turn has `versions` pairs.
     """
@@ -107,7 +106,13 @@ class Table:
     """A pool and what it needs, in one loop."""
 
     def __init__(
-        self, config: Config, engine: Any, chat: ChatTemplate, store: SQLiteStore, draw: Any, env: Any = Letters
+        self,
+        config: Config,
+        engine: Any,
+        chat: ChatTemplate,
+        store: SQLiteStore,
+        draw: Any,
+        env: Any = Letters,
     ) -> None:
         self.engine, self.store = engine, store
         self.scheduler = RolloutScheduler(config, engine, chat, env, env().rubric)
@@ -344,7 +349,7 @@ def test_a_step_s_budget_ends_it_with_what_is_finished(chat: ChatTemplate, limit
         table = Table(config, TwoShort(chat), chat, memory(), long_tasks())
         harvest = await asyncio.wait_for(table.step(1), 60)
         assert tasks_of(harvest) == ["t1"]
-        assert harvest.metrics["rollout/parked"] == 2, "nothing is begun any more"
+        assert harvest.metrics["rollout/parked"] in (2, 4), "t0, and t2 if it was begun before the end"
         await table.pool.close()
 
     asyncio.run(scenario())
