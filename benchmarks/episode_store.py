@@ -1,8 +1,8 @@
 """Trajectories per second through the store: played by several processes, each learned from once.
 
 Four processes lease prompts and finish trajectories of 8 KB, in batches of 32 as episodes end together; one
-trainer takes what is finished and acknowledges it. All run at the same time, against a Redis with an append-only
-file that the benchmark starts, or against SQLite.
+trainer takes what is finished and acknowledges it. All run at the same time, against a Redis with an
+append-only file that the benchmark starts, or against SQLite.
 
     make bench-store
     make bench-store ARGS="--trajectories 40000 --processes 4"

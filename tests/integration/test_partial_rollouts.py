@@ -1,4 +1,4 @@
-"""Partial rollouts with the real vLLM: parked while it sleeps, gone on with afterwards, killed and resumed."""
+"""Partial rollouts with the real vLLM: parked while it sleeps, continued afterwards, killed and resumed."""
 
 from __future__ import annotations
 
