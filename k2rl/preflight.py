@@ -59,14 +59,15 @@ class Preflight:
     def make_env(self) -> TextEnv:
         return envs.registry.make(self.config.env.id, **self.config.env.kwargs)
 
-    async def train_tasks(self, step: int) -> list[Task]:
-        """The tasks of a step: a function of the seed and the step.
+    async def train_tasks(self, step: int, draw: int = 0) -> list[Task]:
+        """The tasks of a step, and of its further draws: a function of the seed, the step and the draw.
 
         Raises:
             ConfigError: the environment raises, hangs or has too few.
         """
         wanted = self.config.rollout.tasks_per_step
-        tasks = await _draw(self, "train", derive_seed(self.config.seed, step), wanted)
+        seed = derive_seed(self.config.seed, step, draw) if draw else derive_seed(self.config.seed, step)
+        tasks = await _draw(self, "train", seed, wanted)
         if len(tasks) < wanted:
             raise ConfigError(
                 f"environment {self.config.env.id!r} gives only {len(tasks)} training tasks, but a step "

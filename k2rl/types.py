@@ -13,7 +13,9 @@ import msgspec
 
 Role = Literal["system", "user", "assistant", "tool"]
 Split = Literal["train", "eval"]
-StopReason = Literal["env_done", "env_truncated", "max_turns", "token_budget", "context", "failed"]
+StopReason = Literal[
+    "env_done", "env_truncated", "max_turns", "token_budget", "context", "repetition", "failed"
+]
 
 NO_WEIGHT_VERSION = -1
 """Weight version of tokens that no policy sampled (prompts, tool results)."""
