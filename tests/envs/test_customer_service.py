@@ -11,9 +11,9 @@ import pytest
 
 import envs
 from envs.base import maybe_await
-from envs.service.cases import CASES, Case
-from envs.service.library import MAX_HOLDS, MAX_OWED_CENTS, MAX_RENEWALS, MAX_WAIVED_CENTS, Member
-from envs.service.users import DONE, ScriptedUser
+from envs.customer_service.cases import CASES, Case
+from envs.customer_service.library import MAX_HOLDS, MAX_OWED_CENTS, MAX_RENEWALS, MAX_WAIVED_CENTS, Member
+from envs.customer_service.users import DONE, ScriptedUser
 from envs.tools import calling
 from envs.tools.formats import written
 from k2rl.errors import ConfigError
@@ -23,7 +23,7 @@ from tests.evaluation.chat_server import chat_server
 
 
 def cases(number: int = 33) -> list[tuple[Task, Case]]:
-    tasks = islice(envs.make("service").tasks("train", 2), number)
+    tasks = islice(envs.make("customer_service").tasks("train", 2), number)
     return [(task, msgspec.convert(task.data["case"], Case)) for task in tasks]
 
 
@@ -78,7 +78,7 @@ def test_what_is_right_is_what_the_rules_say() -> None:
 
 
 def test_a_good_clerk_earns_1_and_others_0(play: Any) -> None:
-    env = envs.make("service")
+    env = envs.make("customer_service")
     for task, case in cases(11):
         me = case.library.members[case.member]
         turns = list(env.demonstration(task) or [])
@@ -110,7 +110,7 @@ def test_the_member_says_who_they_are_when_asked_and_then_leaves() -> None:
 
 
 def test_a_clerk_who_only_talks_loses(play: Any) -> None:
-    env = envs.make("service", max_words=2)
+    env = envs.make("customer_service", max_words=2)
     task, _ = cases(1)[0]
     episode = play(env, task, ["What is your name?", "Which one?", "Really?"])
     assert episode.done
@@ -118,7 +118,7 @@ def test_a_clerk_who_only_talks_loses(play: Any) -> None:
 
 
 def test_bad_calls_are_answered(play: Any) -> None:
-    env = envs.make("service")
+    env = envs.make("customer_service")
     task, case = cases(1)[0]
     calls = [
         calling("find_member", 0, name="Nobody", born="2000-01-01"),
@@ -135,12 +135,12 @@ def test_bad_calls_are_answered(play: Any) -> None:
 
 def test_a_member_played_by_a_model() -> None:
     task, case = cases(1)[0]
-    env = envs.make("service")
+    env = envs.make("customer_service")
     turns = [written(turn) for turn in env.demonstration(task) or []]
     said = iter(["I want something.", "It is me.", f"{DONE}"])
 
     async def played(url: str) -> Any:
-        env = envs.make("service", user=url, user_model="small")
+        env = envs.make("customer_service", user=url, user_model="small")
         try:
             assert env.snapshot() is None
             return await play_async(env, task, turns)
@@ -162,6 +162,6 @@ def test_a_member_played_by_a_model() -> None:
 
 def test_a_user_that_is_none() -> None:
     with pytest.raises(ConfigError, match="user='me' is neither"):
-        envs.make("service", user="me")
+        envs.make("customer_service", user="me")
     with pytest.raises(ConfigError, match="needs user_model=NAME"):
-        envs.make("service", user="http://127.0.0.1:1/v1")
+        envs.make("customer_service", user="http://127.0.0.1:1/v1")

@@ -12,9 +12,9 @@ import msgspec
 
 from envs.answers import split_of
 from envs.base import Messages
-from envs.service.cases import CASES, Case, draw
-from envs.service.library import POLICY, Library
-from envs.service.users import PlayedUser, ScriptedUser, User
+from envs.customer_service.cases import CASES, Case, draw
+from envs.customer_service.library import POLICY, Library
+from envs.customer_service.users import PlayedUser, ScriptedUser, User
 from envs.tools import ToolEnv, calling, tool
 from k2rl.errors import ConfigError
 from k2rl.types import Message, Split, Task
