@@ -21,6 +21,8 @@ _REGISTRY: Registry[TextEnv] = Registry(
     base=TextEnv,
     group="k2rl.envs",
     builtin={
+        "agent": "envs.agents:FunctionAgentEnv",
+        "agent_command": "envs.agents:CommandAgentEnv",
         "calculator": "envs.calculator:CalculatorEnv",
         "code_contest": "envs.coding.single_turn:ContestEnv",
         "code_debug": "envs.coding.debugging:DebugEnv",
@@ -29,6 +31,7 @@ _REGISTRY: Registry[TextEnv] = Registry(
         "gymnasium": "envs.adapters.gymnasium:GymnasiumTextEnv",
         "harbor": "envs.coding.harbor:HarborEnv",
         "python_math": "envs.python_math:PythonMathEnv",
+        "remote": "envs.service.remote:RemoteEnv",
         "reasoning_gym": "envs.reasoning_gym:ReasoningGymEnv",
         "sudoku": "envs.games.sudoku:SudokuEnv",
         "swe": "envs.coding.swe:SweEnv",

@@ -7,12 +7,13 @@ import functools
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
+from envs.agents import AgentEnv
 from k2rl.config import Config
 from k2rl.diagnosis import activity
 from k2rl.errors import ConfigError, RunError
@@ -20,6 +21,7 @@ from k2rl.evaluation.results import EvaluationResult
 from k2rl.loop import train
 from k2rl.models.hub import shapes_fingerprint
 from k2rl.preflight import Preflight
+from k2rl.rollouts.gateway.server import Gateway
 from k2rl.rollouts.pool import Pool
 from k2rl.rollouts.recording import FOLDER, STORE, read_recording
 from k2rl.rollouts.scheduler import RolloutScheduler
@@ -278,14 +280,18 @@ async def started(
             worker = start.result()
             cluster = undo.pop_all()
         tracker.note(f"computing in {worker.dtype} on {spec.device}")
-        scheduler = RolloutScheduler(config, worker, prepared.chat, prepared.make_env, prepared.rubric)
+        gateway = Gateway(config.gateway) if isinstance(prepared.env, AgentEnv) else None
+        scheduler = RolloutScheduler(
+            config, worker, prepared.chat, prepared.make_env, prepared.rubric, gateway
+        )
         ptx = PTXCorpus(prepared.ptx, config.ptx.sequences_per_step, config.seed)
         with cluster, recovery.begun(tracker.note, lambda: run.finished_steps):
             try:
                 pool = Pool(config, scheduler, worker, _store(config, run_dir), prepared.train_tasks)
                 run = Run(config, prepared, run_dir, tracker, worker, scheduler, pool, ptx, resume_step or 0)
                 try:
-                    yield run
+                    async with gateway or nullcontext():
+                        yield run
                 finally:
                     await pool.close()
             finally:

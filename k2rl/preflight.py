@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import envs.registry
+from envs.agents import AgentEnv
 from envs.base import TextEnv
 from k2rl.checkpoint_engine.disk import checkpoint_manifest
 from k2rl.checkpoint_engine.plan import RING_SLOTS, PlanError, fit_bucket
@@ -86,6 +87,8 @@ class Preflight:
             messages, _ = await call(env.reset, seed=task.seed, options={"task": task})
             return self.chat.prompt_ids(tuple(messages), env.tools)
 
+        if isinstance(self.env, AgentEnv):
+            return list((await self.play(task, lambda env: repeat(""))).segments[0].token_ids)
         return await _asked(self.config, f"on task {task.id}", self._hosted(reset))
 
     async def play(self, task: Task, script: Callable[[TextEnv], Iterable[str | Message]]) -> Trajectory:

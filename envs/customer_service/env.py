@@ -63,14 +63,14 @@ class ServiceEnv(ToolEnv):
     def tasks(self, split: Split, seed: int) -> Iterator[Task]:
         """The kinds of case in turn; who asks decides which split a case belongs to."""
         for place in count():
-            id = f"service/{split}/{seed}/{place}"
+            id = f"customer_service/{split}/{seed}/{place}"
             rng, kind = random.Random(id), self.kinds[place % len(self.kinds)]
             while True:
                 case = draw(kind, rng)
                 if split_of(case.library.members[case.member].name, EVAL_ONE_IN) == split:
                     break
             yield Task(
-                id, "service", kind, split, seed, {"case": msgspec.json.decode(msgspec.json.encode(case))}
+                id, "customer_service", kind, split, seed, {"case": msgspec.json.decode(msgspec.json.encode(case))}
             )
 
     def begin(self, task: Task) -> Messages | Awaitable[Messages]:
