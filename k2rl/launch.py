@@ -223,8 +223,10 @@ async def carry_out(
 async def _salvage(run: Run) -> None:
     """Save what a failing run has finished, where trainer and record agree and the worker still answers."""
     try:
-        if run.settled and not run.worker.lost:
-            await run.checkpoint()
+        if not run.worker.lost:
+            await run.end_checkpoint()
+            if run.settled:
+                await run.checkpoint()
         if saved := _saved(run.run_dir):
             run.tracker.note(f"the run stopped {saved}")
     except (RunError, OSError) as error:  # the run's own error is the one to report
@@ -341,13 +343,15 @@ async def _work(run: Run, resume_step: int | None, record: Callable[[], None]) -
     if resume_step is None:
         await _warm_start(run)
         run.settled = True
-        await run.checkpoint()
+        await run.begin_checkpoint()
     if run.serves and run.finished_steps == 0:
         await run.evaluate("before")
-    await train(run)
     await run.checkpoint()
+    await train(run)
+    await run.begin_checkpoint()
     if run.serves:
         await run.evaluate("after")
+    await run.checkpoint()
     # Last: a run is over when its model is there.
     with run.tracker.phase(phases.SAVE, run.finished_steps):
         await run.worker.save_pretrained(run.run_dir / "model")

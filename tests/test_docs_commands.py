@@ -43,8 +43,8 @@ QUICK: dict[str, Callable[[Path, str], None]] = {
     "k2rl eval suite=functions model=null": _says("functions null: 0/12"),
     "k2rl sandbox doctor": _says("bubblewrap: works"),
     "python run_it.py": _says("hello\nexited 0\ntimed_out"),
-    'python -W error -c "from gymnasium.utils.env_checker import check_env; from guess import GuessEnv; '
-    'check_env(GuessEnv(), skip_render_check=True)"': _says(""),
+    "k2rl envs check guess:GuessEnv": _says("guess:GuessEnv: no fault"),
+    "k2rl envs new my_envs": _says("k2rl envs check my_envs"),
 }
 #: Run by a fixture, whose folders many tests look at.
 ELSEWHERE = [MULTIRUN]

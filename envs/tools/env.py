@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Awaitable, Mapping, Sequence
-from inspect import getattr_static, iscoroutinefunction
+from inspect import getattr_static
 from typing import Any, ClassVar
 
 import msgspec
@@ -88,11 +88,15 @@ class ToolEnv(TextEnv):
         self._ending = _End(float(reward), truncated, dict(components or {}), detail)
         return ()
 
+    def resume(self, calls: int) -> None:
+        """Go on with an episode in which so many calls were made: for `restore`."""
+        self._toolbox.count, self._running, self._ending = calls, True, None
+
     def reset(  # type: ignore[override]  # as in TextEnv
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> ResetResult | Awaitable[ResetResult]:
         task = self.start_episode(seed, options)
-        self._toolbox.count, self._running, self._ending = 0, True, None
+        self.resume(0)
         first = self.begin(task)
         if isinstance(first, tuple):
             return first, {"task": task}
@@ -112,18 +116,18 @@ class ToolEnv(TextEnv):
         if not self._running:
             raise ResetNeeded("the episode is over or was never begun: call reset()")
         turn = self._parse(action)
-        if self._toolbox.is_async or iscoroutinefunction(self.answer):
-            return self._step(turn.content, turn.calls)
         if turn.calls:
+            if self._toolbox.is_async:
+                return self._called(turn.calls)
             return self._result(self._toolbox.run_blocking(turn.calls))
         said = self.answer(turn.content)
-        assert isinstance(said, tuple)
-        return self._result(Answered(said, 0))
+        return self._result(Answered(said, 0)) if isinstance(said, tuple) else self._answered(said)
 
-    async def _step(self, content: str, calls: Sequence[Call]) -> StepResult:
-        if calls:
-            return self._result(await self._toolbox.run(calls))
-        return self._result(Answered(await maybe_await(self.answer(content)), 0))
+    async def _called(self, calls: Sequence[Call]) -> StepResult:
+        return self._result(await self._toolbox.run(calls))
+
+    async def _answered(self, said: Awaitable[Messages]) -> StepResult:
+        return self._result(Answered(await said, 0))
 
     def _result(self, answered: Answered) -> StepResult:
         calls = sum(message.role == "tool" for message in answered.messages)

@@ -244,6 +244,8 @@ NOT_BY_THEMSELVES = {"agent", "agent_command", "remote"}
 
 @pytest.mark.parametrize("id", sorted(envs.available().keys() - NOT_BY_THEMSELVES))
 def test_every_environment_that_ships_passes(id: str) -> None:
-    findings = asyncio.run(check(id, {}, QUICK))
-    assert [finding for finding in findings if finding.status == "FAULT"] == []
-    assert {finding.about: finding.status for finding in findings}["demonstrations"] == "ok"
+    findings = {finding.about: finding for finding in asyncio.run(check(id, {}, QUICK))}
+    assert [finding for finding in findings.values() if finding.status == "FAULT"] == []
+    # Games of other packages know no ideal episodes.
+    expected = "note" if id in ("gymnasium", "textarena") else "ok"
+    assert findings["demonstrations"].status == expected

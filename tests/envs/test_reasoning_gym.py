@@ -58,7 +58,7 @@ DRAW = """
 import sys, json, reasoning_gym
 for name in sys.argv[1:]:
     data = reasoning_gym.create_dataset(name, seed=3, size=1000)
-    print(json.dumps([name, *[[data[i]["question"], str(data[i]["answer"])] for i in (0, 1, 999)]]))
+    print("\n" + json.dumps([name, *[[data[i]["question"], str(data[i]["answer"])] for i in (0, 1, 999)]]))
 """
 NAMES = [name for name in DATASETS if name != "composite"]
 
@@ -72,7 +72,8 @@ def drawn(hash_seed: str) -> dict[str, Any]:
         timeout=600,
         check=True,
     )
-    return {name: entries for name, *entries in map(json.loads, ran.stdout.splitlines())}
+    lines = [line for line in ran.stdout.splitlines() if line.startswith('["')]  # some print, too
+    return {name: entries for name, *entries in map(json.loads, lines)}
 
 
 def faults(name: str) -> list[str]:
