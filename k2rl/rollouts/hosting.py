@@ -57,7 +57,10 @@ async def call(function: Callable[..., T | Awaitable[T]], *args: Any, **kwargs: 
 
 async def _closed(env: TextEnv) -> None:
     """Call `close()`, also where all places are taken by environments that hang."""
-    await (call(env.close) if inspect.iscoroutinefunction(env.close) else _in_thread(env.close))
+    if inspect.iscoroutinefunction(env.close):
+        await call(env.close)
+    else:
+        await maybe_await(await _in_thread(env.close))
 
 
 def _places() -> asyncio.Semaphore:

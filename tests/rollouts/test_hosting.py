@@ -99,6 +99,22 @@ def test_an_environment_that_is_built_too_late_is_closed_too() -> None:
     assert closed.wait(20)
 
 
+class ClosedElsewhere(Noted):
+    """Its close gives something to be awaited, without being `async` itself."""
+
+    def close(self) -> Any:
+        async def later() -> None:
+            await asyncio.sleep(0)
+            ClosedElsewhere.closed += 1
+
+        return later()
+
+
+def test_what_a_close_gives_is_awaited() -> None:
+    asyncio.run(hosted(ClosedElsewhere, _nothing, 20))
+    assert ClosedElsewhere.closed == 1
+
+
 def test_a_close_that_hangs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("k2rl.rollouts.hosting.CLOSE_DEADLINE_S", 0.05)
 
