@@ -1,5 +1,6 @@
-"""An environment of the real verifiers, played through the gateway. It has a Python of its own: it asks for other
-versions of `openai` and `mcp` than vLLM."""
+"""An environment of the real verifiers, played through the gateway.
+
+It has a Python of its own: it asks for other versions of `openai` and `mcp` than vLLM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plays a task of verifiers' (v1) against an OpenAI-compatible endpoint; run by a Python that has verifiers."""
+"""Plays a task of verifiers' (v1) at an OpenAI-compatible endpoint; for a Python that has verifiers."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ class SumTask(vf.Task[SumData]):
 
 
 class Doubting(vf.Harness[vf.HarnessConfig]):
-    """Asks twice. The harnesses that verifiers ships want `uv`, and a network to install their programs from."""
+    """Asks twice. The harnesses that verifiers ships want `uv`, and a network to install programs from."""
 
     NEEDS_CONTAINER = False
 
