@@ -69,9 +69,8 @@ class ServiceEnv(ToolEnv):
                 case = draw(kind, rng)
                 if split_of(case.library.members[case.member].name, EVAL_ONE_IN) == split:
                     break
-            yield Task(
-                id, "customer_service", kind, split, seed, {"case": msgspec.json.decode(msgspec.json.encode(case))}
-            )
+            data = {"case": msgspec.json.decode(msgspec.json.encode(case))}
+            yield Task(id, "customer_service", kind, split, seed, data)
 
     def begin(self, task: Task) -> Messages | Awaitable[Messages]:
         self._case = _case_of(task)
