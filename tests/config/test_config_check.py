@@ -19,6 +19,7 @@ FREE = {
     *("optimizer.betas", "warm_start.kinds", "inference.enforce_eager", "inference.engine_args"),
     *("inference.sleep_while_training", "train.activation_checkpointing", "tracking.record_rollouts"),
     *("debug.rollouts", "gateway.url"),
+    *("rollout.store", "rollout.max_per_kind", "rollout.longest_first", "rubric.cache_verdicts"),
     *("tracking.tensorboard", "tracking.wandb", "resume"),
 }
 """Booleans, and what is checked by itself or against the environment."""
