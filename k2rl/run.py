@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,9 +16,10 @@ from k2rl.evaluation.results import EvaluationResult, summarise
 from k2rl.models.hub import shapes_fingerprint
 from k2rl.preflight import Preflight
 from k2rl.rollouts.episode import Attempt
+from k2rl.rollouts.pool import Pool
 from k2rl.rollouts.recording import (
-    Journal,
     Source,
+    playing_settings_of,
     read_recording,
     recorded_steps,
     settings_of,
@@ -38,6 +39,17 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
+class Rollouts:
+    """What a step learns from."""
+
+    trajectories: list[Trajectory]
+    #: Of the weights that the step began with; tokens of others are older.
+    version: int
+    #: Of the sampling; empty if the step was recorded before.
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
 class Run:
     """A started run: what the loop works with."""
 
@@ -47,6 +59,7 @@ class Run:
     tracker: Tracker
     worker: WorkerGroup
     scheduler: RolloutScheduler
+    pool: Pool
     ptx: PTXCorpus
     finished_steps: int = 0
     #: Whether the trainer is exactly where the record says; a checkpoint at another time would lie.
@@ -63,46 +76,52 @@ class Run:
         """Whether there is an inference engine."""
         return self.config.debug.mode != "train_only"
 
-    async def recorded(self, step: int) -> list[Trajectory] | None:
+    async def recorded(self, step: int) -> Rollouts | None:
         """The step's trajectories, if they need not be sampled.
 
         They are another run's with `debug=train_only`. Else they are those that this run had recorded, but
         not learned from and saved, before it was stopped: if they are of the weights and settings of now.
         """
         if not self.serves:
-            return read_recording(self.rollouts_folder, step).trajectories
+            found = read_recording(self.rollouts_folder, step)
+            return Rollouts(found.trajectories, found.version)
         if step not in recorded_steps(self.run_dir):
             return None
         try:
             recording = read_recording(self.run_dir, step)
         except ConfigError as error:
             logger.warning("the rollouts of step %d are sampled again", step, exc_info=error)
+            self.pool.forget()
             return None
-        if Source(recording.model, recording.settings, recording.weights) != await self._source():
+        source = await self._source()
+        if Source(recording.model, recording.settings, recording.weights, recording.version) != source:
+            self.pool.forget()
             return None
         self.tracker.note(f"step {step}: its rollouts were recorded with these weights and are used again")
-        return recording.trajectories
+        self.pool.settle(recording.trajectories)
+        return Rollouts(recording.trajectories, recording.version)
 
-    async def play(self, step: int, attempts: Sequence[Attempt]) -> tuple[list[Trajectory], bool]:
-        """The step's trajectories, and whether all of them are new.
+    async def play(self, step: int, temperature: float) -> tuple[Rollouts, bool]:
+        """The step's rollouts, and whether all of them are new.
 
-        If the configuration says so they are kept, each as it ends: what a run had finished before it was
-        stopped, or its workers died, is not played again.
+        Each is in the store as it ends: what a run had finished before it was stopped, or its workers died,
+        is not played again; nor are the first parts of episodes that it had parked.
         """
-        if not self.config.tracking.record_rollouts:
-            return await self.scheduler.run(attempts, self.tracker.progress), True
         source = await self._source()
-        with Journal(self.run_dir, step, source) as journal:
-            finished = journal.finished
-            if finished:
-                self.tracker.note(f"step {step}: {len(finished)} of its rollouts were finished before")
-            left = [attempt for attempt in attempts if attempt.id not in finished]
-            played = await self.scheduler.run(left, self.tracker.progress, journal.add)
-            found = finished | {trajectory.id: trajectory for trajectory in played}
-            trajectories = [found[attempt.id] for attempt in attempts]
-            write_recording(self.run_dir, step, source, trajectories)
-            journal.remove()
-        return trajectories, not finished
+        model = f"{source.model} {playing_settings_of(self.config)}"
+        finished = await self.pool.begin(
+            model if self.pool.parks else f"{model} {source.weights} {source.settings} step {step}"
+        )
+        if finished:
+            self.tracker.note(f"step {step}: {finished} of its rollouts were finished before")
+        try:
+            harvest = await self.pool.play(step, temperature, source.version, self.tracker.progress)
+        except ConfigError as error:  # too late to be wrong input: the first step's tasks were there
+            raise RunError(f"step {step}: {error}") from error
+        if self.config.tracking.record_rollouts:
+            write_recording(self.run_dir, step, source, harvest.trajectories)
+        self.pool.settle(harvest.trajectories)
+        return Rollouts(harvest.trajectories, source.version, harvest.metrics), not finished
 
     @property
     def rollouts_folder(self) -> Path:
@@ -111,7 +130,8 @@ class Run:
 
     async def _source(self) -> Source:
         model = shapes_fingerprint(self.prepared.model_path)
-        return Source(model, settings_of(self.config), await self.worker.weights_digest())
+        digest = await self.worker.weights_digest()
+        return Source(model, settings_of(self.config), digest, self.worker.version)
 
     async def evaluate(self, name: str) -> EvaluationResult:
         """Greedy episodes on the held-out tasks; saved as `evaluations/<name>.json`."""

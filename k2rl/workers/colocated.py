@@ -145,6 +145,10 @@ class ColocatedWorker(PushingWorker):
     async def generate(self, prompt_ids: list[int], sampling: Sampling) -> Generation:
         return await self._engine.generate(prompt_ids, sampling)
 
+    async def interrupt(self) -> None:
+        """See `InterruptibleEngine.interrupt`."""
+        await self._engine.interrupt()
+
     async def policy_step(
         self,
         groups: Sequence[Sequence[TrainSequence]],

@@ -102,6 +102,15 @@ class WorkerGroup:
         """See `Replicas.generate`."""
         return await self._replicas.generate(prompt_ids, sampling)
 
+    async def interrupt(self) -> None:
+        """See `Replicas.interrupt`."""
+        await self._replicas.interrupt()
+
+    @property
+    def version(self) -> int:
+        """Of the weights that vLLM serves; that of no weights before any were published."""
+        return self._replicas.version
+
     async def policy_step(
         self,
         groups: Sequence[Sequence[TrainSequence]],
