@@ -227,11 +227,11 @@ async def _salvage(run: Run) -> None:
             await run.end_checkpoint()
             if run.settled:
                 await run.checkpoint()
-        if saved := _saved(run.run_dir):
-            run.tracker.note(f"the run stopped {saved}")
     except (RunError, OSError) as error:  # the run's own error is the one to report
         logger.error("the finished steps could not be saved", exc_info=error)
         run.tracker.live.note("the finished steps could not be saved; logs/driver.log says why")
+    if saved := _saved(run.run_dir):
+        run.tracker.note(f"the run stopped {saved}")
 
 
 def _saved(run_dir: Path) -> str:

@@ -177,3 +177,12 @@ def test_make_targets_exist_and_call_what_is_there() -> None:
         for line in done.stdout.splitlines():
             word = line.split()[0]
             assert Path(word).name in scripts or which(word) or (ROOT / word).exists(), line
+
+
+def test_the_tests_that_pages_name_are_there() -> None:
+    named = {
+        found for page in PAGES for found in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text())
+    }
+    assert named
+    missing = [(file, test) for file, test in named if f"def {test}(" not in (ROOT / file).read_text()]
+    assert not missing

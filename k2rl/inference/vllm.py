@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import os
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -142,6 +142,7 @@ class VLLMEngine:
         self._fenced = True
         self._paused = False
         self._asleep = False
+        self._ended = False
         self._push: asyncio.Future[None] | None = None
         self._settle_s = 0.0
         self._needs: tuple[Needs, ...] | None = None
@@ -199,7 +200,7 @@ class VLLMEngine:
         try:
             stream = self._llm.generate({"prompt_token_ids": prompt_ids}, parameters, request_id)
             with FRONT_END.doing("waiting for vLLM: generating"):
-                output = [item async for item in stream][-1].outputs[0]
+                output = (await self._while_alive(_last(stream))).outputs[0]
         except VLLMEngineDeadError as error:
             raise EngineDeadError(str(error)) from error
         finally:
@@ -352,11 +353,14 @@ class VLLMEngine:
             raise EngineDeadError(f"vLLM cannot call its workers any more: {error}") from error
 
     async def _while_alive(self, call: Awaitable[T]) -> T:
-        """The result of a call of the engine core; vLLM itself would wait for one that has died."""
+        """The result of a call of the engine core; vLLM itself would wait for one that has died.
+
+        Also for one that we have killed: its front end is stopped before it has noticed.
+        """
         answer = asyncio.ensure_future(call)
         try:
             while not (await asyncio.wait([answer], timeout=HEALTH_INTERVAL_S))[0]:
-                if self._llm.errored:
+                if self._ended or self._llm.errored:
                     raise EngineDeadError("vLLM's engine core died")
             return answer.result()
         finally:
@@ -409,14 +413,20 @@ class VLLMEngine:
 
     def kill(self) -> None:
         """End vLLM's processes at once, also if they stand still; who waits for it finds it dead."""
+        self._ended = True
         for process in self._processes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 
     def shutdown(self) -> None:
         """Stop vLLM's processes; the engine is of no use afterwards."""
+        self._ended = True
         self._llm.shutdown()
         # What its processes would have removed themselves, had they not been killed.
         remove(self._segments)
         # Its finaliser would try again while the interpreter is being taken down.
         del self._llm
+
+
+async def _last(stream: AsyncIterator[T]) -> T:
+    return [item async for item in stream][-1]

@@ -27,9 +27,9 @@ Start = Callable[..., Command]
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[None]:
-    """A file system of 32 MiB of its own, mounted there."""
+    """A file system of 64 MiB of its own, mounted there."""
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "none", str(folder)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(folder)], check=True)
     try:
         yield
     finally:
@@ -50,7 +50,7 @@ def newest(run: Victim) -> int:
 
 @pytest.mark.skipif(not netns.available(), reason="needs root to mount a file system")
 def test_a_disk_that_is_full_for_a_while(start: Start, tmp_path: Path) -> None:
-    run = Victim(start, tmp_path, 8, "train.checkpoint_every=1", "train.keep_checkpoints=1")
+    run = Victim(start, tmp_path, 8, "train.checkpoint_every=1", "train.keep_checkpoints=99")
     run.until((run.run_dir / "logs").exists, "the run owns its folder")
     with small_disk(run.run_dir / "checkpoints"):
         _fill_it_twice(run, start, tmp_path)

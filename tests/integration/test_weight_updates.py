@@ -630,6 +630,7 @@ def test_an_engine_core_that_goes_is_named_and_the_next_push_heals_the_other(liv
                 await live.push(publisher)
                 await live.serves(engine=second)
                 if when == "stopped":
+                    waiting.append(asyncio.create_task(second.generate(PROMPTS[0], Sampling(1.0, 400, 1))))
                     core.suspend()
                 elif when == "in the middle":
                     (worker,) = await second._llm.collective_rpc("watch", args=("stop", 1, 0))
@@ -654,9 +655,13 @@ def test_an_engine_core_that_goes_is_named_and_the_next_push_heals_the_other(liv
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             second.shutdown()
+        for request in waiting:  # vLLM's front end, stopped before it sees the death, would leave it waiting
+            with pytest.raises(EngineDeadError):
+                await asyncio.wait_for(request, 30)
         wait_for(lambda: engine_cores() == others, "the engine's processes end", 30)
         assert not [segment for segment in segments if segment.exists()]
 
+    waiting: list[asyncio.Task[Any]] = []
     live.run(test())
 
 
