@@ -4,8 +4,8 @@ Episodes have a lognormal number of turns (median 3, sigma 1, 40 at most), and t
 (median 0.1 s, sigma 1, 3 s at most). Both sides are the whole loop with the real vLLM and trainer in the same
 processes, one after the other: steps of 8 groups of 4, of a tiny random model. A synchronous step waits for
 the last of its 32 episodes; a partial one takes the first 8 groups that are over of those in play, and parks
-the others. Tokens count when they are trained on, seconds are all that pass; each side's first step is left out
-(parked episodes come from somewhere).
+the others. Tokens count when they are trained on, seconds are all that pass; each side's first step is left
+out (parked episodes come from somewhere).
 
     make bench-partial
     make bench-partial ARGS="--steps 8"

@@ -1,8 +1,8 @@
 """Which tasks a step draws: as they come, those that fail more often, or at first those that succeed.
 
 Kimi k1.5 (arXiv 2501.12599, section 2.3.4): curriculum sampling from easy to hard, and prioritised sampling
-with p ∝ 1 - success rate. Its tasks are a fixed set with known difficulties; an environment's stream may never
-give a task twice, and then its kind stands for it.
+with p ∝ 1 - success rate. Its tasks are a fixed set with known difficulties; a stream of tasks may never
+give one twice, and then its kind stands for it.
 """
 
 from __future__ import annotations

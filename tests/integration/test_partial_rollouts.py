@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("tiny_run")]
 
 STEPS = 6
 PARTIAL = (
-    *("train", "experiment=tiny", "temperature=constant", "rollout.surplus=park", "rollout.oversample=4"),
+    *("train", "experiment=tiny", "rollout=partial", "temperature=constant", "rollout.oversample=4"),
     *(f"train.steps={STEPS}", "train.checkpoint_every=1", "env.eval_tasks=2"),
 )
 
