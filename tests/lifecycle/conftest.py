@@ -18,7 +18,8 @@ import pytest
 from k2rl import composition, launch
 from k2rl.errors import RunError
 from k2rl.preflight import Preflight, preflight
-from k2rl.rollouts.episode import Attempt
+from k2rl.rollouts.episode import Attempt, Episode
+from k2rl.rollouts.pool import Pool
 from k2rl.run import Run
 from k2rl.tracking.tracker import Tracker
 from k2rl.training.checkpoint import FORMAT, About, file_records, replaced_folder, write_about
@@ -95,6 +96,10 @@ class FakeWorker:
         await self.happen("publish")
         return {"version": float(self.weights)}
 
+    @property
+    def version(self) -> int:
+        return self.weights
+
     async def weights_digest(self) -> str:
         return str(self.weights)
 
@@ -122,36 +127,46 @@ class FakeWorker:
         await asyncio.Event().wait()
 
 
-@dataclass
 class FakeScheduler:
-    """Every episode is played at once and scored."""
+    """Every episode is played at once and scored; in a step's, something may happen after the first few."""
 
-    worker: FakeWorker
+    def __init__(self, worker: FakeWorker) -> None:
+        self._worker = worker
+        self._begun = self._open = 0
 
-    async def run(
-        self,
-        attempts: Sequence[Attempt],
-        progress: object,
-        finished: Callable[[Trajectory], None] = lambda trajectory: None,
-    ) -> list[Trajectory]:
-        trajectories = [
-            Trajectory(
-                attempt.id,
-                attempt.group_id,
-                attempt.task,
-                attempt.temperature,
-                [Segment((5, 6), sampled=False), Segment((7,), sampled=True, logprobs=(-0.5,))],
-                verdict=Verdict.scored(float(number % 2)),
-            )
-            for number, attempt in enumerate(attempts)
-        ]
-        for trajectory in trajectories[:FINISHED_AT_DEATH]:
-            finished(trajectory)
-        self.worker.played.append(len(attempts))
-        await self.worker.happen("rollout")
-        for trajectory in trajectories[FINISHED_AT_DEATH:]:
-            finished(trajectory)
-        return trajectories
+    async def run(self, attempts: Sequence[Attempt], progress: object) -> list[Trajectory]:
+        """An evaluation."""
+        self._worker.played.append(len(attempts))
+        await self._worker.happen("rollout")
+        return [_scored(attempt, number) for number, attempt in enumerate(attempts)]
+
+    async def play(self, episode: Episode, *_: object) -> Trajectory:
+        """One of the episodes of a step, all of which begin at the same time."""
+        if not self._open:
+            self._begun, self._happened = 0, asyncio.Event()
+        number = self._begun
+        self._begun += 1
+        self._open += 1
+        await asyncio.sleep(0)
+        if number == FINISHED_AT_DEATH:
+            self._worker.played.append(self._begun)
+            await self._worker.happen("rollout")
+            self._happened.set()
+        elif number > FINISHED_AT_DEATH:
+            await self._happened.wait()
+        self._open -= 1
+        return _scored(episode.attempt, number)
+
+
+def _scored(attempt: Attempt, number: int) -> Trajectory:
+    return Trajectory(
+        attempt.id,
+        attempt.group_id,
+        attempt.task,
+        attempt.temperature,
+        [Segment((5, 6), sampled=False), Segment((7,), True, (-0.5,), 0)],
+        verdict=Verdict.scored(float(number % 2)),
+    )
 
 
 @dataclass
@@ -189,6 +204,9 @@ class Story:
         async def started(*arguments: Any, recovery: Recovery, **_: object) -> AsyncIterator[Run]:
             config, step = prepared.config, arguments[2]
             self.workers.append(FakeWorker(about, left))
+            scheduler = FakeScheduler(self.worker)
+            store = launch._store(config, self.run_dir)
+            pool = Pool(config, scheduler, self.worker, store, prepared.train_tasks)  # type: ignore[arg-type]
             with Tracker(self.run_dir, config.tracking, config.train.steps, step) as tracker:
                 run = Run(
                     config,
@@ -196,12 +214,16 @@ class Story:
                     self.run_dir,
                     tracker,
                     self.worker,  # type: ignore[arg-type]
-                    FakeScheduler(self.worker),  # type: ignore[arg-type]
+                    scheduler,  # type: ignore[arg-type]
+                    pool,
                     PTXCorpus(prepared.ptx, config.ptx.sequences_per_step, config.seed),
                     step or 0,
                 )
                 with recovery.begun(tracker.note, lambda: run.finished_steps):
-                    yield run
+                    try:
+                        yield run
+                    finally:
+                        await pool.close()
 
         self.monkeypatch.setattr(launch, "started", started)
         launch.execute(prepared, self.run_dir, self._record)

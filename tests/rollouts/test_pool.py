@@ -480,7 +480,9 @@ def test_many_episodes_at_once_are_all_over_and_none_is_double(chat: ChatTemplat
             return self._generation([self._letter, self._stop], "stop")
 
     async def scenario() -> None:
-        config = config_of(tasks_per_step=100, group_size=4, oversample=1.0, max_concurrent=400)
+        config = config_of(
+            surplus="drop", tasks_per_step=100, group_size=4, oversample=1.0, max_concurrent=400
+        )
         store = memory()
 
         async def draw(step: int, number: int) -> list[Task]:
