@@ -108,6 +108,19 @@ class RolloutConfig:
 
 
 @dataclass
+class GatewayConfig:
+    #: Address at which agents (`env=agent`) reach the policy by OpenAI's API. Each episode has a key of its
+    #: own, without which nobody is answered. `0.0.0.0` for agents on other machines.
+    host: str = "127.0.0.1"
+    #: Its port; 0 takes one that is free.
+    port: int = 0
+    #: What agents are told as base URL (it ends in `/v1`), where they reach this machine by another name.
+    url: str | None = None
+    #: Largest request, in MiB.
+    body_mib: int = 16
+
+
+@dataclass
 class TemperatureConfig:
     #: `constant`, `linear`, `cosine` or `step` (all at once, at `step_at`).
     schedule: str = "linear"
@@ -405,6 +418,7 @@ class Config:
     env: EnvConfig = field(default_factory=EnvConfig)
     rubric: RubricConfig = field(default_factory=RubricConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
     temperature: TemperatureConfig = field(default_factory=TemperatureConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -73,6 +73,8 @@ BOUNDS = {
     "rollout.repeat_count": Bound(2),
     "rollout.max_failed_share": SHARE,
     "rollout.episode_deadline_s": ABOVE_0,
+    "gateway.port": Bound(0, 65535),
+    "gateway.body_mib": FROM_1,
     # vLLM samples anything between 0 and 0.01 at 0.01, while the trainer would divide by the lower value.
     "temperature.start": Bound(0.01),
     "temperature.end": Bound(0.01),
@@ -157,7 +159,7 @@ CHOICES = {
 
 NOT_EMPTY = (
     *("model.path", "env.id", "rubric.id", "ptx.path", "inference.cpu_threads_bind"),
-    *("cluster.address", "tracking.wandb_project", "name"),
+    *("cluster.address", "gateway.host", "tracking.wandb_project", "name"),
 )
 
 OWN_ENGINE_ARGS = {
@@ -201,6 +203,9 @@ def check(config: Config) -> None:
         raise ConfigError(f"optimizer.betas={betas} must be two numbers, each at least 0 and below 1")
     check_objective(config.objective)
     _check_debug(config)
+    url = config.gateway.url
+    if url is not None and not url.startswith(("http://", "https://")):
+        raise ConfigError(f"gateway.url={url} is no address: http://host:port/v1")
     _check_rollout(config)
     _check_budgets(config)
     _check_engine_args(config)

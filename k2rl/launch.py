@@ -7,12 +7,13 @@ import functools
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
+from envs.agents import AgentEnv
 from k2rl.config import Config
 from k2rl.diagnosis import activity
 from k2rl.errors import ConfigError, RunError
@@ -20,6 +21,7 @@ from k2rl.evaluation.results import EvaluationResult
 from k2rl.loop import train
 from k2rl.models.hub import shapes_fingerprint
 from k2rl.preflight import Preflight
+from k2rl.rollouts.gateway.server import Gateway
 from k2rl.rollouts.history import History
 from k2rl.rollouts.pool import Pool
 from k2rl.rollouts.recording import FOLDER, STORE, read_recording, recorded_steps
@@ -222,8 +224,10 @@ async def carry_out(
 async def _salvage(run: Run) -> None:
     """Save what a failing run has finished, where trainer and record agree and the worker still answers."""
     try:
-        if run.settled and not run.worker.lost:
-            await run.checkpoint()
+        if not run.worker.lost:
+            await run.end_checkpoint()
+            if run.settled:
+                await run.checkpoint()
         if saved := _saved(run.run_dir):
             run.tracker.note(f"the run stopped {saved}")
     except (RunError, OSError) as error:  # the run's own error is the one to report
@@ -277,7 +281,10 @@ async def started(
             worker = start.result()
             cluster = undo.pop_all()
         tracker.note(f"computing in {worker.dtype} on {spec.device}")
-        scheduler = RolloutScheduler(config, worker, prepared.chat, prepared.make_env, prepared.rubric)
+        gateway = Gateway(config.gateway) if isinstance(prepared.env, AgentEnv) else None
+        scheduler = RolloutScheduler(
+            config, worker, prepared.chat, prepared.make_env, prepared.rubric, gateway
+        )
         ptx = PTXCorpus(prepared.ptx, config.ptx.sequences_per_step, config.seed)
         with cluster, recovery.begun(tracker.note, lambda: run.finished_steps):
             try:
@@ -285,7 +292,8 @@ async def started(
                 pool = Pool(config, scheduler, worker, store, prepared.train_tasks, history)
                 run = Run(config, prepared, run_dir, tracker, worker, scheduler, pool, ptx, resume_step or 0)
                 try:
-                    yield run
+                    async with gateway or nullcontext():
+                        yield run
                 finally:
                     await pool.close()
             finally:
@@ -347,13 +355,15 @@ async def _work(run: Run, resume_step: int | None, record: Callable[[], None]) -
     if resume_step is None:
         await _warm_start(run)
         run.settled = True
-        await run.checkpoint()
+        await run.begin_checkpoint()
     if run.serves and run.finished_steps == 0:
         await run.evaluate("before")
-    await train(run)
     await run.checkpoint()
+    await train(run)
+    await run.begin_checkpoint()
     if run.serves:
         await run.evaluate("after")
+    await run.checkpoint()
     # Last: a run is over when its model is there.
     with run.tracker.phase(phases.SAVE, run.finished_steps):
         await run.worker.save_pretrained(run.run_dir / "model")

@@ -95,7 +95,8 @@ def policy_batch(
     Failed episodes are left out; a group needs two scored ones. Groups whose rewards are all equal
     have no gradient on policy: they count in the average, unless others were drawn in their place, and cost
     no computation. With `rollout.old_tokens=mask` only what the weights of now (`version`) have sampled is
-    learned from; advantages are those of the whole responses.
+    learned from; advantages are those of the whole responses. Each branch of an episode is a sequence of its
+    own, with the episode's advantage.
     """
     by_group: defaultdict[str, list[Trajectory]] = defaultdict(list)
     for trajectory in trajectories:
@@ -111,15 +112,16 @@ def policy_batch(
         shaped += rewards
         if config.rollout.refill and is_uniform(rewards):
             continue
-        num_sequences += len(members)
-        num_tokens += sum(num_sampled(member, only) for member in members)
+        num_sequences += sum(len(member.lines) for member in members)
+        num_tokens += sum(num_sampled(line, only) for member in members for line in member.lines)
         if config.rollout.drop_uniform_groups and is_uniform(rewards):
             continue
         advantages = group_advantages(rewards, config.objective.baseline, config.objective.tau)
         sequences = [
-            TrainSequence.from_trajectory(member, advantage, only)
+            TrainSequence.from_trajectory(line, advantage, only)
             for member, advantage in zip(members, advantages, strict=True)
-            if num_sampled(member, only)
+            for line in member.lines
+            if num_sampled(line, only)
         ]
         if sequences:
             groups.append(sequences)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
 import envs.registry
+from envs.agents import AgentEnv
 from envs.base import TextEnv
 from k2rl.checkpoint_engine.disk import checkpoint_manifest
 from k2rl.checkpoint_engine.plan import RING_SLOTS, PlanError, fit_bucket
@@ -82,13 +83,15 @@ class Preflight:
             ConfigError: the environment raises or hangs.
         """
 
-        async def reset(env: TextEnv) -> tuple[Iterable[Message], Any]:
-            return await call(env.reset, seed=task.seed, options={"task": task})
+        async def reset(env: TextEnv) -> list[int]:
+            messages, _ = await call(env.reset, seed=task.seed, options={"task": task})
+            return self.chat.prompt_ids(tuple(messages), env.tools)
 
-        messages, _ = await _asked(self.config, f"on task {task.id}", self._hosted(reset))
-        return self.chat.prompt_ids(tuple(messages))
+        if isinstance(self.env, AgentEnv):
+            return list((await self.play(task, lambda env: repeat(""))).segments[0].token_ids)
+        return await _asked(self.config, f"on task {task.id}", self._hosted(reset))
 
-    async def play(self, task: Task, script: Callable[[TextEnv], Iterable[str]]) -> Trajectory:
+    async def play(self, task: Task, script: Callable[[TextEnv], Iterable[str | Message]]) -> Trajectory:
         """Play a script as the policy's turns, with the engine's whole context for a budget.
 
         Raises:
@@ -253,7 +256,7 @@ async def _demonstrated(prepared: Preflight, task: Task) -> Trajectory:
     """A demonstration, played to the end that the environment gives it."""
     config = prepared.config
 
-    def script(env: TextEnv) -> list[str]:
+    def script(env: TextEnv) -> Sequence[str | Message]:
         turns = env.demonstration(task)
         if turns is None:
             raise ConfigError(

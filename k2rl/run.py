@@ -64,6 +64,8 @@ class Run:
     finished_steps: int = 0
     #: Whether the trainer is exactly where the record says; a checkpoint at another time would lie.
     settled: bool = False
+    #: The step whose checkpoint is being written, while the run goes on.
+    saving: int | None = None
 
     @property
     def trains(self) -> bool:
@@ -147,48 +149,63 @@ class Run:
     async def after_step(self, step: int) -> None:
         """Checkpoint and evaluate when it is time."""
         train = self.config.train
-        if (
-            self.trains
-            and train.checkpoint_every
-            and step % train.checkpoint_every == 0
-            and step < train.steps
-        ):
-            await self._due_checkpoint()
-        if (
-            self.trains
-            and self.serves
-            and train.eval_every
-            and step % train.eval_every == 0
-            and step < train.steps
-        ):
+        due = self.trains and step < train.steps
+        await self.end_checkpoint()
+        if due and train.checkpoint_every and step % train.checkpoint_every == 0:
+            await self.begin_checkpoint()
+        if due and self.serves and train.eval_every and step % train.eval_every == 0:
             await self.evaluate(f"step_{step}")
 
-    async def _due_checkpoint(self) -> None:
-        """A checkpoint that cannot be written (a full disk) must not end a run that is well otherwise."""
+    async def begin_checkpoint(self) -> None:
+        """Have copied what resuming needs, unless it is saved already; the run goes on while it is written.
+
+        A checkpoint that cannot be written (a full disk) is noted, and does not end a run that is well
+        otherwise: `checkpoint` insists on it. An interruption waits until all is copied.
+        """
+        await uninterrupted(self._noting_failure(self._begin(), self.finished_steps))
+
+    async def end_checkpoint(self) -> None:
+        """Wait for the checkpoint that was begun, if there is one; fails as `begin_checkpoint` does."""
+        if self.saving is not None:
+            await uninterrupted(self._noting_failure(self._end(), self.saving))
+
+    async def checkpoint(self) -> None:
+        """Save what resuming needs, unless it is saved already: it is on disk when this returns.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        await self.end_checkpoint()
+        await uninterrupted(self._begin())
+        await uninterrupted(self._end())
+
+    async def _noting_failure(self, work: Awaitable[None], step: int) -> None:
         try:
-            await self.checkpoint()
+            await work
         except RunError as error:
             if self.worker.lost:
                 raise
-            logger.error("the checkpoint of step %d was not written", self.finished_steps, exc_info=error)
+            logger.error("the checkpoint of step %d was not written", step, exc_info=error)
             found = checkpoints(self.run_dir)
             kept = f"the last one is of step {found[-1][0]}" if found else "there is none yet"
             reason = str(error).splitlines()[0]
-            self.tracker.note(f"no checkpoint of step {self.finished_steps} was written, {kept}: {reason}")
+            self.tracker.note(f"no checkpoint of step {step} was written, {kept}: {reason}")
 
-    async def checkpoint(self) -> None:
-        """Save what resuming needs, unless it is saved already; then the oldest go.
-
-        An interruption waits until it is written.
-        """
-        await uninterrupted(self._checkpoint())
-
-    async def _checkpoint(self) -> None:
+    async def _begin(self) -> None:
         folder = checkpoint_folder(self.run_dir, self.finished_steps)
         if read_about(folder) is not None:
             return
         with self.tracker.phase(phases.CHECKPOINT, self.finished_steps):
             await self.worker.save(folder)
+        self.saving = self.finished_steps
+
+    async def _end(self) -> None:
+        """Wait for the files; only then do the oldest checkpoints go."""
+        if self.saving is None:
+            return
+        folder, self.saving = checkpoint_folder(self.run_dir, self.saving), None
+        with self.tracker.phase(phases.CHECKPOINT, self.finished_steps):
+            await self.worker.saved()
         if read_about(folder) is None:
             raise RunError(f"the worker wrote {folder}, but it is not there; the two must share this storage")
         for _, other in checkpoints(self.run_dir)[: -self.config.train.keep_checkpoints]:

@@ -133,6 +133,7 @@ class VLLMEngine:
         self.host = 0
         self._stop_token_ids = list(stop_token_ids)
         self._running_requests = config.running_requests
+        self._kv_cache_gib = config.kv_cache_gib
         self._request_ids = itertools.count()
         self._running: set[str] = set()
         #: Of those, the ones that were asked to end early, and keep what they have.
@@ -159,7 +160,9 @@ class VLLMEngine:
         try:
             self._llm = AsyncLLM.from_vllm_config(self._vllm_config)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise EngineDeadError(f"vLLM did not start: {error}") from error
+            # vLLM's log names arguments of its own, which are not where a run sets this.
+            memory = f"if it is short of memory, lower inference.kv_cache_gib={self._kv_cache_gib:g}"
+            raise EngineDeadError(f"vLLM did not start: {error}; {memory}") from error
         self._processes = _descendants() - others
         pids = [process.pid for process in self._processes]
         self._segments = shared_memory_of(*pids) - shared_memory_of(os.getpid())

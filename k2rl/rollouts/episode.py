@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -106,7 +106,7 @@ async def run_episode(
 async def _begin(episode: Episode, env: TextEnv, chat: ChatTemplate, limits: EpisodeLimits) -> None:
     attempt = episode.attempt
     messages, _ = await call(env.reset, seed=attempt.task.seed, options={"task": attempt.task})
-    prompt = chat.prompt_ids(messages)
+    prompt = chat.prompt_ids(messages, env.tools)
     if len(prompt) >= limits.max_model_len:
         raise ValueError(
             f"its prompt of {len(prompt)} tokens does not fit inference.max_model_len={limits.max_model_len}"
@@ -196,23 +196,51 @@ async def _sampled(
     limits: EpisodeLimits,
 ) -> Generation:
     """The whole turn: what of it there is already, and the rest."""
-    while (done := episode.turn) is None or done.finish_reason == "interrupted":
+
+    def keep(generation: Generation) -> None:
+        episode.turn = generation
+
+    sampling = Sampling(
+        episode.attempt.temperature,
+        max_tokens,
+        turn_seed(episode.attempt.seed, turn),
+        limits.repeat_size,
+        limits.repeat_count,
+    )
+    return await draw_turn(engine, context, sampling, episode.turn, keep)
+
+
+async def draw_turn(
+    engine: InferenceEngine,
+    context: Sequence[int],
+    sampling: Sampling,
+    done: Generation | None = None,
+    keep: Callable[[Generation], None] = lambda generation: None,
+) -> Generation:
+    """A turn to its end, however often the engine is interrupted in it.
+
+    Args:
+        engine: that samples it.
+        context: ids before the turn.
+        sampling: of the whole turn.
+        done: what of it there is already.
+        keep: is told of what there is whenever that is more.
+    """
+    while done is None or done.finish_reason == "interrupted":
         start = len(done.token_ids) if done is not None else 0
-        if done is not None and start >= max_tokens:
-            episode.turn = msgspec.structs.replace(done, finish_reason="length")
-            break
-        seed = turn_seed(episode.attempt.seed, turn)
-        sampling = Sampling(
-            episode.attempt.temperature,
-            max_tokens - start,
-            derive_seed(seed, start) if start else seed,  # else it would draw the turn's first numbers again
-            limits.repeat_size,
-            limits.repeat_count,
-        )
-        rest = await engine.generate([*context, *(done.token_ids if done is not None else ())], sampling)
-        episode.turn = rest if done is None else done.followed_by(rest)
-    assert episode.turn is not None
-    return episode.turn
+        if done is not None and start >= sampling.max_tokens:
+            done = msgspec.structs.replace(done, finish_reason="length")
+        else:
+            rest = msgspec.structs.replace(
+                sampling,
+                max_tokens=sampling.max_tokens - start,
+                # Else it would draw the turn's first numbers again.
+                seed=derive_seed(sampling.seed or 0, start) if start else sampling.seed,
+            )
+            drawn = await engine.generate([*context, *(done.token_ids if done is not None else ())], rest)
+            done = drawn if done is None else done.followed_by(drawn)
+        keep(done)
+    return done
 
 
 def turn_seed(episode_seed: int, turn: int) -> int:
@@ -222,7 +250,7 @@ def turn_seed(episode_seed: int, turn: int) -> int:
 
 def _settle(episode: Episode, trajectory: Trajectory, generation: Generation, action: str) -> None:
     """A turn is over: it becomes part of the trajectory."""
-    trajectory.segments += _segments(generation)
+    trajectory.segments += turn_segments(generation)
     trajectory.messages.append(Message("assistant", action))
     episode.actions.append(action)
     episode.turn = episode.snapshot = None
@@ -233,7 +261,7 @@ def _observe(trajectory: Trajectory, messages: Sequence[Message], token_ids: lis
     trajectory.segments.append(Segment(tuple(token_ids), sampled=False))
 
 
-def _segments(generation: Generation) -> list[Segment]:
+def turn_segments(generation: Generation) -> list[Segment]:
     """One segment a weight version: a turn that outlived an update has several."""
     starts = [start for start, _ in generation.weight_spans]
     ends = [*starts[1:], len(generation.token_ids)]

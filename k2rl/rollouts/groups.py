@@ -94,7 +94,8 @@ class Group:
 
 
 def sampled_versions(trajectory: Trajectory) -> list[int]:
-    return [segment.weight_version for segment in trajectory.segments if segment.sampled]
+    segments = (segment for line in trajectory.lines for segment in line.segments)
+    return [segment.weight_version for segment in segments if segment.sampled]
 
 
 def learnable(members: Sequence[Trajectory]) -> list[Trajectory]:

@@ -13,8 +13,10 @@ from k2rl.errors import RunError
 from k2rl.inference.engine import EngineDeadError, InferenceEngine
 from k2rl.models.chat import ChatTemplate
 from k2rl.objective.budget import budget_for
-from k2rl.rollouts.episode import Attempt, Episode, EpisodeLimits, run_episode
+from k2rl.rollouts.episode import Attempt, Episode, EpisodeLimits
+from k2rl.rollouts.gateway.server import Gateway
 from k2rl.rollouts.hosting import hosted
+from k2rl.rollouts.playing import play_episode
 from k2rl.types import Task, Trajectory, Verdict
 from rubrics.base import Rubric, judge_safely
 from rubrics.deadline import MissedDeadlineError
@@ -34,12 +36,14 @@ class RolloutScheduler:
         chat: ChatTemplate,
         make_env: Callable[[], TextEnv],
         rubric: Rubric,
+        gateway: Gateway | None = None,
     ) -> None:
         self._config = config
         self._engine = engine
         self._chat = chat
         self._make_env = make_env
         self._rubric = rubric
+        self._gateway = gateway
 
     async def run(
         self,
@@ -96,7 +100,8 @@ class RolloutScheduler:
 
         def use(env: TextEnv) -> Coroutine[Any, Any, Trajectory]:
             seated(env)
-            return run_episode(episode, env, engine, self._chat, self._limits(attempt.task))
+            limits = self._limits(attempt.task)
+            return play_episode(episode, env, engine, self._chat, limits, self._gateway)
 
         try:
             trajectory = await hosted(self._make_env, use, deadline, excused_s)

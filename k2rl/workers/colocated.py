@@ -316,9 +316,13 @@ class ColocatedWorker(PushingWorker):
             await self._rest()
 
     async def save(self, folder: str) -> None:
+        """See `TrainEngine.save`: returns when the state has been copied; files are written later."""
         await self._train(self._trainer.save, folder)
-        await self._train(self._trainer.saved)
         await self._rest_unless_training()
+
+    async def saved(self) -> None:
+        """See `TrainEngine.saved`."""
+        await self._train(self._trainer.saved)
 
     async def load(self, folder: str) -> None:
         await self._train(self._trainer.load, folder)
