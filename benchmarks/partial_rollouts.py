@@ -3,9 +3,9 @@
 Episodes have a lognormal number of turns (median 3, sigma 1, 40 at most), and their tool takes lognormal time
 (median 0.1 s, sigma 1, 3 s at most). Both sides are the whole loop with the real vLLM and trainer in the same
 processes, one after the other: steps of 8 groups of 4, of a tiny random model. A synchronous step waits for
-the last of its 32 episodes; a partial one takes the first 8 groups that are over of those in play, and parks the
-others. Tokens count when they are trained on, seconds are all that pass; each side's first step is left out
-(parked episodes come from somewhere).
+the last of its 32 episodes; a partial one takes the first 8 groups that are over of those in play, and parks
+the others. Tokens count when they are trained on, seconds are all that pass; each side's first step is left
+out (parked episodes come from somewhere).
 
     make bench-partial
     make bench-partial ARGS="--steps 8"
@@ -29,7 +29,7 @@ from typing import Any
 from k2rl import launch
 from k2rl.composition import compose
 from k2rl.loop import learn, roll_out, rollout_metrics
-from k2rl.preflight import preflight
+from k2rl.preflight import Preflight, preflight
 from k2rl.rollouts.pool import Pool
 from k2rl.rollouts.store.sqlite import SQLiteStore
 from k2rl.run import Run
@@ -91,8 +91,8 @@ async def measured(run: Run, name: str, steps: int) -> dict[str, float]:
     }
 
 
-async def compared(steps: int, run_dir: Path) -> dict[str, dict[str, float]]:
-    with closing(preflight(compose(list(SETTINGS)))) as prepared, closing(Recovery(run_dir, 0)) as recovery:
+async def compared(prepared: Preflight, steps: int, run_dir: Path) -> dict[str, dict[str, float]]:
+    with closing(Recovery(run_dir, 0)) as recovery:
         async with launch.started(prepared, run_dir, None, trains=True, recovery=recovery) as run:
             await run.worker.publish()
             return {name: await measured(run, name, steps) for name in SIDES}
@@ -102,8 +102,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=6)
     steps = parser.parse_args().steps
-    with tempfile.TemporaryDirectory() as run_dir:
-        result = asyncio.run(compared(steps, Path(run_dir)))
+    prepared = preflight(compose(list(SETTINGS)))
+    with closing(prepared), tempfile.TemporaryDirectory() as run_dir:
+        result = asyncio.run(compared(prepared, steps, Path(run_dir)))
     for name, side in result.items():
         print(
             f"{name:12} {side['tokens_per_second']:8.1f} trained tokens/s "

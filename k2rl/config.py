@@ -81,6 +81,13 @@ class RolloutConfig:
     #: Draw other tasks in place of those that teach nothing (fewer than two scored responses, or all rewards
     #: equal), until a step has `tasks_per_step` that do; at most so many times `tasks_per_step`. 0: none.
     refill: float = 0.0
+    #: Which tasks a step draws: `stream` (as the environment gives them), `prioritised` (by 1 minus how often
+    #: the task, or else its kind, succeeded), or `curriculum` (by how often it did, turning into the former).
+    sampling: str = "stream"
+    #: Of `prioritised` and `curriculum`: tasks to choose from, as a multiple of those drawn.
+    candidates: int = 4
+    #: Steps after which a `curriculum` is `prioritised`.
+    curriculum_steps: int = 100
     #: End a response when a pattern of up to so many tokens comes `repeat_count` times in a row; it is
     #: penalised like one that used up its budget. 0: never.
     repeat_size: int = 0

@@ -67,6 +67,8 @@ BOUNDS = {
     "rollout.step_s": FROM_0,
     "rollout.max_staleness": FROM_0,
     "rollout.refill": FROM_0,
+    "rollout.candidates": FROM_1,
+    "rollout.curriculum_steps": FROM_1,
     "rollout.repeat_size": FROM_0,
     "rollout.repeat_count": Bound(2),
     "rollout.max_failed_share": SHARE,
@@ -136,6 +138,7 @@ BOUNDS = {
 
 CHOICES = {
     "model.dtype": ("auto", "bfloat16", "float32"),
+    "rollout.sampling": ("stream", "prioritised", "curriculum"),
     "rollout.surplus": ("drop", "park"),
     "rollout.pause": ("turn", "generation"),
     "rollout.old_tokens": ("train", "mask", "correct"),

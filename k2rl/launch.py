@@ -22,8 +22,9 @@ from k2rl.loop import train
 from k2rl.models.hub import shapes_fingerprint
 from k2rl.preflight import Preflight
 from k2rl.rollouts.gateway.server import Gateway
+from k2rl.rollouts.history import History
 from k2rl.rollouts.pool import Pool
-from k2rl.rollouts.recording import FOLDER, STORE, read_recording
+from k2rl.rollouts.recording import FOLDER, STORE, read_recording, recorded_steps
 from k2rl.rollouts.scheduler import RolloutScheduler
 from k2rl.rollouts.store.base import TrajectoryStore, open_store
 from k2rl.run import Run
@@ -287,7 +288,8 @@ async def started(
         ptx = PTXCorpus(prepared.ptx, config.ptx.sequences_per_step, config.seed)
         with cluster, recovery.begun(tracker.note, lambda: run.finished_steps):
             try:
-                pool = Pool(config, scheduler, worker, _store(config, run_dir), prepared.train_tasks)
+                store, history = _store(config, run_dir), _history(config, run_dir, resume_step)
+                pool = Pool(config, scheduler, worker, store, prepared.train_tasks, history)
                 run = Run(config, prepared, run_dir, tracker, worker, scheduler, pool, ptx, resume_step or 0)
                 try:
                     async with gateway or nullcontext():
@@ -306,6 +308,16 @@ def _store(config: Config, run_dir: Path) -> TrajectoryStore:
         return open_store(path, "", config.deadlines.store_s)
     name = f"{run_dir.parent.name}/{run_dir.name}"
     return open_store(config.rollout.store, name, config.deadlines.store_s)
+
+
+def _history(config: Config, run_dir: Path, resume_step: int | None) -> History:
+    """What the steps before this one tell about tasks."""
+    history = History(config)
+    for step in recorded_steps(run_dir):
+        if resume_step is not None and step <= resume_step:
+            for trajectory in read_recording(run_dir, step).trajectories:
+                history.add(trajectory)
+    return history
 
 
 async def _supervise(run: Run, work: asyncio.Future[T]) -> None:

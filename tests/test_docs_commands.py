@@ -49,9 +49,10 @@ QUICK: dict[str, Callable[[Path, str], None]] = {
 #: Run by a fixture, whose folders many tests look at.
 ELSEWHERE = [MULTIRUN]
 #: Whole runs, of which only the start-up checks are made here, with a tiny model: two train a real one for
-#: minutes, and the third is like the many tiny runs of tests/integration.
+#: minutes, and the others are like the many tiny runs of tests/integration.
 WHOLE_RUNS = [
     "k2rl train experiment=tiny env.id=guess:GuessEnv",
+    "k2rl train experiment=tiny rollout=partial temperature=constant",
     "k2rl train experiment=quickstart optimizer=adamw rollout.group_size=16 seed=1",
     "k2rl train experiment=quickstart env.id=guess:GuessEnv env.max_turns=6 'warm_start.kinds=[]'",
     "k2rl train experiment=tiny env=agent env.kwargs.agent=my_agent:play env.kwargs.tasks=my_agent:tasks "

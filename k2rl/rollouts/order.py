@@ -11,37 +11,13 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from k2rl.rollouts.groups import Group
-from k2rl.types import Task, Trajectory
-
-#: Weight of the newest length in the mean that is kept of a task, a kind and all.
-NEWEST = 0.1
-
-
-class Lengths:
-    """Mean sampled tokens of finished episodes, by task, by kind and of all; the newest count most."""
-
-    def __init__(self) -> None:
-        self._means: dict[tuple[str, str], float] = {}
-
-    def add(self, trajectory: Trajectory) -> None:
-        for key in _keys(trajectory.task):
-            before = self._means.get(key)
-            length = float(trajectory.num_sampled)
-            self._means[key] = length if before is None else before + NEWEST * (length - before)
-
-    def expected(self, task: Task) -> float:
-        """Of an episode of this task; 0 where nothing is known."""
-        return next((self._means[key] for key in _keys(task) if key in self._means), 0.0)
-
-
-def _keys(task: Task) -> tuple[tuple[str, str], ...]:
-    return ("task", task.id), ("kind", task.kind), ("all", "")
+from k2rl.rollouts.history import Means
 
 
 class Queue:
     """Groups with episodes that wait for a seat."""
 
-    def __init__(self, lengths: Lengths, longest_first: bool) -> None:
+    def __init__(self, lengths: Means, longest_first: bool) -> None:
         """Without `longest_first` they come in the order in which they were pushed."""
         self._lengths = lengths
         self._longest_first = longest_first
@@ -90,4 +66,4 @@ class Queue:
 
     def _expected(self, group: Group) -> float:
         known = [t.num_sampled for t in group.finished.values() if not t.failed]
-        return sum(known) / len(known) if known else self._lengths.expected(group.task)
+        return sum(known) / len(known) if known else self._lengths.expected(group.task, 0.0)

@@ -17,11 +17,13 @@ from typing import cast
 from envs.base import TextEnv
 from k2rl.config import Config
 from k2rl.inference.engine import InterruptibleEngine
+from k2rl.rollouts.curriculum import prioritised
 from k2rl.rollouts.gate import Gate, Pause
 from k2rl.rollouts.groups import Group, Seat, attempts, drawn_at
+from k2rl.rollouts.history import History
 from k2rl.rollouts.hosting import call
 from k2rl.rollouts.iteration import Draw, Iteration, staleness
-from k2rl.rollouts.order import Lengths, Queue
+from k2rl.rollouts.order import Queue
 from k2rl.rollouts.scheduler import RolloutScheduler
 from k2rl.rollouts.store.base import TrajectoryStore, verdict_key
 from k2rl.types import Task, Trajectory, Verdict
@@ -57,7 +59,7 @@ class Pool:
         engine: InterruptibleEngine,
         store: TrajectoryStore,
         draw: Draw,
-        lengths: Lengths | None = None,
+        history: History | None = None,
     ) -> None:
         self._config = config
         self._rollout = config.rollout
@@ -65,9 +67,9 @@ class Pool:
         replicas = config.cluster.workers // config.inference.tensor_parallel
         self._gate = Gate(engine, REQUESTS_AHEAD * config.inference.max_num_seqs * replicas)
         self._store = store
-        self._draw = draw
-        self._lengths = lengths or Lengths()
-        self._queue = Queue(self._lengths, self._rollout.longest_first)
+        self._history = history or History(config)
+        self._draw = prioritised(draw, config.rollout, config.seed, self._history.success)
+        self._queue = Queue(self._history.lengths, self._rollout.longest_first)
         #: In play, by id: those that are not over, and those that are.
         self._open: dict[str, Group] = {}
         self._whole: dict[str, Group] = {}
@@ -166,6 +168,8 @@ class Pool:
 
     def settle(self, trajectories: list[Trajectory]) -> None:
         """Let the store know that a step has these for good: they are recorded, or learned from."""
+        for trajectory in trajectories:
+            self._history.add(trajectory)
         self._store.take(ALL, HOLDER, LEASE_S)
         self._store.ack([t.id for t in trajectories if not t.failed], HOLDER)
         self._store.drop([t.id for t in trajectories if t.failed])
@@ -245,7 +249,6 @@ class Pool:
             return
         if not trajectory.failed:
             self._store.finish([trajectory])
-            self._lengths.add(trajectory)
         group.finished[trajectory.id] = trajectory
 
     def _played(self, task: asyncio.Task[None]) -> None:

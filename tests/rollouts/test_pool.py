@@ -463,3 +463,37 @@ def test_kinds_have_limits_of_their_own(chat: ChatTemplate) -> None:
     asyncio.run(scenario())
     assert most["long"] == 2
     assert most["short"] > 2
+
+
+def test_many_episodes_at_once_are_all_over_and_none_is_double(chat: ChatTemplate) -> None:
+    """The small sister of `make bench-episodes`: 400, of which the engine answers the last ones first."""
+
+    class Backwards(Engine):
+        waiting: list[asyncio.Event] = []  # noqa: RUF012
+
+        async def generate(self, prompt_ids: list[int], sampling: Sampling) -> Generation:
+            self.waiting.append(turn := asyncio.Event())
+            if len(self.waiting) == 400:
+                self.waiting[-1].set()
+            await turn.wait()
+            self.waiting[self.waiting.index(turn) - 1].set()
+            return self._generation([self._letter, self._stop], "stop")
+
+    async def scenario() -> None:
+        config = config_of(
+            surplus="drop", tasks_per_step=100, group_size=4, oversample=1.0, max_concurrent=400
+        )
+        store = memory()
+
+        async def draw(step: int, number: int) -> list[Task]:
+            return list(islice(Letters().tasks("train", 0), 100))
+
+        config.inference.max_num_seqs = 200  # twice as many are let through
+        table = Table(config, Backwards(chat), chat, store, draw)
+        harvest = await table.step(1)
+        assert len({t.id for t in harvest.trajectories}) == len(harvest.trajectories) == 400
+        assert tasks_of(harvest) == [f"t{n}" for n in range(100)]
+        assert store.counts().learned == 400
+        await table.pool.close()
+
+    asyncio.run(scenario())
