@@ -26,6 +26,7 @@ _REGISTRY: Registry[TextEnv] = Registry(
         "code_debug": "envs.coding.debugging:DebugEnv",
         "code_function": "envs.coding.single_turn:CodeEnv",
         "gymnasium": "envs.adapters.gymnasium:GymnasiumTextEnv",
+        "openenv": "envs.adapters.openenv:OpenEnvEnv",
         "python_math": "envs.python_math:PythonMathEnv",
         "reasoning_gym": "envs.reasoning_gym:ReasoningGymEnv",
         "service": "envs.service.env:ServiceEnv",
