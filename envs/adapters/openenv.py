@@ -1,6 +1,6 @@
 """Environments served by OpenEnv, as a client of theirs: JSON over a WebSocket, a session an episode.
 
-Its own client cannot be installed beside vLLM (it asks for another generation of `mcp`); what it says is little.
+Its own client cannot be installed beside vLLM (it asks for another `mcp`); what it says is little.
 """
 
 from __future__ import annotations

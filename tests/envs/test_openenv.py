@@ -1,4 +1,4 @@
-"""Environments served by the real OpenEnv, which lives in an environment of its own: it asks for another `mcp`."""
+"""Environments served by the real OpenEnv, which has a Python of its own: it asks for another `mcp`."""
 
 from __future__ import annotations
 
