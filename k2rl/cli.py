@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from k2rl import __version__, sandbox_commands
+from k2rl import __version__, sandbox_commands, serving_command
 from k2rl.authoring import commands as authoring_commands
 from k2rl.choices import config_groups, experiments
 from k2rl.errors import ConfigError, RunError
@@ -176,8 +176,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("words", nargs="*", metavar="KEY=VALUE", help="see below; or `calibrate`")
     plan.set_defaults(run=_plan)
 
-    envs = commands.add_parser("envs", help="what there is to learn: `k2rl envs list`, `check`, `new`")
-    authoring_commands.add_to(envs.add_subparsers(required=True, metavar="ACTION", title="actions"))
+    envs = commands.add_parser(
+        "envs", help="what there is to learn: `k2rl envs list`, `check`, `new`, `serve`"
+    )
+    actions = envs.add_subparsers(required=True, metavar="ACTION", title="actions")
+    authoring_commands.add_to(actions)
+    serving_command.add_to(actions)
 
     stacks = commands.add_parser(
         "stacks", help="what every process of a run on this host is doing now", description=STACKS

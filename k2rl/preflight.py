@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import envs.registry
+from envs.agents import AgentEnv
 from envs.base import TextEnv
 from k2rl.checkpoint_engine.disk import checkpoint_manifest
 from k2rl.checkpoint_engine.plan import RING_SLOTS, PlanError, fit_bucket
@@ -59,14 +60,15 @@ class Preflight:
     def make_env(self) -> TextEnv:
         return envs.registry.make(self.config.env.id, **self.config.env.kwargs)
 
-    async def train_tasks(self, step: int) -> list[Task]:
-        """The tasks of a step: a function of the seed and the step.
+    async def train_tasks(self, step: int, draw: int = 0) -> list[Task]:
+        """The tasks of a step, and of its further draws: a function of the seed, the step and the draw.
 
         Raises:
             ConfigError: the environment raises, hangs or has too few.
         """
         wanted = self.config.rollout.tasks_per_step
-        tasks = await _draw(self, "train", derive_seed(self.config.seed, step), wanted)
+        seed = derive_seed(self.config.seed, step, draw) if draw else derive_seed(self.config.seed, step)
+        tasks = await _draw(self, "train", seed, wanted)
         if len(tasks) < wanted:
             raise ConfigError(
                 f"environment {self.config.env.id!r} gives only {len(tasks)} training tasks, but a step "
@@ -85,6 +87,8 @@ class Preflight:
             messages, _ = await call(env.reset, seed=task.seed, options={"task": task})
             return self.chat.prompt_ids(tuple(messages), env.tools)
 
+        if isinstance(self.env, AgentEnv):
+            return list((await self.play(task, lambda env: repeat(""))).segments[0].token_ids)
         return await _asked(self.config, f"on task {task.id}", self._hosted(reset))
 
     async def play(self, task: Task, script: Callable[[TextEnv], Iterable[str | Message]]) -> Trajectory:

@@ -1,1 +1,1 @@
-"""Customer service: a backend with state, a policy in words, a user who wants something."""
+"""Environments as services: what is said (`wire.py`), and the client (`remote.py`), an environment itself."""

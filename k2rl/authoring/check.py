@@ -19,10 +19,12 @@ import msgspec
 from gymnasium.utils.env_checker import check_env
 
 import envs
+from envs.agents import AgentEnv
 from envs.base import TextEnv, maybe_await
 from envs.coding.judging import close_judges
 from k2rl.authoring.held import settled
 from k2rl.authoring.playing import BrokenContractError, Played, continued, play
+from k2rl.errors import ConfigError
 from k2rl.rollouts.hosting import call
 from k2rl.types import Message, Split, Task, Trajectory
 from rubrics.base import judge_safely
@@ -70,9 +72,13 @@ async def check(
     `only`: what to look at, besides the tasks; all of it if None.
 
     Raises:
-        ConfigError: there is no such environment, or it cannot be built with these arguments.
+        ConfigError: there is no such environment, it cannot be built with these arguments, or an agent plays
+            it.
     """
-    await call(envs.make, id, **kwargs)
+    if isinstance(await call(envs.make, id, **kwargs), AgentEnv):
+        raise ConfigError(
+            f"{id} is played by its agent, not with reset() and step(): `k2rl train` rehearses an episode"
+        )
     subject = _Subject(id, kwargs, settings)
     findings = [await _found("tasks", subject.tasks)]
     if findings[0].status != "FAULT":

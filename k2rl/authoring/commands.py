@@ -67,7 +67,7 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.tasks < 1 or not arguments.deadline > 0:
         raise ConfigError("--tasks and --deadline must be above 0")
     settings = Settings(arguments.tasks, arguments.deadline)
-    findings = asyncio.run(check(arguments.id, _keywords(arguments.arguments), settings))
+    findings = asyncio.run(check(arguments.id, keywords_of(arguments.arguments), settings))
     for finding in findings:
         print(f"{finding.status:<6} {finding.about:<24} {finding.detail}")
     faults = sum(finding.status == "FAULT" for finding in findings)
@@ -88,7 +88,7 @@ def _new(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _keywords(words: list[str]) -> dict[str, Any]:
+def keywords_of(words: list[str]) -> dict[str, Any]:
     """Arguments of a constructor.
 
     Raises:

@@ -171,7 +171,13 @@ class ChatTemplate:
         return text
 
     def _masked(self, messages: Sequence[Message], spelled: list[str]) -> list[dict[str, Any]]:
-        return [self._mask(_as_dict(message), spelled) for message in messages]
+        return [self._mask(_as_dict(self._writable(message)), spelled) for message in messages]
+
+    def _writable(self, message: Message) -> Message:
+        """With its calls in its text, where the template would leave them out."""
+        if self._writes_calls or not message.tool_calls:
+            return message
+        return Message(message.role, written(message))
 
     def _mask(self, value: Any, spelled: list[str]) -> Any:
         """A copy in which every control token spelled in a text is a stand-in, numbered into `spelled`."""

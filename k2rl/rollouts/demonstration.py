@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from envs.base import TextEnv
 from k2rl.inference.engine import Generation, Sampling
 from k2rl.models.chat import ChatTemplate
-from k2rl.rollouts.episode import Attempt, EpisodeLimits, run_episode
+from k2rl.rollouts.episode import Attempt, Episode, EpisodeLimits
+from k2rl.rollouts.playing import play_episode
 from k2rl.types import Message, Task, Trajectory
 
 
@@ -41,4 +42,4 @@ async def play_script(
         Exception: what the environment raises.
     """
     attempt = Attempt(f"demonstration-{task.id}", task.id, task, temperature=0.0, seed=0)
-    return await run_episode(attempt, env, ScriptedEngine(turns, chat), chat, limits)
+    return await play_episode(Episode(attempt), env, ScriptedEngine(turns, chat), chat, limits)

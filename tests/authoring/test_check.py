@@ -238,8 +238,11 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'calls' is not KEY=VALUE" in capsys.readouterr().err
 
 
-# tests/envs/test_openenv.py has the one that needs a server.
-@pytest.mark.parametrize("id", sorted(set(envs.available()) - {"openenv"}))
+#: Played by an agent of the user's, or elsewhere (tests/envs/test_service.py, test_openenv.py): nothing without arguments.
+NOT_BY_THEMSELVES = {"agent", "agent_command", "openenv", "remote"}
+
+
+@pytest.mark.parametrize("id", sorted(envs.available().keys() - NOT_BY_THEMSELVES))
 def test_every_environment_that_ships_passes(id: str) -> None:
     findings = {finding.about: finding for finding in asyncio.run(check(id, {}, QUICK))}
     assert [finding for finding in findings.values() if finding.status == "FAULT"] == []

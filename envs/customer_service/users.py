@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from envs.service.cases import Case
+from envs.customer_service.cases import Case
 from k2rl.errors import ConfigError
 
 DONE = "[DONE]"

@@ -12,9 +12,9 @@ import msgspec
 
 from envs.answers import split_of
 from envs.base import Messages
-from envs.service.cases import CASES, Case, draw
-from envs.service.library import POLICY, Library
-from envs.service.users import PlayedUser, ScriptedUser, User
+from envs.customer_service.cases import CASES, Case, draw
+from envs.customer_service.library import POLICY, Library
+from envs.customer_service.users import PlayedUser, ScriptedUser, User
 from envs.tools import ToolEnv, calling, tool
 from k2rl.errors import ConfigError
 from k2rl.types import Message, Split, Task
@@ -63,15 +63,14 @@ class ServiceEnv(ToolEnv):
     def tasks(self, split: Split, seed: int) -> Iterator[Task]:
         """The kinds of case in turn; who asks decides which split a case belongs to."""
         for place in count():
-            id = f"service/{split}/{seed}/{place}"
+            id = f"customer_service/{split}/{seed}/{place}"
             rng, kind = random.Random(id), self.kinds[place % len(self.kinds)]
             while True:
                 case = draw(kind, rng)
                 if split_of(case.library.members[case.member].name, EVAL_ONE_IN) == split:
                     break
-            yield Task(
-                id, "service", kind, split, seed, {"case": msgspec.json.decode(msgspec.json.encode(case))}
-            )
+            data = {"case": msgspec.json.decode(msgspec.json.encode(case))}
+            yield Task(id, "customer_service", kind, split, seed, data)
 
     def begin(self, task: Task) -> Messages | Awaitable[Messages]:
         self._case = _case_of(task)

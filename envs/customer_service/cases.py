@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from envs.service.library import (
+from envs.customer_service.library import (
     MAX_HOLDS,
     MAX_OWED_CENTS,
     MAX_RENEWALS,
