@@ -238,7 +238,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'calls' is not KEY=VALUE" in capsys.readouterr().err
 
 
-#: Played by an agent of the user's, or elsewhere (tests/envs/test_service.py, test_openenv.py): nothing without arguments.
+#: Played by an agent of the user's, or elsewhere (test_service.py, test_openenv.py): nothing by themselves.
 NOT_BY_THEMSELVES = {"agent", "agent_command", "openenv", "remote"}
 
 
