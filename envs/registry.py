@@ -30,6 +30,7 @@ _REGISTRY: Registry[TextEnv] = Registry(
         "customer_service": "envs.customer_service.env:ServiceEnv",
         "gymnasium": "envs.adapters.gymnasium:GymnasiumTextEnv",
         "harbor": "envs.coding.harbor:HarborEnv",
+        "openenv": "envs.adapters.openenv:OpenEnvEnv",
         "python_math": "envs.python_math:PythonMathEnv",
         "remote": "envs.service.remote:RemoteEnv",
         "reasoning_gym": "envs.reasoning_gym:ReasoningGymEnv",

@@ -74,7 +74,7 @@ class GymnasiumTextEnv(TextEnv):
         self._steps, self._running = 0, False
 
     def _make(self) -> gymnasium.Env[Any, Any]:
-        mode = {"render_mode": "ansi"} if self._renders else {}
+        mode: dict[str, Any] = {"render_mode": "ansi"} if self._renders else {}
         return gymnasium.make(self.game, **mode, **self._options)
 
     def tasks(self, split: Split, seed: int) -> Iterator[Task]:

@@ -60,7 +60,8 @@ class MCPServer:
         stop = asyncio.Event()
         # The client must be left by the task that entered it; an environment's calls are tasks of their own.
         owner = asyncio.create_task(_own(mcp.Client(target), ready, stop, timeout_s))
-        await asyncio.wait({ready, owner}, timeout=connect_s, return_when=asyncio.FIRST_COMPLETED)
+        waited: set[asyncio.Future[Any]] = {ready, owner}
+        await asyncio.wait(waited, timeout=connect_s, return_when=asyncio.FIRST_COMPLETED)
         if not ready.done():
             owner.cancel()
             with suppress(asyncio.CancelledError):

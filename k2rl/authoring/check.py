@@ -32,8 +32,6 @@ from rubrics.deadline import MissedDeadlineError, within
 
 SPLITS: tuple[Split, ...] = ("train", "eval")
 SEEDS = (0, 1, 7)
-COMPARED = 100
-"""Tasks of each split and seed that are compared between the splits."""
 
 NONSENSE = (
     "",
@@ -62,6 +60,8 @@ class Settings(msgspec.Struct, frozen=True):
 
     tasks: int = 4
     deadline_s: float = 60.0
+    #: Tasks of each split and seed that are drawn and compared.
+    compared: int = 100
 
 
 async def check(
@@ -153,19 +153,19 @@ class _Subject:
         seen: set[str] = set()
         for split in SPLITS:
             for seed in SEEDS[:2]:
-                tasks = await self._draw(split, seed, COMPARED)
+                tasks = await self._draw(split, seed, self._settings.compared)
                 if not tasks:
                     raise BrokenContractError(f"tasks({split!r}, {seed}) gives none")
                 for task in tasks:
                     _check_task(task, split, kinds)
-                if tasks != await self._draw(split, seed, COMPARED):
+                if tasks != await self._draw(split, seed, self._settings.compared):
                     raise BrokenContractError(f"tasks({split!r}, {seed}) gives others the second time")
                 seen |= {task.kind for task in tasks}
                 if split == "train" and seed == SEEDS[0]:
                     self._chosen = _one_of_each(tasks, self._settings.tasks)
         missing = sorted(set(kinds) - seen)
         if missing:
-            return "note", f"none of kind {', '.join(missing)} among {COMPARED} of each split"
+            return "note", f"none of kind {', '.join(missing)} among {self._settings.compared} of each split"
         return "ok", f"kinds: {', '.join(sorted(seen))}"
 
     async def elsewhere(self) -> tuple[Status, str]:
@@ -194,7 +194,9 @@ class _Subject:
     async def splits(self) -> tuple[Status, str]:
         found: dict[Split, set[bytes]] = {}
         for split in SPLITS:
-            drawn = [task for seed in SEEDS for task in await self._draw(split, seed, COMPARED)]
+            drawn = [
+                task for seed in SEEDS for task in await self._draw(split, seed, self._settings.compared)
+            ]
             found[split] = {msgspec.json.encode((task.kind, task.data), order="sorted") for task in drawn}
         common = found["train"] & found["eval"]
         if common:
@@ -322,7 +324,9 @@ class _Subject:
     async def speed(self) -> tuple[Status, str]:
         async with self._open() as env:
             started = time.perf_counter()
-            drawn = await self._within(lambda: len(list(islice(env.tasks("train", 3), COMPARED))))
+            drawn = await self._within(
+                lambda: len(list(islice(env.tasks("train", 3), self._settings.compared)))
+            )
             tasks_s = (time.perf_counter() - started) / drawn
         seconds: dict[str, list[float]] = {"reset": [], "step": []}
         for task in self._chosen:

@@ -58,7 +58,7 @@ DRAW = """
 import sys, json, reasoning_gym
 for name in sys.argv[1:]:
     data = reasoning_gym.create_dataset(name, seed=3, size=1000)
-    print("\n" + json.dumps([name, *[[data[i]["question"], str(data[i]["answer"])] for i in (0, 1, 999)]]))
+    print("\\n" + json.dumps([name, *[[data[i]["question"], str(data[i]["answer"])] for i in (0, 1, 999)]]))
 """
 NAMES = [name for name in DATASETS if name != "composite"]
 

@@ -27,6 +27,8 @@ import envs, rubrics, sandboxes
 import envs.calculator, rubrics.registry, sandboxes.arithmetic
 import envs.agents, envs.service.remote, k2rl.serving.server, k2rl.serving_command
 import envs.coding.single_turn, envs.coding.debugging, envs.coding.swe, envs.reasoning_gym
+import envs.tools.mcp, envs.python_math, envs.games.sudoku, envs.customer_service.env, envs.adapters.openenv
+import envs.adapters.textarena, envs.adapters.gymnasium, k2rl.authoring.check, k2rl.authoring.new
 import msgspec
 from k2rl.types import Trajectory
 
