@@ -28,6 +28,11 @@ _REGISTRY: Registry[Rubric] = Registry(
         "tool_calls": "rubrics.verifiers.tools:ToolCallJudge",
         "format": "rubrics.verifiers.form:FormatJudge",
         "repetition": "rubrics.verifiers.form:RepetitionJudge",
+        "pointwise": "rubrics.critics.pointwise:Pointwise",
+        "pairwise": "rubrics.critics.pairwise:Pairwise",
+        "faithfulness": "rubrics.critics.faithfulness:Faithfulness",
+        "safety": "rubrics.critics.safety:Safety",
+        "hack_check": "rubrics.critics.hack_check:HackCheck",
     },
     listing="use `env` for the environment's own",
 )

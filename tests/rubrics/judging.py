@@ -17,5 +17,5 @@ def episode(turn: str = "", id: str = "e", calls: tuple[ToolCall, ...] = (), **d
     return Trajectory(id=id, group_id="group", task=task, temperature=1.0, messages=messages)
 
 
-def judged(rubric: Rubric, turn: str = "", deadline_s: float = 60.0, **data: Any) -> Verdict:
-    return asyncio.run(judge_safely(rubric, episode(turn, **data), deadline_s))
+def judged(judge: Rubric, turn: str = "", deadline_s: float = 60.0, /, **data: Any) -> Verdict:
+    return asyncio.run(judge_safely(judge, episode(turn, **data), deadline_s))
