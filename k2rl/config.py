@@ -33,12 +33,15 @@ class EnvConfig:
 
 @dataclass
 class RubricConfig:
-    #: `env` (the environment's own rubric) or `module:Class` of another one.
+    #: `env` (the environment's own rubric), a registered one (`k2rl judge --help` lists them), or
+    #: `module:Class`. Where it compares responses, evaluations are judged by the environment's own.
     id: str = "env"
     #: Keyword arguments for the rubric's constructor.
     kwargs: dict[str, Any] = field(default_factory=dict)
-    #: Seconds a judgement may take before it counts as failed.
+    #: Seconds a judgement may take before it counts as failed; of a group, where responses are compared.
     deadline_s: float = 30.0
+    #: Tokens of a reply, where the trained model itself judges (`model: policy` in a rubric's arguments).
+    max_tokens: int = 256
 
 
 @dataclass

@@ -19,6 +19,7 @@ from k2rl.evaluation.results import EvaluationResult
 from k2rl.loop import train
 from k2rl.models.hub import shapes_fingerprint
 from k2rl.preflight import Preflight
+from k2rl.rollouts.engine_model import EngineModel
 from k2rl.rollouts.recording import read_recording
 from k2rl.rollouts.scheduler import RolloutScheduler
 from k2rl.run import Run
@@ -43,6 +44,7 @@ from k2rl.workers.handle import WorkerLostError
 from k2rl.workers.process import end_at_once_on
 from k2rl.workers.recovery import Recovery
 from k2rl.workers.spec import worker_spec
+from rubrics.models import bind_run_model
 
 T = TypeVar("T")
 
@@ -273,7 +275,10 @@ async def started(
             worker = start.result()
             cluster = undo.pop_all()
         tracker.note(f"computing in {worker.dtype} on {spec.device}")
-        scheduler = RolloutScheduler(config, worker, prepared.chat, prepared.make_env, prepared.rubric)
+        bind_run_model(prepared.rubric, EngineModel(worker, prepared.chat, config))
+        scheduler = RolloutScheduler(
+            config, worker, prepared.chat, prepared.make_env, prepared.rubric, prepared.env.rubric
+        )
         ptx = PTXCorpus(prepared.ptx, config.ptx.sequences_per_step, config.seed)
         run = Run(config, prepared, run_dir, tracker, worker, scheduler, ptx, resume_step or 0)
         with cluster, recovery.begun(tracker.note, lambda: run.finished_steps):

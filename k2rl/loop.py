@@ -172,12 +172,19 @@ def rollout_metrics(trajectories: Sequence[Trajectory], seconds: float | None) -
         **{f"reward/component/{name}": fmean(values) for name, values in sorted(components.items())},
         "rollout/episodes": len(trajectories),
         "rollout/failed": len(trajectories) - len(scored),
+        "reward/judge_failed_share": _not_judged(trajectories),
         "rollout/tokens_mean": fmean(tokens),
         "rollout/truncated_share": ends.count("token_budget") / len(ends),
         "rollout/context_share": ends.count("context") / len(ends),
         "rollout/temperature": trajectories[0].temperature,
         **({} if seconds is None else _rates(len(trajectories), sum(tokens), seconds)),
     }
+
+
+def _not_judged(trajectories: Sequence[Trajectory]) -> float:
+    """Share of the episodes that were played to their end without a verdict coming of it."""
+    played = [trajectory for trajectory in trajectories if trajectory.stop_reason != "failed"]
+    return sum(trajectory.failed for trajectory in played) / max(1, len(played))
 
 
 def _rates(episodes: int, tokens: int, seconds: float) -> dict[str, float]:

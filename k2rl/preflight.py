@@ -10,6 +10,8 @@ from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
+
 import envs.registry
 from envs.base import TextEnv
 from k2rl.checkpoint_engine.disk import checkpoint_manifest
@@ -32,8 +34,10 @@ from k2rl.training.batch import SupervisedSequence
 from k2rl.training.chats import load_chats
 from k2rl.training.supervised import chat_sequence, demonstration_sequence
 from k2rl.types import Message, Split, Task, Trajectory
-from rubrics.base import Rubric, judge_safely
+from rubrics.base import Rubric
 from rubrics.deadline import MissedDeadlineError, within
+from rubrics.groups import judge_group_safely
+from rubrics.models import asks_run_model
 
 T = TypeVar("T")
 
@@ -224,7 +228,12 @@ async def _rehearse(prepared: Preflight) -> None:
             f"a prompt of {prompt} tokens and a budget of {budget} do not fit inference.max_model_len="
             f"{config.inference.max_model_len}; raise it or lower the budget"
         )
-    verdict = await judge_safely(prepared.rubric, trajectory, config.rubric.deadline_s)
+    if asks_run_model(prepared.rubric):
+        return  # the model that judges is not there yet
+    # With a rubric that compares, the episode beside itself.
+    other = msgspec.structs.replace(trajectory, id=f"{trajectory.id}-again")
+    pair = [trajectory, other] if prepared.rubric.needs_group else [trajectory]
+    verdict, *_ = await judge_group_safely(prepared.rubric, pair, config.rubric.deadline_s)
     if not verdict.ok:
         raise ConfigError(f"the judge fails on a scripted episode: {verdict.failure}")
 

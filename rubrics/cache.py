@@ -13,6 +13,7 @@ import msgspec
 
 from k2rl.types import Trajectory, Verdict
 from rubrics.base import Rubric
+from rubrics.models import asks_run_model
 
 
 class VerdictCache(Protocol):
@@ -27,7 +28,7 @@ class VerdictCache(Protocol):
 
 def content_key(rubric: Rubric, trajectory: Trajectory) -> str | None:
     """The key of a judgement: a hash of all that it depends on; None if the rubric's are not to be kept."""
-    content = rubric.content(trajectory)
+    content = None if asks_run_model(rubric) else rubric.content(trajectory)
     if content is None:
         return None
     encoded = msgspec.json.encode([rubric.identity, content], order="sorted")

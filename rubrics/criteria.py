@@ -86,7 +86,7 @@ def load(name: str) -> Criteria:
             f"rubric {name!r} is none of {', '.join(shipped)} and no readable file ({type(error).__name__})"
         ) from error
     try:
-        content = yaml.load(text, _UniqueLoader)  # noqa: S506 - a SafeLoader
+        content = yaml.load(text, _UniqueLoader)
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"rubric {name!r} is no YAML: {' '.join(str(error).split())[:200]}") from error
     try:

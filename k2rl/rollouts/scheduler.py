@@ -15,8 +15,9 @@ from k2rl.models.chat import ChatTemplate
 from k2rl.objective.budget import budget_for
 from k2rl.rollouts.episode import Attempt, EpisodeLimits, run_episode
 from k2rl.rollouts.hosting import hosted
+from k2rl.rollouts.judging import Judging
 from k2rl.types import Task, Trajectory, Verdict
-from rubrics.base import Rubric, judge_safely
+from rubrics.base import Rubric
 from rubrics.deadline import MissedDeadlineError
 
 logger = logging.getLogger(__name__)
@@ -32,12 +33,15 @@ class RolloutScheduler:
         chat: ChatTemplate,
         make_env: Callable[[], TextEnv],
         rubric: Rubric,
+        alone: Rubric | None = None,
     ) -> None:
+        """`alone` judges episodes that have no group, where `rubric` compares."""
         self._config = config
         self._engine = engine
         self._chat = chat
         self._make_env = make_env
         self._rubric = rubric
+        self._alone = alone or rubric
 
     async def run(
         self,
@@ -57,11 +61,17 @@ class RolloutScheduler:
         """
         slots = asyncio.Semaphore(self._config.rollout.max_concurrent)
         done = 0
+        deadline_s = self._config.rubric.deadline_s
+        judging = Judging(self._rubric, self._alone, deadline_s, (attempt.group_id for attempt in attempts))
 
         async def play(attempt: Attempt) -> Trajectory:
             nonlocal done
             async with slots:
                 trajectory = await self._play(attempt)
+                if not self._rubric.needs_group:
+                    await judging.judge(trajectory)
+            if self._rubric.needs_group:
+                await judging.judge(trajectory)
             finished(trajectory)
             done += 1
             progress(done, len(attempts))
@@ -81,7 +91,7 @@ class RolloutScheduler:
             return run_episode(attempt, env, self._engine, self._chat, self._limits(attempt.task))
 
         try:
-            trajectory = await hosted(self._make_env, episode, deadline)
+            return await hosted(self._make_env, episode, deadline)
         except (RunError, EngineDeadError):
             raise
         except MissedDeadlineError as error:
@@ -91,8 +101,6 @@ class RolloutScheduler:
         except Exception as error:
             logger.warning("episode %s failed", attempt.id, exc_info=error)
             return _failed(attempt, f"{type(error).__name__}: {error}")
-        trajectory.verdict = await judge_safely(self._rubric, trajectory, self._config.rubric.deadline_s)
-        return trajectory
 
     def _limits(self, task: Task) -> EpisodeLimits:
         return EpisodeLimits(

@@ -112,9 +112,9 @@ def _schema_problem(spec: ToolSpec, calls: Sequence[ToolCall]) -> str:
             kind.check_schema(schema)
         except exceptions.SchemaError as error:
             raise TaskError(f"the schema of tool {call.name!r} is none: {error.message}") from error
-        error = next(iter(kind(schema, registry=Registry()).iter_errors(call.arguments)), None)
-        if error is not None:
-            return f"{call.name}: {error.json_path}: {error.message}"[:200]
+        problem = next(iter(kind(schema, registry=Registry()).iter_errors(call.arguments)), None)
+        if problem is not None:
+            return f"{call.name}: {problem.json_path}: {problem.message}"[:200]
     if spec.at_most is not None and len(calls) > spec.at_most:
         return f"{len(calls)} calls, more than {spec.at_most}"
     return ""

@@ -12,7 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from rubrics.critics.pointwise import Pointwise
-from rubrics.models import Endpoint, EndpointSettings, RunModel, bind_run_model, model_from
+from rubrics.endpoint import Endpoint, EndpointSettings
+from rubrics.models import RunModel, bind_run_model, model_from
 from tests.rubrics.critics import critic
 from tests.rubrics.judging import judged
 

@@ -7,7 +7,6 @@ a reader sees: characters without width don't count.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
@@ -24,7 +23,7 @@ class Instruction(msgspec.Struct, frozen=True, tag_field="id", forbid_unknown_fi
         raise NotImplementedError
 
 
-class _Count(Instruction):
+class _Count(Instruction, frozen=True):
     """So many of something: `exactly`, or `at_least` and `at_most`."""
 
     exactly: int | None = None

@@ -13,8 +13,7 @@ from rubrics.verifiers.instructions import checkers, text
 _NUMBERS = {
     name: value
     for value, name in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen twenty".split()
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"]
     )
 }
 _N = r"(?P<n>\d{1,5}|" + "|".join(_NUMBERS) + r")"
@@ -39,7 +38,7 @@ _COUNT = re.compile(
     re.IGNORECASE,
 )
 _PAREN = re.compile(
-    rf"[\[(*](?:word count|total words?|words?)\s*[:=]\s*(?P<n>\d{{1,5}})|[\[(*](?P<m>\d{{1,5}}) words?[\])*]",
+    r"[\[(*](?:word count|total words?|words?)\s*[:=]\s*(?P<n>\d{1,5})|[\[(*](?P<m>\d{1,5}) words?[\])*]",
     re.IGNORECASE,
 )
 _FORMS: list[tuple[re.Pattern[str], Callable[[], checkers.Instruction]]] = [
