@@ -1,4 +1,4 @@
-"""How fast and how safely the math judge works: 2,000 pairs from worker threads, with hopeless ones among them.
+"""How fast and how safely the math judge works: 2,000 pairs from worker threads, some hopeless.
 
 Prints pairs a second, the 99th percentile of the time a pair took in its child beside the deadline, and what
 came of the hopeless ones. Exits with 1 if an exception other than a missed deadline came out, an answer was

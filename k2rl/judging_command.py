@@ -1,4 +1,4 @@
-"""What `k2rl judge FILE.jsonl reward=…` does: judge episodes that are there, beside labels if they have them."""
+"""What `k2rl judge FILE.jsonl reward=…` does: judge episodes, beside labels if they have them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class JudgeOptions(msgspec.Struct, frozen=True):
 
 
 class Judged(msgspec.Struct, frozen=True):
-    """What came of judging a file; shares are of the episodes that have a verdict, or a verdict and a label."""
+    """What came of judging a file; what is compared are verdicts of episodes that have a label."""
 
     reward: str
     episodes: int
@@ -254,8 +254,8 @@ def _kappa(confusion: dict[str, int]) -> float | None:
 def as_text(found: Judged) -> str:
     """For people."""
     lines = [
-        f"{found.reward}: {found.scored} of {found.episodes} episodes judged, failed {found.failed_share:.1%}, "
-        f"mean {'-' if found.mean is None else f'{found.mean:.3f}'}"
+        f"{found.reward}: {found.scored} of {found.episodes} episodes judged, "
+        f"failed {found.failed_share:.1%}, mean {'-' if found.mean is None else f'{found.mean:.3f}'}"
     ]
     if found.agreement is not None and found.kappa is not None:
         c = found.confusion

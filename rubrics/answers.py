@@ -30,7 +30,7 @@ def without_reasoning(text: str) -> str:
 
 
 def extract(text: str, place: str) -> str | None:
-    """The answer in a text: in the last `boxed{…}`, the only <answer> tag, on the last line `Answer: …`, or all.
+    """The answer in a text: in the last `boxed{…}`, the only <answer> tag, the last `Answer: …`, or all.
 
     `auto` takes the first of these that there is. None: there is none.
 

@@ -35,7 +35,7 @@ class Rubric(ABC):
     """Whether asking again does no harm: only then is a judgement that failed tried again."""
 
     needs_group: bool = False
-    """Whether it compares: then `judge_group` gets all responses to a task together, and `judge` is not asked."""
+    """Whether it compares: then `judge_group` gets all responses to a task, and `judge` is not asked."""
 
     @property
     def identity(self) -> str:

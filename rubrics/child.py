@@ -28,7 +28,7 @@ def serve(function: Callable[[Any], Any], requests: int, send: Callable[[dict[st
     send({"ready": os.getpid()})
     while (request := _receive(requests)) is not None:
         number, value, deadline_s = request
-        # The signal's default action ends the process, in the midst of a computation that holds the interpreter.
+        # Its default action ends the process, in the midst of a computation that holds the interpreter.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, deadline_s + GRACE_S)
         try:

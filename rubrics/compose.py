@@ -196,7 +196,7 @@ class Minimum(Composite):
 
 
 class Gate(Composite):
-    """The weighted mean of the last judges' values, if the first reaches `at_least`; otherwise the lowest value."""
+    """The weighted mean of the last judges' values, if the first reaches `at_least`; else the lowest."""
 
     def __init__(
         self,
@@ -275,7 +275,7 @@ class FirstFailure(Composite):
 
 
 class ByTask(Rubric):
-    """Another rubric for each environment or kind of task: `cases={calculator: {id: …}}`, `default` for the rest."""
+    """A rubric for each environment or task kind: `cases={calculator: {id: …}}`, `default` for the rest."""
 
     def __init__(self, cases: Mapping[str, Any], by: str = "env") -> None:
         """`by`: `env` or `kind`, which of a task's fields chooses.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from importlib.resources import files
@@ -116,9 +117,7 @@ def check(criteria: Sequence[Criterion]) -> None:
             raise ValueError(f"criterion {criterion.name!r} needs two different choices or more")
         if isinstance(criterion.choices, dict):
             values = list(criterion.choices.values())
-            if not all(map(math.isfinite, values)) or any(
-                a >= b for a, b in zip(values, values[1:], strict=False)
-            ):
+            if not all(map(math.isfinite, values)) or any(a >= b for a, b in itertools.pairwise(values)):
                 raise ValueError(
                     f"criterion {criterion.name!r}: choices out of order: from the worst to the best"
                 )

@@ -37,7 +37,7 @@ class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Endpoint:
-    """Chat completions over HTTP. What passes (429, 503, no connection) is tried again, the rest is an error."""
+    """Chat completions over HTTP. What passes (429, 503, no connection) is tried again; the rest fails."""
 
     def __init__(self, settings: EndpointSettings, first_wait_s: float = 1.0) -> None:
         """Raises:

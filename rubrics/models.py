@@ -1,4 +1,4 @@
-"""Models that judge: a function, the one that a run trains, or one behind an endpoint (`rubrics.endpoint`)."""
+"""Models that judge: a function, the one that a run trains, one behind an endpoint (`rubrics.endpoint`)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """How hard tasks are for a model, and which of them are worth training on (`k2rl difficulty`).
 
-From what `k2rl eval suite=… samples=N` has found. Tasks that are always or never solved have no gradient; those
-that are solved without reasoning are guessed.
+From what `k2rl eval suite=… samples=N` has found. Tasks that are always or never solved have no gradient;
+those that are solved without reasoning are guessed.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ class EngineModel:
         room = self._context - len(prompt)
         if room <= 0:
             raise JudgeError(
-                f"a judge's prompt of {len(prompt)} tokens does not fit inference.max_model_len={self._context}"
+                f"a judge's prompt of {len(prompt)} tokens does not fit "
+                f"inference.max_model_len={self._context}"
             )
         try:
             made = await self._engine.generate(prompt, Sampling(0.0, min(room, self._most), seed))

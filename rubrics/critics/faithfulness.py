@@ -68,9 +68,9 @@ class Faithfulness(Rubric):
     async def _support(self, source: str, texts: list[str]) -> list[str]:
         material = {"source": source} | {f"sentence {i}": text for i, text in enumerate(texts, 1)}
         question = (
-            "For each sentence: does the source, and it alone, say so or make it follow? A sentence that claims "
-            "nothing about the matter (a greeting, an offer) is `no claim`. If any part is not supported, the "
-            "sentence is `unsupported`."
+            "For each sentence: does the source, and it alone, say so or make it follow? A sentence that "
+            "claims nothing about the matter (a greeting, an offer) is `no claim`. If any part is not "
+            "supported, the sentence is `unsupported`."
         )
         choices = {f"sentence {i}": CHOICES for i in range(1, len(texts) + 1)}
         reply = await ask(self.model, question, material, choices, self.seed)

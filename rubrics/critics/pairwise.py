@@ -36,7 +36,7 @@ class Pairwise(CriteriaRubric):
         field: str = "rubric",
         seed: int = 0,
     ) -> None:
-        """Groups of `full_up_to` play every pair, larger ones a Swiss tournament; `repeats`: times each is asked.
+        """Groups of `full_up_to` play every pair, larger ones a Swiss tournament, `repeats` times.
 
         Raises:
             ValueError, ConfigError: one line, about what is wrong.
@@ -108,8 +108,8 @@ class Pairwise(CriteriaRubric):
 
     async def _shown(self, criteria: str, prompt: str, first: str, second: str, number: int) -> float:
         question = (
-            f"{criteria}\n\nWhich answer is better by these criteria? What is mandatory comes first; the others "
-            "you may weigh. The order in which the answers stand means nothing."
+            f"{criteria}\n\nWhich answer is better by these criteria? What is mandatory comes first; the "
+            "others you may weigh. The order in which the answers stand means nothing."
         )
         material = {"task": prompt, "answer A": first, "answer B": second}
         reply = await ask(self.model, question, material, {"winner": list(WINNERS)}, self.seed + number)

@@ -30,7 +30,7 @@ class CriteriaRubric(Rubric):
         field: str = "rubric",
         seed: int = 0,
     ) -> None:
-        """`model`: `policy`, or `{url: …, name: …}`; `field` of `task.data`: further criteria, if it is there.
+        """`model`: `policy`, or `{url: …, name: …}`; `field` of `task.data`: further criteria, if any.
 
         Raises:
             ValueError, ConfigError: one line, about the model or a rubric.
@@ -73,7 +73,7 @@ class CriteriaRubric(Rubric):
 
 
 class Pointwise(CriteriaRubric):
-    """A model judges each answer by criteria: one choice for each (`explicit`), or one for all (`implicit`)."""
+    """A model judges each answer: a choice for each criterion (`explicit`), or one for all (`implicit`)."""
 
     def __init__(
         self,

@@ -49,7 +49,7 @@ class FormatJudge(Rubric):
 
 
 class RepetitionJudge(Rubric):
-    """1 without repetition, down to 0: the share of repeated `n`-grams, or of what packs away, is `most` or more."""
+    """1 without repetition, down to 0: `most` of the `n`-grams are repeated, or of the text packs away."""
 
     idempotent = True
 

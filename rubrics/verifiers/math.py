@@ -22,7 +22,7 @@ MOST_DIGITS = 400
 MOST_EXPONENT = 10_000
 
 _QUOTIENT = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
-_DIGITS = re.compile(r"\d{%d}" % MOST_DIGITS)
+_DIGITS = re.compile(rf"\d{{{MOST_DIGITS}}}")
 _TOWER = re.compile(r"\^\s*\{?\s*\(?\s*(\d+)\s*\^\s*\{?\s*\(?\s*(\d+)")
 _EXPONENT = re.compile(r"\^\s*\{?\s*\(?\s*(\d{5,})")
 _FACTORIAL = re.compile(r"\d{4,}\s*!|!\s*!")

@@ -19,7 +19,7 @@ NO_SOLUTION = ("no solution", "impossible", "none")
 
 
 class PuzzleJudge(Verifier):
-    """1 if the answer solves the puzzle in `task.data["puzzle"]`: game of 24, sudoku, cipher, question on a table."""
+    """1 if the answer solves `task.data["puzzle"]`: game of 24, sudoku, cipher, question on a table."""
 
     def __init__(self, field: str = "puzzle", place: str = "auto") -> None:
         super().__init__(field, place)

@@ -1,8 +1,8 @@
 """Questions on a table, spelled so that they can be computed.
 
-`{"rows": [{"name": "Ada", "age": 36}, …], "where": [["age", ">", 30]], "select": "name", "how": "list"}`: of the
-rows that meet all conditions, the column `select` as a list, or its count, sum, mean, minimum, maximum, or the
-value of the row in which `by` is smallest or largest (`argmin`, `argmax`).
+`{"rows": [{"name": "Ada", "age": 36}, …], "where": [["age", ">", 30]], "select": "name", "how": "list"}`: of
+the rows that meet all conditions, the column `select` as a list, or its count, sum, mean, minimum,
+maximum, or the value of the row in which `by` is smallest or largest (`argmin`, `argmax`).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def solve(question: dict[str, Any]) -> Answer:
 
 
 def matches(answer: str, right: Answer) -> bool:
-    """Whether an answer says it: a number (to its last digit, if it has two decimals or more), or just the texts."""
+    """Whether an answer says it: a number (rounded, if to two decimals or more), or just the texts."""
     if isinstance(right, Fraction):
         plain = answer.strip().rstrip(".")
         given = number(plain)

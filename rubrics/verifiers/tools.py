@@ -50,7 +50,7 @@ class ToolSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ToolCallJudge(Rubric):
-    """1 if the calls of an episode are allowed by their schemas, the expected ones in order, and lead where they should."""
+    """1 if an episode's calls fit their schemas, are the expected ones in order, and lead where wanted."""
 
     idempotent = True
 

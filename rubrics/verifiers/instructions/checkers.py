@@ -1,7 +1,7 @@
 """The instructions there are: each tells of a text what is wrong with it, or nothing.
 
-An instruction is `{"id": "words", "at_least": 50, "at_most": 60}`. Whatever `id` says is checked on the text that
-a reader sees: characters without width don't count.
+An instruction is `{"id": "words", "at_least": 50, "at_most": 60}`. Whatever `id` says is checked on the text
+that a reader sees: characters without width don't count.
 """
 
 from __future__ import annotations

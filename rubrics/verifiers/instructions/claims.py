@@ -13,13 +13,36 @@ from rubrics.verifiers.instructions import checkers, text
 _NUMBERS = {
     name: value
     for value, name in enumerate(
-        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"]
+        [
+            "zero",
+            "one",
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+            "eleven",
+            "twelve",
+            "thirteen",
+            "fourteen",
+            "fifteen",
+            "sixteen",
+            "seventeen",
+            "eighteen",
+            "nineteen",
+            "twenty",
+        ]
     )
 }
 _N = r"(?P<n>\d{1,5}|" + "|".join(_NUMBERS) + r")"
 _SELF = (
-    r"\b(?:this|the|my|above)\s+(?:\w+\s+){0,2}?(?:response|answer|text|essay|poem|story|summary|list|email|letter"
-    r"|reply|piece|version|description|post)\b[^.!?\n]{0,30}?|\bthis\b\s*|\bI(?:['’]ve| have)?\b[^.!?\n]{0,30}?"
+    r"\b(?:this|the|my|above)\s+(?:\w+\s+){0,2}?(?:response|answer|text|essay|poem|story|summary|list|email"
+    r"|letter|reply|piece|version|description|post)\b[^.!?\n]{0,30}?|\bthis\b\s*"
+    r"|\bI(?:['’]ve| have)?\b[^.!?\n]{0,30}?"
 )
 _HOW = r"(?P<how>exactly|precisely|at least|at most|no more than|fewer than|under|only|just)?\s*"
 
@@ -69,7 +92,7 @@ class Claim(msgspec.Struct, frozen=True):
 
 
 def claims(answer: str) -> list[Claim]:
-    """What an answer claims of its own form. Counts may be of the whole, or of it without the claiming sentence."""
+    """What an answer claims of its own form. Counts may leave the claiming sentence out."""
     found = []
     for start, end in text.sentences(answer):
         sentence = answer[start:end]
@@ -100,8 +123,7 @@ def _claimed(sentence: str) -> list[checkers.Instruction]:
         n = match["n"].lower()
         number = int(n) if n.isdecimal() else _NUMBERS[n]
         found.append(_COUNTED[match["noun"].lower()](**_bound(match["how"], number)))
-    for match in _PAREN.finditer(sentence):
-        found.append(checkers.Words(exactly=int(match["n"] or match["m"])))
+    found += [checkers.Words(exactly=int(m["n"] or m["m"])) for m in _PAREN.finditer(sentence)]
     for pattern, make in _FORMS:
         if pattern.search(sentence) and _FORM_SELF.search(sentence):
             found.append(make())

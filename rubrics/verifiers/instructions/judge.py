@@ -12,7 +12,7 @@ from rubrics.verifiers.instructions.claims import false_claims
 
 
 class InstructionJudge(Verifier):
-    """Whether the answer follows every instruction in `task.data["instructions"]`; claims that are not so cost all.
+    """Whether the answer follows all of `task.data["instructions"]`; false claims of itself cost all.
 
     The value is 1 if all are followed and 0 if not, or their share with `share: true`. Each is a component.
     """

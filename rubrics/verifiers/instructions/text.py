@@ -28,7 +28,7 @@ def sentences(text: str) -> list[tuple[int, int]]:
     found: list[tuple[int, int]] = []
     for line in re.finditer(r"[^\n]+", text):
         start = line.start()
-        ends = [m for m in _SENTENCE_END.finditer(text, line.start(), line.end())]
+        ends = list(_SENTENCE_END.finditer(text, line.start(), line.end()))
         for match in ends:
             if not _ABBREVIATION.search(text[start : match.end(1)]):
                 found.append((start, match.end(1)))
