@@ -33,8 +33,8 @@ class EnvConfig:
 
 @dataclass
 class RubricConfig:
-    #: `env` (the environment's own rubric), a registered one (`k2rl judge --help` lists them), or
-    #: `module:Class`. Where it compares responses, evaluations are judged by the environment's own.
+    #: `env` (the environment's own rubric), a registered one (`k2rl judge --help` lists them),
+    #: or `module:Class`. Where it compares responses, evaluations are judged by the environment's own.
     id: str = "env"
     #: Keyword arguments for the rubric's constructor.
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -42,6 +42,9 @@ class RubricConfig:
     deadline_s: float = 30.0
     #: Tokens of a reply, where the trained model itself judges (`model: policy` in a rubric's arguments).
     max_tokens: int = 256
+    #: With `rubric=self_critique`: judgements whose truth the verifier knows, imitated in each step beside the
+    #: PTX sequences (with `ptx.weight`); 0: the critic is examined and not trained.
+    critic_examples: int = 0
 
 
 @dataclass

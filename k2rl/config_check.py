@@ -59,6 +59,7 @@ BOUNDS = {
     "env.max_turns": FROM_1,
     "rubric.deadline_s": ABOVE_0,
     "rubric.max_tokens": FROM_1,
+    "rubric.critic_examples": FROM_0,
     "rollout.tasks_per_step": FROM_1,
     "rollout.group_size": Bound(2),  # K2's baseline is the group mean
     "rollout.max_concurrent": FROM_1,

@@ -44,6 +44,7 @@ from k2rl.workers.handle import WorkerLostError
 from k2rl.workers.process import end_at_once_on
 from k2rl.workers.recovery import Recovery
 from k2rl.workers.spec import worker_spec
+from rubrics.critics.self_critique import SelfCritique
 from rubrics.models import bind_run_model
 
 T = TypeVar("T")
@@ -280,7 +281,9 @@ async def started(
             config, worker, prepared.chat, prepared.make_env, prepared.rubric, prepared.env.rubric
         )
         ptx = PTXCorpus(prepared.ptx, config.ptx.sequences_per_step, config.seed)
-        run = Run(config, prepared, run_dir, tracker, worker, scheduler, ptx, resume_step or 0)
+        rubric = prepared.rubric
+        critic = Critic(rubric, prepared.chat, config) if isinstance(rubric, SelfCritique) else None
+        run = Run(config, prepared, run_dir, tracker, worker, scheduler, ptx, critic, resume_step or 0)
         with cluster, recovery.begun(tracker.note, lambda: run.finished_steps):
             try:
                 yield run

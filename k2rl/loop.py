@@ -16,7 +16,7 @@ from k2rl.rollouts.scheduler import check_failures
 from k2rl.run import Run, uninterrupted
 from k2rl.seeds import derive_seed
 from k2rl.tracking import phases
-from k2rl.training.batch import BatchTotals, TrainSequence
+from k2rl.training.batch import BatchTotals, SupervisedSequence, TrainSequence
 from k2rl.types import Task, Trajectory
 
 
@@ -69,13 +69,13 @@ async def learn(run: Run, step: int, trajectories: list[Trajectory], metrics: di
 async def _learned(run: Run, step: int, trajectories: list[Trajectory]) -> dict[str, float]:
     """Train and publish; returns what there is to say of it."""
     config, tracker = run.config, run.tracker
-    metrics: dict[str, float] = {}
+    metrics, judgements = await _critic(run, step, trajectories)
     groups, totals, shaped = policy_batch(config, trajectories, step)
     if shaped is not None:
         metrics["reward/shaped_mean"] = shaped
     if groups:
         with tracker.phase(phases.TRAIN, step):
-            ptx, temperature = run.ptx.sample(step), trajectories[0].temperature
+            ptx, temperature = [*run.ptx.sample(step), *judgements], trajectories[0].temperature
             learned = await run.worker.policy_step(groups, config, temperature, ptx, totals)
         published = {}
         if run.serves:
@@ -89,6 +89,26 @@ async def _learned(run: Run, step: int, trajectories: list[Trajectory]) -> dict[
         tracker.note(f"step {step}: {why}; nothing to learn")
     metrics["rollout/informative_groups"] = len(groups) / config.rollout.tasks_per_step
     return metrics
+
+
+async def _critic(
+    run: Run, step: int, trajectories: Sequence[Trajectory]
+) -> tuple[dict[str, float], list[SupervisedSequence]]:
+    """Where the policy judges itself: how well it does before this step, and judgements for it to imitate."""
+    if run.critic is None:
+        return {}, []
+    pairs = run.critic.pairs(trajectories, run.config.seed)
+    examples = run.critic.examples(pairs, derive_seed(run.config.seed, step))
+    metrics = {"critic/pairs": float(len(pairs)), "critic/examples": float(len(examples))}
+    if run.serves:
+        with run.tracker.phase(phases.ROLLOUT, step):
+            metrics |= await run.critic.examine(pairs)
+        if metrics["critic/trust"] < 1 and run.critic.agreement is not None:
+            run.tracker.note(
+                f"step {step}: the critic agrees with the verifier on {run.critic.agreement:.0%} of "
+                f"held-out pairs; its reward counts for {metrics['critic/trust']:.0%} of its weight"
+            )
+    return metrics, examples
 
 
 async def _tasks(run: Run, step: int) -> list[Task]:

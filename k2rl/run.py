@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from k2rl.config import Config
+from k2rl.critic import Critic
 from k2rl.errors import ConfigError, RunError
 from k2rl.evaluation.results import EvaluationResult, summarise
 from k2rl.models.hub import shapes_fingerprint
@@ -48,6 +49,8 @@ class Run:
     worker: WorkerGroup
     scheduler: RolloutScheduler
     ptx: PTXCorpus
+    #: Where the policy judges itself.
+    critic: Critic | None = None
     finished_steps: int = 0
     #: Whether the trainer is exactly where the record says; a checkpoint at another time would lie.
     settled: bool = False

@@ -30,6 +30,7 @@ _REGISTRY: Registry[Rubric] = Registry(
         "repetition": "rubrics.verifiers.form:RepetitionJudge",
         "pointwise": "rubrics.critics.pointwise:Pointwise",
         "pairwise": "rubrics.critics.pairwise:Pairwise",
+        "self_critique": "rubrics.critics.self_critique:SelfCritique",
         "faithfulness": "rubrics.critics.faithfulness:Faithfulness",
         "safety": "rubrics.critics.safety:Safety",
         "hack_check": "rubrics.critics.hack_check:HackCheck",

@@ -7,9 +7,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from k2rl.types import Evidence, Trajectory, Verdict
+from k2rl.types import Evidence, Message, Trajectory, Verdict
 from rubrics.answers import final_text
 from rubrics.asking import ask
+from rubrics.asking import prompt as asking_prompt
 from rubrics.critics.pointwise import CriteriaRubric, described, prompt_of
 from rubrics.critics.ranking import Outcomes, Pair, bradley_terry, round_robin, swiss_round, win_rates
 from rubrics.injection import without_injections
@@ -33,10 +34,13 @@ class Pairwise(CriteriaRubric):
         reward: Literal["win_rate", "bradley_terry"] = "win_rate",
         full_up_to: int = 8,
         repeats: int = 1,
+        token: bool = True,
         field: str = "rubric",
         seed: int = 0,
     ) -> None:
         """Groups of `full_up_to` play every pair, larger ones a Swiss tournament, `repeats` times.
+
+        Without `token` a verdict need not repeat one, which small models fail at.
 
         Raises:
             ValueError, ConfigError: one line, about what is wrong.
@@ -47,6 +51,7 @@ class Pairwise(CriteriaRubric):
         if full_up_to < 2 or repeats < 1:
             raise ValueError("full_up_to must be 2 or more, repeats 1 or more")
         self.reward, self.full_up_to, self.repeats = reward, full_up_to, repeats
+        self.token = token
 
     async def judge(self, trajectory: Trajectory) -> Verdict:
         raise JudgeError("it compares the responses of a group, and was given one alone")
@@ -61,7 +66,7 @@ class Pairwise(CriteriaRubric):
 
         async def play(pairs: Sequence[Pair], number: int) -> None:
             results = await asyncio.gather(
-                *(self._compared(criteria, prompt, answers[i], answers[j], number) for i, j in pairs)
+                *(self.compared(criteria, prompt, answers[i], answers[j], number) for i, j in pairs)
             )
             for (i, j), result in zip(pairs, results, strict=True):
                 if isinstance(result, str):
@@ -92,7 +97,7 @@ class Pairwise(CriteriaRubric):
             reward, components, {"preferred": 1.0, "ties": 0.0}, injections, self.judge_name
         )
 
-    async def _compared(self, criteria: str, prompt: str, one: str, other: str, number: int) -> float | str:
+    async def compared(self, criteria: str, prompt: str, one: str, other: str, number: int) -> float | str:
         """The first one's outcome over both orders; why there is none, if there is none."""
         if one == other or not (one and other):
             # Without asking: equal ones are equal, and no answer is worse than any.
@@ -107,10 +112,21 @@ class Pairwise(CriteriaRubric):
         return first if first == 1 - second else 0.5
 
     async def _shown(self, criteria: str, prompt: str, first: str, second: str, number: int) -> float:
-        question = (
-            f"{criteria}\n\nWhich answer is better by these criteria? What is mandatory comes first; the "
-            "others you may weigh. The order in which the answers stand means nothing."
-        )
-        material = {"task": prompt, "answer A": first, "answer B": second}
-        reply = await ask(self.model, question, material, {"winner": list(WINNERS)}, self.seed + number)
+        question, material = _question(criteria, prompt, first, second)
+        choices = {"winner": list(WINNERS)}
+        reply = await ask(self.model, question, material, choices, self.seed + number, self.token)
         return WINNERS[reply.choices["winner"]]
+
+    def example(self, criteria: str, prompt: str, first: str, second: str, winner: str) -> list[Message]:
+        """A comparison as this judge is asked for it, with the reply that is right: something to imitate."""
+        question, material = _question(criteria, prompt, first, second)
+        made = asking_prompt(question, material, {"winner": list(WINNERS)}, self.seed, self.token)
+        return [*made.messages, Message("assistant", made.verdict({"winner": winner}))]
+
+
+def _question(criteria: str, prompt: str, first: str, second: str) -> tuple[str, dict[str, str]]:
+    question = (
+        f"{criteria}\n\nWhich answer is better by these criteria? What is mandatory comes first; the others "
+        "you may weigh. The order in which the answers stand means nothing."
+    )
+    return question, {"task": prompt, "answer A": first, "answer B": second}
