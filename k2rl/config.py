@@ -42,8 +42,8 @@ class RubricConfig:
     deadline_s: float = 30.0
     #: Tokens of a reply, where the trained model itself judges (`model: policy` in a rubric's arguments).
     max_tokens: int = 256
-    #: With `rubric=self_critique`: judgements whose truth the verifier knows, imitated in each step beside the
-    #: PTX sequences (with `ptx.weight`); 0: the critic is examined and not trained.
+    #: With `rubric=self_critique`: judgements whose truth the verifier knows, imitated in each step beside
+    #: the PTX sequences (with `ptx.weight`); 0: the critic is examined and not trained.
     critic_examples: int = 0
 
 

@@ -117,7 +117,7 @@ class Critic:
         return metrics
 
     def examples(self, pairs: Sequence[Pair], seed: int) -> list[SupervisedSequence]:
-        """Judgements to imitate, of pairs that are not held out; the right answer is first in half of them."""
+        """Judgements to imitate, of pairs that are not held out; which answer is first is drawn."""
         draw = random.Random(f"critic {seed}")
         taught = [pair for pair in pairs if not pair.held_out]
         chosen = draw.sample(taught, min(len(taught), self._config.rubric.critic_examples))

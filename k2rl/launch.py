@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import msgspec
 
+from k2rl.critic import Critic
 from k2rl.diagnosis import activity
 from k2rl.errors import ConfigError, RunError
 from k2rl.evaluation.results import EvaluationResult
