@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Written last, so that a broken-off installation is taken up again.
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart test test-slow lint format docs lock bench-trl bench-push bench-stall bench-hosts bench-placement bench-start bench-swap bench-sandbox bench-ranks bench-optim bench-muonclip clean
+.PHONY: help setup quickstart test test-slow lint format docs lock bench-trl bench-push bench-stall bench-hosts bench-placement bench-start bench-swap bench-sandbox bench-episodes bench-store bench-partial bench-ranks bench-optim bench-muonclip clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,6 +84,15 @@ bench-muonclip: setup ## How attention logits grow under Muon, and under MuonCli
 
 bench-sandbox: setup ## Snippets per second in sandboxes, and what a start costs, beside plain python3
 	$(BIN)/python benchmarks/sandbox_speed.py $(ARGS)
+
+bench-episodes: setup ## Ten thousand episodes at once: CPU a turn, memory, none lost
+	$(BIN)/python benchmarks/many_episodes.py $(ARGS)
+
+bench-store: setup ## Trajectories per second through Redis and SQLite, each exactly once
+	$(BIN)/python benchmarks/episode_store.py $(ARGS)
+
+bench-partial: setup ## Partial rollouts beside synchronous batches, on a task with a long tail
+	$(BIN)/python benchmarks/partial_rollouts.py $(ARGS)
 
 clean: ## Remove caches and build products; runs under outputs/ and .venv stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -29,7 +29,7 @@ from k2rl.inference.vllm import VLLMEngine
 from k2rl.models.hub import resolve_model
 
 REQUESTS = 16
-LONG = 200
+LONG = 64
 
 
 class Timed:

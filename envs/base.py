@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import gymnasium
 from gymnasium.spaces import Space
 
 from envs.spaces import ChatSpace, FreeText
-from k2rl.types import Message, Split, Task
+from k2rl.types import Message, Split, Task, ToolSpec
 from rubrics.base import Rubric
 from rubrics.environment import EnvironmentReward
 
@@ -45,6 +45,15 @@ class TextEnv(gymnasium.Env[Messages, str], ABC):
     rubric: Rubric = EnvironmentReward()
     """Turns an episode into its reward; by default the sum of the step rewards, between 0 and 1."""
 
+    @property
+    def tools(self) -> Sequence[ToolSpec]:
+        """The tools of the running episode, as the policy is told of them; read after `reset`.
+
+        The chat template writes them into the prompt, and the policy's turns hold its calls as the model
+        writes them: `envs.tools.ToolEnv` reads and answers those.
+        """
+        return ()
+
     def __init__(self) -> None:
         self.observation_space = ChatSpace()
         self.action_space = FreeText()
@@ -74,9 +83,30 @@ class TextEnv(gymnasium.Env[Messages, str], ABC):
         over the episode.
         """
 
-    def demonstration(self, task: Task) -> list[str] | None:
-        """The policy's turns in an ideal episode, or None if the environment does not know them."""
+    def demonstration(self, task: Task) -> Sequence[str | Message] | None:
+        """The policy's turns in an ideal episode, or None if the environment does not know them.
+
+        A turn with tool calls is a `Message` of the assistant; the model's chat template writes it.
+        """
         return None
+
+    def snapshot(self) -> bytes | Awaitable[bytes | None] | None:
+        """The running episode as it stands between two steps, for `restore`; None if it has no such form.
+
+        Needed only to resume an unfinished episode in another process: without one it is kept alive
+        there, or replayed from its actions. May be `async def`. It must not change the episode.
+        """
+        return None
+
+    def restore(self, task: Task, snapshot: bytes) -> Awaitable[None] | None:
+        """Resume the episode that `snapshot` was taken of, on a new instance, instead of `reset`.
+
+        The next call is `step`, with the action it would have had. May be `async def`.
+
+        Raises:
+            NotImplementedError: the environment takes no snapshots.
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes no snapshots")
 
     def start_episode(self, seed: int | None, options: dict[str, Any] | None) -> Task:
         """Seed Gymnasium's generator and give the task of the new episode.

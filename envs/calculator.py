@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from gymnasium.error import ResetNeeded
 
+from envs.answers import last_number_is, split_of
 from envs.base import ResetResult, StepResult, TextEnv
 from k2rl.types import Message, Split, Task
 from sandboxes.arithmetic import ExpressionError, evaluate, format_number
@@ -81,11 +82,6 @@ PROBLEMS = {
 }
 
 _CALL = re.compile(r"\bcalc\(")
-_NUMBER = re.compile(
-    r"(?P<minus>(?<![\w.)])[-\u2212])?"
-    r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+|(?<![.\w])(?=\.[0-9]))"
-    r"(?:\.(?P<decimals>[0-9]+))?"
-)
 
 
 class CalculatorEnv(TextEnv):
@@ -153,7 +149,7 @@ class CalculatorEnv(TextEnv):
             raise ResetNeeded("the episode is over or was never begun: call reset()")
         call = _CALL.search(action)
         if call is None:
-            correct = _last_number_is(action, self._task.data["answer"])
+            correct = last_number_is(action, self._task.data["answer"])
             return self._end(correct=correct)
         if self._calls == self.max_calls:
             return self._end(correct=False)
@@ -201,8 +197,7 @@ def _word_problem(kind: str, split: Split, rng: random.Random) -> dict[str, Any]
 
 def _split_of(kind: str, operands: list[int], answer: int) -> Split:
     """The split of a problem; the same for `a + b` and `b + a`, so that neither gives away the other."""
-    digest = hashlib.sha256(f"{kind} {operands} {answer}".encode()).digest()
-    return "eval" if int.from_bytes(digest[:4], "big") % EVAL_ONE_IN == 0 else "train"
+    return split_of(f"{kind} {operands} {answer}", EVAL_ONE_IN)
 
 
 def _argument(action: str, start: int) -> str | None:
@@ -223,14 +218,3 @@ def _calculate(expression: str | None) -> tuple[str, bool]:
         return format_number(evaluate(expression)), True
     except ExpressionError as error:
         return f"error: {error}", False
-
-
-def _last_number_is(text: str, answer: int) -> bool:
-    """Whether the last number of a text is this integer; `1,234`, `1234.` and `1234.00` are all 1234."""
-    numbers = list(_NUMBER.finditer(text))
-    if not numbers:
-        return False
-    sign, whole, decimals = numbers[-1].group("minus", "whole", "decimals")
-    # Compared as text: a policy may write more digits than `int` is willing to read.
-    digits = whole.replace(",", "").lstrip("0") or "0"
-    return not (decimals or "").strip("0") and ("-" if sign and digits != "0" else "") + digits == str(answer)

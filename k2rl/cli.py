@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from k2rl import __version__, sandbox_commands
+from k2rl import __version__, sandbox_commands, serving_command
+from k2rl.authoring import commands as authoring_commands
 from k2rl.choices import config_groups, experiments
 from k2rl.errors import ConfigError, RunError
 
@@ -145,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments))
     except ConfigError as error:
-        print(f"k2rl: {error}", file=sys.stderr)
+        print("\n".join([f"k2rl: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         return error.exit_code
     except RunError as error:
         print(f"k2rl: {error}", file=sys.stderr)
@@ -198,9 +199,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("words", nargs="*", metavar="KEY=VALUE", help="see below; or `calibrate`")
     plan.set_defaults(run=_plan)
 
-    envs = commands.add_parser("envs", help="what there is to learn: `k2rl envs list`")
+    envs = commands.add_parser(
+        "envs", help="what there is to learn: `k2rl envs list`, `check`, `new`, `serve`"
+    )
     actions = envs.add_subparsers(required=True, metavar="ACTION", title="actions")
-    actions.add_parser("list", help="list the registered environments").set_defaults(run=_list_environments)
+    authoring_commands.add_to(actions)
+    serving_command.add_to(actions)
 
     stacks = commands.add_parser(
         "stacks", help="what every process of a run on this host is doing now", description=STACKS
@@ -342,14 +346,6 @@ def _difficulty(arguments: argparse.Namespace) -> int:
     from k2rl.evaluation import difficulty
 
     print(difficulty.run(arguments.words))
-    return 0
-
-
-def _list_environments(arguments: argparse.Namespace) -> int:
-    import envs.registry
-
-    for id, description in envs.registry.available().items():
-        print(f"{id:<20} {description}")
     return 0
 
 

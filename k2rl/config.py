@@ -45,6 +45,9 @@ class RubricConfig:
     #: With `rubric=self_critique`: judgements whose truth the verifier knows, imitated in each step beside
     #: the PTX sequences (with `ptx.weight`); 0: the critic is examined and not trained.
     critic_examples: int = 0
+    #: Keep scores, and give them again where the same conversation on the same task is judged: for judges
+    #: that are slow or cost money, and give the same answer twice.
+    cache_verdicts: bool = False
 
 
 @dataclass
@@ -55,6 +58,43 @@ class RolloutConfig:
     group_size: int = 8
     #: Episodes that run at the same time.
     max_concurrent: int = 256
+    #: The same for episodes of a kind of task, where its environment can take only so many: `{swe: 16}`.
+    max_per_kind: dict[str, int] = field(default_factory=dict)
+    #: Begin with the groups that are expected to be the longest: by those of their responses that are over,
+    #: else by earlier ones to the task or its kind. Else in the order in which they are drawn.
+    longest_first: bool = True
+    #: Tasks in play at once, as a multiple of `tasks_per_step`. A step takes the first `tasks_per_step` that
+    #: are finished; what then is unfinished is surplus.
+    oversample: float = 1.0
+    #: What becomes of surplus: `drop` (thrown away), or `park` (partial rollouts: it waits with its
+    #: environments while the trainer works, and goes on first under the next weights; a resumed run goes on
+    #: with it, too).
+    surplus: str = "drop"
+    #: Sampled tokens after which a step ends with what is finished, at least one task; 0: no limit.
+    step_tokens: int = 0
+    #: Seconds after which a step does; 0: no limit.
+    step_s: float = 0.0
+    #: Where surplus is stopped: at the end of its `turn`, or in its `generation`, which is broken off and
+    #: goes on from the tokens that it has.
+    pause: str = "generation"
+    #: Steps of training that a token may be old when it is learned from: a step waits for tasks that would be
+    #: older at the next one. 0: nothing that has begun is parked.
+    max_staleness: int = 2
+    #: What becomes of tokens that older weights have sampled: `train` (as all others; k2's objectives
+    #: regularise towards the weights that sampled them), `mask` (they are context only), or `correct`
+    #: (importance weights: needs `objective.correction`).
+    old_tokens: str = "train"
+    #: Draw other tasks in place of those that teach nothing (fewer than two scored responses, or all rewards
+    #: equal), until a step has `tasks_per_step` that do; at most so many times `tasks_per_step`. 0: none.
+    refill: float = 0.0
+    #: End a response when a pattern of up to so many tokens comes `repeat_count` times in a row; it is
+    #: penalised like one that used up its budget. 0: never.
+    repeat_size: int = 0
+    #: See `repeat_size`; at least 2.
+    repeat_count: int = 4
+    #: Where episodes are until they are learned from: null for an SQLite file in the run's folder, or a Redis
+    #: (7 or newer): `redis://host:6379/0`.
+    store: str | None = None
     #: Sampled tokens per policy turn.
     max_tokens_per_turn: int = 48
     #: Leave out groups whose rewards are all equal: their gradient is zero on policy, their cost is not.
@@ -64,6 +104,19 @@ class RolloutConfig:
     #: Seconds an episode may take before it counts as failed; above `deadlines.generate_s`, so that an
     #: engine that hangs is found to be one.
     episode_deadline_s: float = 600.0
+
+
+@dataclass
+class GatewayConfig:
+    #: Address at which agents (`env=agent`) reach the policy by OpenAI's API. Each episode has a key of its
+    #: own, without which nobody is answered. `0.0.0.0` for agents on other machines.
+    host: str = "127.0.0.1"
+    #: Its port; 0 takes one that is free.
+    port: int = 0
+    #: What agents are told as base URL (it ends in `/v1`), where they reach this machine by another name.
+    url: str | None = None
+    #: Largest request, in MiB.
+    body_mib: int = 16
 
 
 @dataclass
@@ -319,6 +372,8 @@ class DeadlineConfig:
     publish_s: float = 120.0
     #: Seconds for saving or loading a checkpoint.
     checkpoint_s: float = 600.0
+    #: Seconds in which the store of episodes must answer; a Redis that is started again has so long for it.
+    store_s: float = 30.0
 
 
 @dataclass
@@ -362,6 +417,7 @@ class Config:
     env: EnvConfig = field(default_factory=EnvConfig)
     rubric: RubricConfig = field(default_factory=RubricConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
     temperature: TemperatureConfig = field(default_factory=TemperatureConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

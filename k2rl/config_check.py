@@ -64,8 +64,17 @@ BOUNDS = {
     "rollout.group_size": Bound(2),  # K2's baseline is the group mean
     "rollout.max_concurrent": FROM_1,
     "rollout.max_tokens_per_turn": FROM_1,
+    "rollout.oversample": FROM_1,
+    "rollout.step_tokens": FROM_0,
+    "rollout.step_s": FROM_0,
+    "rollout.max_staleness": FROM_0,
+    "rollout.refill": FROM_0,
+    "rollout.repeat_size": FROM_0,
+    "rollout.repeat_count": Bound(2),
     "rollout.max_failed_share": SHARE,
     "rollout.episode_deadline_s": ABOVE_0,
+    "gateway.port": Bound(0, 65535),
+    "gateway.body_mib": FROM_1,
     # vLLM samples anything between 0 and 0.01 at 0.01, while the trainer would divide by the lower value.
     "temperature.start": Bound(0.01),
     "temperature.end": Bound(0.01),
@@ -121,6 +130,7 @@ BOUNDS = {
     "deadlines.train_s": ABOVE_0,
     "deadlines.publish_s": ABOVE_0,
     "deadlines.checkpoint_s": ABOVE_0,
+    "deadlines.store_s": ABOVE_0,
     "recovery.max_restarts": FROM_0,
     "tracking.samples_per_step": FROM_0,
     "seed": Bound(0, 2**32 - 1),  # what NumPy takes
@@ -128,6 +138,9 @@ BOUNDS = {
 
 CHOICES = {
     "model.dtype": ("auto", "bfloat16", "float32"),
+    "rollout.surplus": ("drop", "park"),
+    "rollout.pause": ("turn", "generation"),
+    "rollout.old_tokens": ("train", "mask", "correct"),
     "temperature.schedule": ("constant", "linear", "cosine", "step"),
     "objective.name": tuple(PARAMETERS),
     "objective.baseline": ("mean", "leave_one_out", "normalised", "exponential"),
@@ -145,7 +158,7 @@ CHOICES = {
 
 NOT_EMPTY = (
     *("model.path", "env.id", "rubric.id", "ptx.path", "inference.cpu_threads_bind"),
-    *("cluster.address", "tracking.wandb_project", "name"),
+    *("cluster.address", "gateway.host", "tracking.wandb_project", "name"),
 )
 
 OWN_ENGINE_ARGS = {
@@ -189,6 +202,10 @@ def check(config: Config) -> None:
         raise ConfigError(f"optimizer.betas={betas} must be two numbers, each at least 0 and below 1")
     check_objective(config.objective)
     _check_debug(config)
+    url = config.gateway.url
+    if url is not None and not url.startswith(("http://", "https://")):
+        raise ConfigError(f"gateway.url={url} is no address: http://host:port/v1")
+    _check_rollout(config)
     _check_budgets(config)
     _check_engine_args(config)
     _check_workers(config)
@@ -223,6 +240,24 @@ def _check_debug(config: Config) -> None:
         raise ConfigError("debug=rollout_only trains nothing, so that there is nothing to resume")
     if mode == "rollout_only" and not config.tracking.record_rollouts:
         raise ConfigError("debug=rollout_only records rollouts; leave tracking.record_rollouts=true")
+
+
+def _check_rollout(config: Config) -> None:
+    rollout, temperature = config.rollout, config.temperature
+    for kind, most in rollout.max_per_kind.items():
+        if not FROM_1.holds(most):
+            raise ConfigError(f"rollout.max_per_kind.{kind}={most} must be {FROM_1}")
+    if rollout.old_tokens == "correct" and config.objective.correction is None:
+        raise ConfigError(
+            "rollout.old_tokens=correct weighs old tokens by objective.correction, which is null: set it "
+            "(with objective=grpo, dapo, cispo or rloo), or rollout.old_tokens=train"
+        )
+    varies = temperature.schedule != "constant" and temperature.start != temperature.end
+    if rollout.surplus == "park" and varies:
+        raise ConfigError(
+            "rollout.surplus=park brings responses of several steps into a batch, which the trainer scores "
+            "at one temperature: set temperature=constant, or rollout.surplus=drop"
+        )
 
 
 def _check_workers(config: Config) -> None:

@@ -7,12 +7,14 @@ import functools
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
+from envs.agents import AgentEnv
+from k2rl.config import Config
 from k2rl.critic import Critic
 from k2rl.diagnosis import activity
 from k2rl.errors import ConfigError, RunError
@@ -21,8 +23,11 @@ from k2rl.loop import train
 from k2rl.models.hub import shapes_fingerprint
 from k2rl.preflight import Preflight
 from k2rl.rollouts.engine_model import EngineModel
-from k2rl.rollouts.recording import read_recording
+from k2rl.rollouts.gateway.server import Gateway
+from k2rl.rollouts.pool import Pool
+from k2rl.rollouts.recording import FOLDER, STORE, read_recording
 from k2rl.rollouts.scheduler import RolloutScheduler
+from k2rl.rollouts.store.base import TrajectoryStore, open_store
 from k2rl.run import Run
 from k2rl.tracking import phases
 from k2rl.tracking.live import LiveView
@@ -222,8 +227,10 @@ async def carry_out(
 async def _salvage(run: Run) -> None:
     """Save what a failing run has finished, where trainer and record agree and the worker still answers."""
     try:
-        if run.settled and not run.worker.lost:
-            await run.checkpoint()
+        if not run.worker.lost:
+            await run.end_checkpoint()
+            if run.settled:
+                await run.checkpoint()
         if saved := _saved(run.run_dir):
             run.tracker.note(f"the run stopped {saved}")
     except (RunError, OSError) as error:  # the run's own error is the one to report
@@ -278,18 +285,34 @@ async def started(
             cluster = undo.pop_all()
         tracker.note(f"computing in {worker.dtype} on {spec.device}")
         bind_run_model(prepared.rubric, EngineModel(worker, prepared.chat, config))
+        gateway = Gateway(config.gateway) if isinstance(prepared.env, AgentEnv) else None
         scheduler = RolloutScheduler(
-            config, worker, prepared.chat, prepared.make_env, prepared.rubric, prepared.env.rubric
+            config, worker, prepared.chat, prepared.make_env, prepared.rubric, gateway, prepared.env.rubric
         )
         ptx = PTXCorpus(prepared.ptx, config.ptx.sequences_per_step, config.seed)
-        rubric = prepared.rubric
-        critic = Critic(rubric, prepared.chat, config) if isinstance(rubric, SelfCritique) else None
-        run = Run(config, prepared, run_dir, tracker, worker, scheduler, ptx, critic, resume_step or 0)
         with cluster, recovery.begun(tracker.note, lambda: run.finished_steps):
             try:
-                yield run
+                pool = Pool(config, scheduler, worker, _store(config, run_dir), prepared.train_tasks)
+                run = Run(config, prepared, run_dir, tracker, worker, scheduler, pool, ptx, resume_step or 0)
+                if isinstance(prepared.rubric, SelfCritique):
+                    run.critic = Critic(prepared.rubric, prepared.chat, config)
+                try:
+                    async with gateway or nullcontext():
+                        yield run
+                finally:
+                    await pool.close()
             finally:
                 await worker.shutdown()
+
+
+def _store(config: Config, run_dir: Path) -> TrajectoryStore:
+    """Where the episodes of a run are until it has learned from them."""
+    plays = config.debug.mode != "train_only" and config.tracking.record_rollouts
+    if config.rollout.store is None or not plays:
+        path = str(run_dir / FOLDER / STORE) if plays else ":memory:"
+        return open_store(path, "", config.deadlines.store_s)
+    name = f"{run_dir.parent.name}/{run_dir.name}"
+    return open_store(config.rollout.store, name, config.deadlines.store_s)
 
 
 async def _supervise(run: Run, work: asyncio.Future[T]) -> None:
@@ -327,13 +350,15 @@ async def _work(run: Run, resume_step: int | None, record: Callable[[], None]) -
     if resume_step is None:
         await _warm_start(run)
         run.settled = True
-        await run.checkpoint()
+        await run.begin_checkpoint()
     if run.serves and run.finished_steps == 0:
         await run.evaluate("before")
-    await train(run)
     await run.checkpoint()
+    await train(run)
+    await run.begin_checkpoint()
     if run.serves:
         await run.evaluate("after")
+    await run.checkpoint()
     # Last: a run is over when its model is there.
     with run.tracker.phase(phases.SAVE, run.finished_steps):
         await run.worker.save_pretrained(run.run_dir / "model")

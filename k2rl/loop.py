@@ -7,17 +7,16 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from k2rl.config import Config
-from k2rl.errors import ConfigError, RunError
+from k2rl.errors import RunError
 from k2rl.objective.advantages import group_advantages, is_uniform
-from k2rl.objective.budget import shaped_rewards
 from k2rl.objective.temperature import temperature_at
-from k2rl.rollouts.episode import Attempt
+from k2rl.rollouts.groups import learnable, rewards_of
 from k2rl.rollouts.scheduler import check_failures
-from k2rl.run import Run, uninterrupted
+from k2rl.run import Rollouts, Run, uninterrupted
 from k2rl.seeds import derive_seed
 from k2rl.tracking import phases
-from k2rl.training.batch import BatchTotals, SupervisedSequence, TrainSequence
-from k2rl.types import Task, Trajectory
+from k2rl.training.batch import BatchTotals, SupervisedSequence, TrainSequence, num_sampled
+from k2rl.types import Trajectory
 
 
 async def train(run: Run) -> None:
@@ -30,28 +29,26 @@ async def train(run: Run) -> None:
         RunError: a dead worker, too many failed episodes or a loss that is not finite.
     """
     for step in range(run.finished_steps + 1, run.config.train.steps + 1):
-        trajectories, seconds = await roll_out(run, step)
-        check_failures(trajectories, run.config.rollout.max_failed_share, f"step {step}")
-        metrics = rollout_metrics(trajectories, seconds)
+        rollouts, seconds = await roll_out(run, step)
+        check_failures(rollouts.trajectories, run.config.rollout.max_failed_share, f"step {step}")
+        metrics = rollout_metrics(rollouts.trajectories, seconds) | rollouts.metrics
         # From here on the weights change: an interruption waits until step and record agree again.
-        await uninterrupted(learn(run, step, trajectories, metrics))
+        await uninterrupted(learn(run, step, rollouts, metrics))
         await run.after_step(step)
 
 
-async def roll_out(run: Run, step: int) -> tuple[list[Trajectory], float | None]:
+async def roll_out(run: Run, step: int) -> tuple[Rollouts, float | None]:
     """A step's judged trajectories, and the seconds it took to sample them; None if some were recorded."""
     config, tracker = run.config, run.tracker
     with tracker.phase(phases.ROLLOUT, step):
         if (recorded := await run.recorded(step)) is not None:
             return recorded, None
         temperature = temperature_at(config.temperature, step - 1, config.train.steps)
-        tasks = await _tasks(run, step)
-        responses = attempts(tasks, config.rollout.group_size, config.seed, step, temperature)
-        trajectories, new = await run.play(step, responses)
-    return trajectories, tracker.timeline.of_step(step)[-1].seconds if new else None
+        rollouts, new = await run.play(step, temperature)
+    return rollouts, tracker.timeline.of_step(step)[-1].seconds if new else None
 
 
-async def learn(run: Run, step: int, trajectories: list[Trajectory], metrics: dict[str, float]) -> None:
+async def learn(run: Run, step: int, rollouts: Rollouts, metrics: dict[str, float]) -> None:
     """Train on a step's trajectories, publish the new weights and record the step.
 
     The two halves that `debug` may leave out are left out.
@@ -59,23 +56,23 @@ async def learn(run: Run, step: int, trajectories: list[Trajectory], metrics: di
     tracker = run.tracker
     if run.trains:
         run.settled = False
-        metrics |= await _learned(run, step, trajectories)
+        metrics |= await _learned(run, step, rollouts)
     run.finished_steps = step
     tracker.step(step, metrics)
-    tracker.samples(step, trajectories)
+    tracker.samples(step, rollouts.trajectories)
     run.settled = run.trains
 
 
-async def _learned(run: Run, step: int, trajectories: list[Trajectory]) -> dict[str, float]:
+async def _learned(run: Run, step: int, rollouts: Rollouts) -> dict[str, float]:
     """Train and publish; returns what there is to say of it."""
     config, tracker = run.config, run.tracker
-    metrics, judgements = await _critic(run, step, trajectories)
-    groups, totals, shaped = policy_batch(config, trajectories, step)
+    metrics, judgements = await _critic(run, step, rollouts.trajectories)
+    groups, totals, shaped = policy_batch(config, rollouts.trajectories, step, rollouts.version)
     if shaped is not None:
         metrics["reward/shaped_mean"] = shaped
     if groups:
         with tracker.phase(phases.TRAIN, step):
-            ptx, temperature = [*run.ptx.sample(step), *judgements], trajectories[0].temperature
+            ptx, temperature = [*run.ptx.sample(step), *judgements], rollouts.trajectories[0].temperature
             learned = await run.worker.policy_step(groups, config, temperature, ptx, totals)
         published = {}
         if run.serves:
@@ -111,61 +108,45 @@ async def _critic(
     return metrics, examples
 
 
-async def _tasks(run: Run, step: int) -> list[Task]:
-    try:
-        return await run.prepared.train_tasks(step)
-    except ConfigError as error:  # too late to be wrong input: the first step's tasks were there
-        raise RunError(f"step {step}: {error}") from error
-
-
-def attempts(
-    tasks: Sequence[Task], group_size: int, seed: int, step: int, temperature: float
-) -> list[Attempt]:
-    """`group_size` attempts for each of the step's tasks, seeded apart by `(seed, step)` and their places.
-
-    A task that a step draws twice makes two groups.
-    """
-    return [
-        Attempt(
-            id=f"step{step}-{index}-{task.id}-{k}",
-            group_id=f"step{step}-{index}-{task.id}",
-            task=task,
-            temperature=temperature,
-            seed=derive_seed(seed, step, index, task.id, k),
-        )
-        for index, task in enumerate(tasks)
-        for k in range(group_size)
-    ]
-
-
 def policy_batch(
-    config: Config, trajectories: Sequence[Trajectory], step: int
+    config: Config, trajectories: Sequence[Trajectory], step: int, version: int
 ) -> tuple[list[list[TrainSequence]], BatchTotals, float | None]:
     """The groups to learn from, with advantages, what the loss is averaged over, and the mean shaped reward.
 
     Failed episodes are left out; a group needs two scored ones. Groups whose rewards are all equal
-    have no gradient on policy: they count in the average and cost no computation.
+    have no gradient on policy: they count in the average, unless others were drawn in their place, and cost
+    no computation. With `rollout.old_tokens=mask` only what the weights of now (`version`) have sampled is
+    learned from; advantages are those of the whole responses. Each branch of an episode is a sequence of its
+    own, with the episode's advantage.
     """
     by_group: defaultdict[str, list[Trajectory]] = defaultdict(list)
     for trajectory in trajectories:
-        if not trajectory.failed and trajectory.num_sampled:
-            by_group[trajectory.group_id].append(trajectory)
-    groups, num_tokens = [], 0
+        by_group[trajectory.group_id].append(trajectory)
+    only = version if config.rollout.old_tokens == "mask" else None
+    groups, num_sequences, num_tokens = [], 0, 0
     shaped: list[float] = []
-    for members in by_group.values():
-        if len(members) < 2:
+    for group in by_group.values():
+        members = learnable(group)
+        if not members:
             continue
-        lengths = [t.num_sampled for t in members]
-        num_tokens += sum(lengths)
-        rewards = shaped_rewards(
-            [t.reward for t in members], lengths, [t.stop_reason for t in members], config.budget, step
-        )
+        rewards = rewards_of(members, config, step)
         shaped += rewards
+        if config.rollout.refill and is_uniform(rewards):
+            continue
+        num_sequences += sum(len(member.lines) for member in members)
+        num_tokens += sum(num_sampled(line, only) for member in members for line in member.lines)
         if config.rollout.drop_uniform_groups and is_uniform(rewards):
             continue
         advantages = group_advantages(rewards, config.objective.baseline, config.objective.tau)
-        groups.append([TrainSequence.from_trajectory(t, a) for t, a in zip(members, advantages, strict=True)])
-    return groups, BatchTotals(len(shaped), num_tokens), fmean(shaped) if shaped else None
+        sequences = [
+            TrainSequence.from_trajectory(line, advantage, only)
+            for member, advantage in zip(members, advantages, strict=True)
+            for line in member.lines
+            if num_sampled(line, only)
+        ]
+        if sequences:
+            groups.append(sequences)
+    return groups, BatchTotals(num_sequences, num_tokens), fmean(shaped) if shaped else None
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory], seconds: float | None) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice, repeat
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 import envs.registry
+from envs.agents import AgentEnv
 from envs.base import TextEnv
 from k2rl.checkpoint_engine.disk import checkpoint_manifest
 from k2rl.checkpoint_engine.plan import RING_SLOTS, PlanError, fit_bucket
@@ -63,14 +64,15 @@ class Preflight:
     def make_env(self) -> TextEnv:
         return envs.registry.make(self.config.env.id, **self.config.env.kwargs)
 
-    async def train_tasks(self, step: int) -> list[Task]:
-        """The tasks of a step: a function of the seed and the step.
+    async def train_tasks(self, step: int, draw: int = 0) -> list[Task]:
+        """The tasks of a step, and of its further draws: a function of the seed, the step and the draw.
 
         Raises:
             ConfigError: the environment raises, hangs or has too few.
         """
         wanted = self.config.rollout.tasks_per_step
-        tasks = await _draw(self, "train", derive_seed(self.config.seed, step), wanted)
+        seed = derive_seed(self.config.seed, step, draw) if draw else derive_seed(self.config.seed, step)
+        tasks = await _draw(self, "train", seed, wanted)
         if len(tasks) < wanted:
             raise ConfigError(
                 f"environment {self.config.env.id!r} gives only {len(tasks)} training tasks, but a step "
@@ -85,13 +87,15 @@ class Preflight:
             ConfigError: the environment raises or hangs.
         """
 
-        async def reset(env: TextEnv) -> tuple[Iterable[Message], Any]:
-            return await call(env.reset, seed=task.seed, options={"task": task})
+        async def reset(env: TextEnv) -> list[int]:
+            messages, _ = await call(env.reset, seed=task.seed, options={"task": task})
+            return self.chat.prompt_ids(tuple(messages), env.tools)
 
-        messages, _ = await _asked(self.config, f"on task {task.id}", self._hosted(reset))
-        return self.chat.prompt_ids(tuple(messages))
+        if isinstance(self.env, AgentEnv):
+            return list((await self.play(task, lambda env: repeat(""))).segments[0].token_ids)
+        return await _asked(self.config, f"on task {task.id}", self._hosted(reset))
 
-    async def play(self, task: Task, script: Callable[[TextEnv], Iterable[str]]) -> Trajectory:
+    async def play(self, task: Task, script: Callable[[TextEnv], Iterable[str | Message]]) -> Trajectory:
         """Play a script as the policy's turns, with the engine's whole context for a budget.
 
         Raises:
@@ -131,6 +135,11 @@ def preflight(config: Config, training: bool = True) -> Preflight:
     env = envs.registry.make(config.env.id, **config.env.kwargs)
     _check_kinds(config, env)
     rubric = envs.registry.rubric_of(env, config.rubric.id, **config.rubric.kwargs)
+    if asks_run_model(rubric) and (config.rubric.cache_verdicts or config.rollout.surplus == "park"):
+        raise ConfigError(
+            "a rubric that asks the policy (model: policy) changes its mind as that learns, and needs the "
+            "engine to the end of a step: set rubric.cache_verdicts=false and rollout.surplus=drop"
+        )
     model_path = resolve_model(config.model.path)
     _check_push_memory(config, model_path)
     if training:
@@ -261,7 +270,7 @@ async def _demonstrated(prepared: Preflight, task: Task) -> Trajectory:
     """A demonstration, played to the end that the environment gives it."""
     config = prepared.config
 
-    def script(env: TextEnv) -> list[str]:
+    def script(env: TextEnv) -> Sequence[str | Message]:
         turns = env.demonstration(task)
         if turns is None:
             raise ConfigError(

@@ -91,12 +91,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from sandboxes.server import ServerOptions
     from sandboxes.serving import serve
 
-    token = os.environ.get(wire.TOKEN_VARIABLE)
-    if arguments.token_file is not None:
-        try:
-            token = arguments.token_file.read_text().strip()
-        except OSError as error:
-            raise ConfigError(f"--token-file {arguments.token_file}: {error.strerror}") from None
+    token = token_of(arguments.token_file, wire.TOKEN_VARIABLE)
     try:
         options = ServerOptions(
             host=arguments.host,
@@ -118,6 +113,20 @@ def _serve(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise ConfigError(f"--host {arguments.host} --port {arguments.port}: {error.strerror}") from None
     return 0
+
+
+def token_of(file: Path | None, variable: str) -> str | None:
+    """A server's token: what is in the file, or else in the variable.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    if file is None:
+        return os.environ.get(variable)
+    try:
+        return file.read_text().strip()
+    except OSError as error:
+        raise ConfigError(f"--token-file {file}: {error.strerror}") from None
 
 
 def _image(arguments: argparse.Namespace) -> int:

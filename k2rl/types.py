@@ -14,7 +14,9 @@ import msgspec
 
 Role = Literal["system", "user", "assistant", "tool"]
 Split = Literal["train", "eval"]
-StopReason = Literal["env_done", "env_truncated", "max_turns", "token_budget", "context", "failed"]
+StopReason = Literal[
+    "env_done", "env_truncated", "max_turns", "token_budget", "context", "repetition", "failed"
+]
 
 NO_WEIGHT_VERSION = -1
 """Weight version of tokens that no policy sampled (prompts, tool results)."""
@@ -26,6 +28,14 @@ class ToolCall(msgspec.Struct, frozen=True):
     id: str
     name: str
     arguments: dict[str, Any]
+
+
+class ToolSpec(msgspec.Struct, frozen=True):
+    """A tool as a model is told of it; `parameters` is the JSON schema of its arguments, an object."""
+
+    name: str
+    description: str
+    parameters: dict[str, Any]
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -136,6 +146,10 @@ class Trajectory(msgspec.Struct):
     The first segment is the prompt; trajectories of one group share it. `env_reward` is the sum of
     the environment's own step rewards and `reward_components` what it named; the rubric turns the
     whole into `verdict`.
+
+    An agent that asks the policy twice from one point, or edits what it has been told, makes several
+    sequences in one episode. The others are `branches`, without verdicts of their own: tokens that they
+    share with an earlier sequence are no longer `sampled` in them, so each is learned from once.
     """
 
     id: str
@@ -149,6 +163,7 @@ class Trajectory(msgspec.Struct):
     reward_components: dict[str, float] = {}
     verdict: Verdict | None = None
     seconds: float = 0.0
+    branches: list[Trajectory] = []
 
     @property
     def token_ids(self) -> list[int]:
@@ -170,8 +185,15 @@ class Trajectory(msgspec.Struct):
         return [segment.weight_version for segment in self.segments for _ in segment.token_ids]
 
     @property
+    def lines(self) -> list[Trajectory]:
+        """Its sequences: the trajectory itself, and its branches."""
+        return [self, *self.branches]
+
+    @property
     def num_sampled(self) -> int:
-        return sum(len(segment.token_ids) for segment in self.segments if segment.sampled)
+        """Tokens that the policy wrote in this episode, branches included."""
+        own = sum(len(segment.token_ids) for segment in self.segments if segment.sampled)
+        return own + sum(branch.num_sampled for branch in self.branches)
 
     @property
     def failed(self) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import time
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -16,10 +17,17 @@ class MissedDeadlineError(Exception):
     """Work was not done in time. Not a TimeoutError, which the work itself may raise."""
 
 
-async def within(deadline_s: float, work: Coroutine[Any, Any, T]) -> T:
+async def within(
+    deadline_s: float, work: Coroutine[Any, Any, T], excused_s: Callable[[], float] = lambda: 0.0
+) -> T:
     """The result of `work`; what goes wrong in it is an ordinary exception, whatever it raised.
 
     Not `asyncio.timeout`: work that ignores its cancellation must not hold the caller.
+
+    Args:
+        deadline_s: seconds for it.
+        work: to be awaited.
+        excused_s: a clock of the time that does not count against it.
 
     Raises:
         MissedDeadlineError: it was not done within `deadline_s` seconds, and was cancelled.
@@ -28,8 +36,13 @@ async def within(deadline_s: float, work: Coroutine[Any, Any, T]) -> T:
         asyncio.CancelledError: the caller was cancelled; the work is cancelled with it.
     """
     task = asyncio.create_task(_contained(work))
+    began, excused = time.monotonic(), excused_s()
     try:
-        await asyncio.wait({task}, timeout=deadline_s)
+        while not task.done():
+            left = deadline_s + excused_s() - excused - (time.monotonic() - began)
+            if left <= 0:
+                break
+            await asyncio.wait({task}, timeout=left)
         in_time = task.done()
     finally:
         if not task.done():

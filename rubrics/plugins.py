@@ -6,8 +6,10 @@ import difflib
 import functools
 import importlib
 import inspect
+import traceback
 from collections.abc import Mapping
 from importlib.metadata import entry_points
+from types import ModuleType
 from typing import Any, Generic, TypeVar, cast
 
 from k2rl.errors import ConfigError
@@ -33,6 +35,16 @@ class Registry(Generic[T]):
     def available(self) -> dict[str, str]:
         """Every id with the first line of its class's docstring, or the reason it cannot be loaded."""
         return {id: self._describe(id) for id in sorted(self._targets())}
+
+    def broken(self) -> dict[str, ConfigError]:
+        """Every id whose class cannot be used, with the reason; a traceback of the plug-in is its note."""
+        found: dict[str, ConfigError] = {}
+        for id in sorted(self._targets()):
+            try:
+                self.resolve(id)
+            except ConfigError as error:
+                found[id] = error
+        return found
 
     def resolve(self, id: str) -> type[T]:
         """The class behind an id.
@@ -93,17 +105,28 @@ class Registry(Generic[T]):
             return f"cannot be loaded: {error}"
         return next(iter(documentation.strip().splitlines()), "")
 
+    def import_module(self, module_name: str, target: str) -> ModuleType:
+        """The module that `target` names.
+
+        Raises:
+            ConfigError: it cannot be imported; a note has its traceback, if it is there at all.
+        """
+        try:
+            return importlib.import_module(module_name)
+        except Exception as error:  # whatever a user's module raises while it is imported
+            refused = ConfigError(
+                f"{self.noun} {target!r}: cannot import {module_name} "
+                f"({type(error).__name__}: {_one_line(error)}); is it installed, or its folder on PYTHONPATH?"
+            )
+            if not (isinstance(error, ModuleNotFoundError) and error.name == module_name.partition(".")[0]):
+                refused.add_note(_own_traceback(error))
+            raise refused from error
+
     def _load(self, target: str) -> type[T]:
         module_name, _, class_name = target.partition(":")
         if not module_name or not class_name:
             raise ConfigError(f"{self.noun} {target!r}: write it as module:Class")
-        try:
-            module = importlib.import_module(module_name)
-        except Exception as error:  # whatever a user's module raises while it is imported
-            raise ConfigError(
-                f"{self.noun} {target!r}: cannot import {module_name} "
-                f"({type(error).__name__}: {_one_line(error)}); is it installed, or its folder on PYTHONPATH?"
-            ) from error
+        module = self.import_module(module_name, target)
         try:
             found = functools.reduce(getattr, class_name.split("."), cast("Any", module))
         except AttributeError as error:
@@ -125,6 +148,18 @@ class Registry(Generic[T]):
 def _did_you_mean(word: str, choices: Mapping[str, Any] | list[str]) -> str:
     matches = difflib.get_close_matches(word, list(choices), n=3)
     return f" (did you mean {' or '.join(repr(match) for match in matches)}?)" if matches else ""
+
+
+def _own_traceback(error: BaseException) -> str:
+    """A traceback without the frames that import."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<frozen importlib")
+        and frame.filename not in (__file__, importlib.__file__)
+    ]
+    shown = traceback.StackSummary.from_list(frames).format() + traceback.format_exception_only(error)
+    return "Traceback of the plug-in (most recent call last):\n" + "".join(shown).rstrip()
 
 
 def _one_line(error: BaseException) -> str:

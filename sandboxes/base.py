@@ -71,6 +71,9 @@ class SandboxSpec(msgspec.Struct, frozen=True, kw_only=True):
     image: str | None = None
     #: Folders or files of the host that appear read-only: path in the sandbox -> path on the host.
     read_only: dict[str, str] = {}
+    #: Symbolic links for code that insists on a path: path -> where it leads in the writable places, such as
+    #: {"/app": "/work"}. docker has none: make them in the image.
+    links: dict[str, str] = {}
     #: Variables of every run, on top of PATH, HOME, LANG and TMPDIR. Nothing of the host's environment is
     #: passed on.
     env: dict[str, str] = {}

@@ -11,13 +11,13 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
-import aiohttp
 import msgspec
 
 from sandboxes import wire
 from sandboxes.base import ExecResult, Finding, SandboxSpec
+from sandboxes.borrowing import CONNECT_SECONDS, Lender, borrow_anywhere, checked_urls
 from sandboxes.errors import (
     SandboxClosedError,
     SandboxError,
@@ -26,7 +26,6 @@ from sandboxes.errors import (
 
 T = TypeVar("T")
 
-CONNECT_SECONDS = 10.0
 GRACE_SECONDS = 30.0
 """What a call may take on top of the run that it asks for: the way there and back, and a busy server."""
 
@@ -56,37 +55,25 @@ class RemoteBackend:
         """
         if urls is None:
             urls = os.environ.get(wire.SERVERS_VARIABLE, "").split()
-        urls = [urls] if isinstance(urls, str) else urls
+        urls = checked_urls(urls, "a sandbox server")
         if not urls:
             raise SandboxUnavailableError(
                 f"no sandbox server is named: start one (k2rl sandbox serve), and {wire.SERVERS_VARIABLE}="
                 "http://host:port"
             )
-        for url in urls:
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"{url!r} is no address of a sandbox server: http://host:port")
         token = token if token is not None else os.environ.get(wire.TOKEN_VARIABLE)
-        self._servers = [_Server(url.rstrip("/"), token) for url in dict.fromkeys(urls)]
+        self._servers = [_Server(url, token) for url in urls]
         self._open_seconds = open_seconds
 
     async def open(self, spec: SandboxSpec) -> RemoteSandbox:
         """See `Backend.open`. Servers that are down or full are passed over."""
-        loop = asyncio.get_running_loop()
-        deadline, pause = loop.time() + self._open_seconds, 0.05
-        while True:
-            faults = []
-            for server in sorted(self._servers, key=lambda server: server.crowding):
-                try:
-                    return await server.open(spec)
-                except _PassOverError as error:
-                    faults.append(error)
-            why = "; ".join(str(fault) for fault in faults)
-            if not any(fault.full for fault in faults):
-                raise SandboxUnavailableError(f"no sandbox server answers: {why}")
-            if loop.time() + pause > deadline:
-                raise SandboxError(f"no sandbox server had room within {self._open_seconds:g} s: {why}")
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, 2.0)
+        return await borrow_anywhere(
+            self._servers,
+            lambda server: server.open(spec),
+            self._open_seconds,
+            SandboxError,
+            SandboxUnavailableError,
+        )
 
     async def findings(self) -> list[Finding]:
         """What each server says of its backend."""
@@ -105,151 +92,29 @@ class RemoteBackend:
         await asyncio.gather(*(server.close() for server in self._servers))
 
 
-class _PassOverError(Exception):
-    """This server cannot open a sandbox now, another may."""
-
-    def __init__(self, message: str, full: bool) -> None:
-        super().__init__(message)
-        self.full = full
-
-
-class _Server:
-    """The connection to one server: calls with deadlines, and a heartbeat that keeps its sandboxes ours."""
-
-    def __init__(self, url: str, token: str | None) -> None:
-        self.url = url
-        self._headers = {"Content-Type": wire.CONTENT_TYPE}
-        if token is not None:
-            self._headers["Authorization"] = f"Bearer {token}"
-        self._session: aiohttp.ClientSession | None = None
-        self._heart: asyncio.Task[None] | None = None
-        self._load = wire.Load(open=0, capacity=1)
-        #: Why it was passed over last time; None: it answered.
-        self._down: str | None = None
-        self._lost: str | None = None
-        self._waiting: set[asyncio.Timeout] = set()
-        self.sandboxes: dict[str, RemoteSandbox] = {}
-
-    @property
-    def crowding(self) -> tuple[bool, float]:
-        """What orders servers by who should open the next sandbox."""
-        known = max(self._load.open, len(self.sandboxes))
-        return self._down is not None, known / self._load.capacity
-
-    async def open(self, spec: SandboxSpec) -> RemoteSandbox:
-        try:
-            # The first sandbox of an image may have to build or load it.
-            opened = await self.ask("POST", "/v1/sandboxes", spec, wire.Opened, 10 * GRACE_SECONDS)
-        except _FullError as error:
-            self._load = wire.Load(open=self._load.capacity, capacity=self._load.capacity)
-            raise _PassOverError(str(error), full=True) from None
-        except _UnreachableError as error:
-            self._down = str(error)
-            raise _PassOverError(str(error), full=False) from None
-        self._down = None
-        sandbox = RemoteSandbox(self, opened, spec)
-        self.sandboxes[opened.id] = sandbox
-        self._load = wire.Load(open=self._load.open + 1, capacity=self._load.capacity)
-        if self._heart is None or self._heart.done():
-            self._lost = None
-            self._heart = asyncio.create_task(self._beat(opened.lease))
-        return sandbox
-
-    async def ask(
-        self, method: str, path: str, body: Any, answer: type[T], seconds: float, *, beat: bool = False
-    ) -> T:
-        """One request.
-
-        Raises:
-            _UnreachableError: the server does not answer, or not in time.
-            SandboxError and SandboxFileError: what the backend behind it raised, or why it refused.
-        """
-        session = self._session
-        if session is None or session.closed:
-            # Connections idle for longer than a few seconds are not used again: the server may be closing
-            # them.
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=10.0)
-            session = aiohttp.ClientSession(headers=self._headers, connector=connector)
-            self._session = session
-        no_limit = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
-        try:
-            async with asyncio.timeout(seconds) as deadline:
-                if not beat:
-                    self._waiting.add(deadline)
-                try:
-                    data = None if body is None else msgspec.msgpack.encode(body)
-                    async with session.request(
-                        method, self.url + path, data=data, timeout=no_limit, allow_redirects=False
-                    ) as reply:
-                        content, status = await reply.read(), reply.status
-                        kind = reply.content_type
-                finally:
-                    self._waiting.discard(deadline)
-        except TimeoutError:
-            why = self._lost or f"sandbox server {self.url} did not answer within {seconds:g} s"
-            raise _UnreachableError(why) from None
-        except aiohttp.ClientError as error:
-            raise _UnreachableError(
-                f"sandbox server {self.url} is gone: {error or type(error).__name__}"
-            ) from None
-        return self._read(content, status, kind, answer)
-
-    def _read(self, content: bytes, status: int, kind: str, answer: type[T]) -> T:
-        try:
-            if status == 200 and kind == wire.CONTENT_TYPE:
-                return msgspec.msgpack.decode(content, type=answer)
-            if kind == wire.CONTENT_TYPE:
-                fault = msgspec.msgpack.decode(content, type=wire.Fault)
-                if fault.kind == "full":
-                    raise _FullError(f"{self.url}: {fault.message}")
-                raise wire.error_of(fault, self.url)
-        except msgspec.MsgspecError as error:
-            raise SandboxError(f"sandbox server {self.url} sent what no such server sends: {error}") from None
-        if status == 413:
-            raise SandboxError(f"sandbox server {self.url}: the request is larger than it takes (--body-mib)")
-        raise SandboxError(f"what answers at {self.url} is no sandbox server: HTTP status {status}, {kind}")
-
-    async def _beat(self, lease: float) -> None:
-        """Renew the leases, until there is nothing left to renew or the server is lost."""
-        loop = asyncio.get_running_loop()
-        heard = loop.time()
-        while self.sandboxes:
-            await asyncio.sleep(lease / 4)
-            renew = wire.Renew(ids=list(self.sandboxes))
-            try:
-                renewed = await self.ask("POST", "/v1/renew", renew, wire.Renewed, lease / 2, beat=True)
-            except SandboxError as error:
-                if loop.time() - heard > lease:
-                    self._lose(f"sandbox server {self.url} was not heard of for {lease:g} s: {error}")
-                continue
-            heard, self._load = loop.time(), renewed.load
-            for id in renewed.unknown:
-                if id in self.sandboxes:
-                    self.sandboxes[id].lost(f"sandbox server {self.url} has closed it or is a new one")
-
-    def _lose(self, why: str) -> None:
-        """The server's sandboxes are gone: fail what waits for them."""
-        self._lost = self._down = why
-        now = asyncio.get_running_loop().time()
-        for deadline in self._waiting:
-            deadline.reschedule(now)
-        for sandbox in list(self.sandboxes.values()):
-            sandbox.lost(why)
-
-    async def close(self) -> None:
-        await asyncio.gather(*(sandbox.close() for sandbox in list(self.sandboxes.values())))
-        if self._heart is not None:
-            self._heart.cancel()
-        if self._session is not None:
-            await self._session.close()
-
-
 class _UnreachableError(SandboxError):
     """The server did not answer."""
 
 
 class _FullError(SandboxError):
     """The server has as many sandboxes as it can."""
+
+
+class _Server(Lender["RemoteSandbox"]):
+    """The connection to one server."""
+
+    noun = "sandbox server"
+    error, unreachable, full = SandboxError, _UnreachableError, _FullError
+
+    def error_of(self, fault: wire.Fault) -> Exception:
+        return wire.error_of(fault, self.url)
+
+    async def open(self, spec: SandboxSpec) -> RemoteSandbox:
+        # The first sandbox of an image may have to build or load it.
+        asking = self.ask("POST", "/v1/sandboxes", spec, wire.Opened, 10 * GRACE_SECONDS)
+        return await self.borrow(
+            asking, lambda opened: (opened.id, RemoteSandbox(self, opened, spec), opened.lease)
+        )
 
 
 class RemoteSandbox:
@@ -331,7 +196,7 @@ class RemoteSandbox:
     def lost(self, why: str) -> None:
         """No more calls: it is gone."""
         self._ended = why
-        self._server.sandboxes.pop(self.id, None)
+        self._server.given_back(self.id)
 
     def run_seconds(self, timeout: float | None) -> float:
         """How long to wait for the result of a run that may take `timeout` seconds."""

@@ -29,10 +29,16 @@ async def serve(backend: str, options: ServerOptions, say: Callable[[str], None]
         if missing:
             why = "; ".join(f"{one.what}: {one.detail} ({one.mend})".replace(" ()", "") for one in missing)
             raise SandboxUnavailableError(f"the {backend} backend does not work here: {why}")
-        ended = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, ended.set)
+        ended = ended_by_signal()
         say(f"{backend} sandboxes at {await server.start()}")
         await ended.wait()
     finally:
         await server.stop()
+
+
+def ended_by_signal() -> asyncio.Event:
+    """Set at SIGINT or SIGTERM."""
+    ended = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    return ended

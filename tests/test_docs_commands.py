@@ -43,8 +43,8 @@ QUICK: dict[str, Callable[[Path, str], None]] = {
     "k2rl eval suite=functions model=null": _says("functions null: 0/12"),
     "k2rl sandbox doctor": _says("bubblewrap: works"),
     "python run_it.py": _says("hello\nexited 0\ntimed_out"),
-    'python -W error -c "from gymnasium.utils.env_checker import check_env; from guess import GuessEnv; '
-    'check_env(GuessEnv(), skip_render_check=True)"': _says(""),
+    "k2rl envs check guess:GuessEnv": _says("guess:GuessEnv: no fault"),
+    "k2rl envs new my_envs": _says("k2rl envs check my_envs"),
 }
 #: Run by a fixture, whose folders many tests look at.
 ELSEWHERE = [MULTIRUN]
@@ -54,6 +54,14 @@ WHOLE_RUNS = [
     "k2rl train experiment=tiny env.id=guess:GuessEnv",
     "k2rl train experiment=quickstart optimizer=adamw rollout.group_size=16 seed=1",
     "k2rl train experiment=quickstart env.id=guess:GuessEnv env.max_turns=6 'warm_start.kinds=[]'",
+    "k2rl train experiment=tiny env=agent env.kwargs.agent=my_agent:play env.kwargs.tasks=my_agent:tasks "
+    "budget.default=64",
+]
+#: Need services on several nodes; tests/envs/test_service.py serves and plays on this one.
+SERVICES = [
+    "k2rl envs serve calculator max_calls=3 --host 0.0.0.0 --processes 4 --token-file token.txt",
+    "k2rl train experiment=quickstart env=remote "
+    "'env.kwargs.urls=[http://node1:8030,http://node1:8031,http://node2:8030]'",
 ]
 #: Need a trained model, a server, or a repository of the reader's; tests/evaluation and tests/envs run such.
 OWN_MODEL = [
@@ -89,7 +97,7 @@ def commands() -> list[str]:
 
 
 def test_every_command_is_accounted_for() -> None:
-    listed = [*QUICK, *ELSEWHERE, *WHOLE_RUNS, *OWN_MODEL, *COMPARED, *MEASURES, *MAKE]
+    listed = [*QUICK, *ELSEWHERE, *WHOLE_RUNS, *OWN_MODEL, *SERVICES, *COMPARED, *MEASURES, *MAKE]
     unknown = [command for command in commands() if command not in listed]
     assert not unknown, "in the docs; run it here, or list it with the reason why not"
     assert not [command for command in listed if command not in commands()], "no longer in the docs"

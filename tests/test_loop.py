@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from k2rl.config import Config
 from k2rl.errors import RunError
-from k2rl.loop import attempts, policy_batch, rollout_metrics
+from k2rl.loop import policy_batch, rollout_metrics
+from k2rl.rollouts.groups import attempts
 from k2rl.training.batch import BatchTotals
 from k2rl.types import Segment, StopReason, Task, Trajectory, Verdict
 
@@ -40,18 +41,18 @@ def episode(
     )
 
 
-def batch(trajectories: Sequence[Trajectory], **rollout: bool) -> tuple[list[dict[str, float]], int]:
+def batch(trajectories: Sequence[Trajectory], **rollout: float) -> tuple[list[dict[str, float]], int]:
     """The groups as advantages by sequence id."""
     config = Config()
     for name, value in rollout.items():
         setattr(config.rollout, name, value)
-    groups, totals, _ = policy_batch(config, trajectories, step=1)
+    groups, totals, _ = policy_batch(config, trajectories, step=1, version=0)
     return [{sequence.id: sequence.advantage for sequence in group} for group in groups], totals.sequences
 
 
 def test_the_better_response_gets_the_greater_advantage_and_keeps_its_tokens() -> None:
     trajectories = [episode(0, 0, 1.0), episode(0, 1, 0.0), episode(0, 2, 0.5)]
-    groups, totals, shaped = policy_batch(Config(), trajectories, step=1)
+    groups, totals, shaped = policy_batch(Config(), trajectories, step=1, version=0)
     assert shaped == 0.5
     assert totals == BatchTotals(sequences=3, tokens=6)
     assert [sequence.advantage for sequence in groups[0]] == [0.5, -0.5, 0.0]
@@ -122,7 +123,8 @@ def test_every_group_sums_to_zero_and_no_failure_is_in_it(groups: list[list[floa
 
 
 def test_a_task_drawn_twice_makes_two_groups_with_seeds_of_their_own() -> None:
-    drawn = attempts([task(1), task(2), task(1)], 4, seed=0, step=3, temperature=0.9)
+    tasks = [task(1), task(2), task(1)]
+    drawn = [a for i, t in enumerate(tasks) for a in attempts(t, i, 4, seed=0, step=3, temperature=0.9)]
     assert len(drawn) == 12
     assert [attempt.task.id for attempt in drawn[::4]] == ["task-1", "task-2", "task-1"]
     for unique in ("id", "seed"):
@@ -133,10 +135,33 @@ def test_a_task_drawn_twice_makes_two_groups_with_seeds_of_their_own() -> None:
 
 
 def test_attempts_depend_on_seed_and_step_alone() -> None:
-    again = attempts([task(1)], 2, 0, 3, 1.0)
-    assert attempts([task(1)], 2, 0, 3, 1.0) == again
-    others = attempts([task(1)], 2, 1, 3, 1.0) + attempts([task(1)], 2, 0, 4, 1.0)
+    again = attempts(task(1), 0, 2, 0, 3, 1.0)
+    assert attempts(task(1), 0, 2, 0, 3, 1.0) == again
+    others = attempts(task(1), 0, 2, 1, 3, 1.0) + attempts(task(1), 0, 2, 0, 4, 1.0)
     assert not {attempt.seed for attempt in others} & {attempt.seed for attempt in again}
+
+
+def test_tokens_of_older_weights_are_context_if_they_are_to_be_masked() -> None:
+    """Of three responses one is half old, one old and one new; advantages are those of whole responses."""
+    mixed, old, new = (episode(0, k, float(k == 0)) for k in range(3))
+    mixed.segments.append(Segment((7, 8), True, (-1.0, -2.0), weight_version=1))
+    new.segments[1] = Segment((9, 9), True, (-0.5, -0.5), weight_version=1)
+    config = Config()
+    config.rollout.old_tokens = "mask"
+    ((first, last),), totals, _ = policy_batch(config, [mixed, old, new], 1, version=1)
+    assert (first.id, last.id) == ("0-0", "0-2")
+    assert first.sampled_mask == (False,) * 5 + (True, True)
+    assert first.behaviour_logprobs == (-1.0, -2.0)
+    assert first.advantage == pytest.approx(2 / 3)
+    assert totals == BatchTotals(sequences=3, tokens=4)
+    config.rollout.old_tokens = "train"
+    ((first, *_),), totals, _ = policy_batch(config, [mixed, old, new], 1, version=1)
+    assert (sum(first.sampled_mask), totals.tokens) == (4, 8)
+
+
+def test_a_uniform_group_does_not_count_where_another_was_drawn_for_it() -> None:
+    trajectories = [*(episode(0, k, 1.0) for k in range(3)), *(episode(1, k, k) for k in range(2))]
+    assert batch(trajectories, refill=2)[1] == 2
 
 
 def test_metrics_are_of_the_scored_episodes() -> None:
@@ -177,7 +202,7 @@ def test_a_judge_that_fails_one_time_in_ten_leaves_the_batch_of_the_others_exact
     lost = {key for key in values if draw.random() < 0.1}
     flaky = [episode(g, k, None if (g, k) in lost else value) for (g, k), value in values.items()]
     clean = [episode(g, k, value) for (g, k), value in values.items() if (g, k) not in lost]
-    assert policy_batch(Config(), flaky, step=1) == policy_batch(Config(), clean, step=1)
+    assert policy_batch(Config(), flaky, 1, version=0) == policy_batch(Config(), clean, 1, version=0)
     metrics = rollout_metrics(flaky, None)
     assert metrics["reward/judge_failed_share"] == pytest.approx(len(lost) / len(flaky))
     assert metrics["reward/mean"] == rollout_metrics(clean, None)["reward/mean"]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from gymnasium.error import ResetNeeded
-
 from envs.base import ResetResult, StepResult
 from envs.coding.judging import shared_judge
 from envs.coding.problems import CodeProblem, as_data, of_data
 from envs.coding.single_turn import CodeEnv
-from envs.coding.tools import USAGE, Workspace, spelled
+from envs.coding.tools import USAGE, Workspace, WorkspaceEnv, spelled
 from k2rl.types import Message, Split, Task
 from sandboxes.errors import SandboxFileError
 
@@ -18,7 +16,7 @@ FILE, TEST = "solution.py", "test_solution.py"
 SYSTEM = f"You are an expert Python programmer who mends bugs.\n{USAGE}"
 
 
-class DebugEnv(CodeEnv):
+class DebugEnv(WorkspaceEnv, CodeEnv):
     """A file with a bug, a test that shows it, a shell and file tools; hidden tests judge the file in the
     end.
 
@@ -40,7 +38,6 @@ class DebugEnv(CodeEnv):
             ConfigError: one line: no such file, format or row.
         """
         super().__init__(problems, format, sandbox=sandbox)
-        self._workspace: Workspace | None = None
 
     def task_of(self, problem: CodeProblem, split: Split, id: str, seed: int) -> Task:
         return Task(id=id, env=self.id, kind="debug", split=split, seed=seed, data=as_data(problem))
@@ -71,20 +68,10 @@ class DebugEnv(CodeEnv):
         self._workspace = await Workspace.open(shared_judge(self.sandbox).backend, files)
         return (Message("system", SYSTEM), Message("user", question)), {"task": task}
 
-    async def step(self, action: str) -> StepResult:  # type: ignore[override]
-        """Do a tool call, or judge the file.
-
-        Raises:
-            gymnasium.error.ResetNeeded: if no episode is running.
-            JudgeError, SandboxError: the judge or the sandbox failed; there is no reward.
-        """
-        if self._workspace is None or self._problem is None:
-            raise ResetNeeded("the episode is over or was never begun: call reset()")
-        if (answered := await self._workspace.step(action)) is not None:
-            return answered
-        problem, workspace = self._problem, self._workspace
-        self._problem = None
-        await workspace.end_processes()
+    async def judged(self, workspace: Workspace) -> StepResult:
+        """What the hidden tests say of the file."""
+        assert self._problem is not None
+        problem, self._problem = self._problem, None
         try:
             code = (await workspace.sandbox.read_file(FILE)).decode("utf-8", "replace")
         except SandboxFileError:
@@ -94,9 +81,3 @@ class DebugEnv(CodeEnv):
         components = {"tests_passed": outcome.passed / outcome.total}
         info = {"reward_components": components, "detail": outcome.detail}
         return (), float(outcome.solved), True, False, info
-
-    async def close(self) -> None:  # type: ignore[override]
-        """End the episode's sandbox."""
-        workspace, self._workspace = self._workspace, None
-        if workspace is not None:
-            await workspace.close()

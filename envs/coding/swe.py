@@ -8,13 +8,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
-from gymnasium.error import ResetNeeded
 
-from envs.base import ResetResult, StepResult, TextEnv
+from envs.base import ResetResult, StepResult
 from envs.coding.judging import shared_judge
 from envs.coding.problems import EVAL_ONE_IN, shuffled
 from envs.coding.repositories import RepositoryTask, load_tasks, repository_of
-from envs.coding.tools import USAGE, Workspace, spelled
+from envs.coding.tools import USAGE, Workspace, WorkspaceEnv, spelled
 from k2rl.errors import ConfigError
 from k2rl.types import Message, Split, Task
 from rubrics.code.repository import judge_repository
@@ -39,7 +38,7 @@ print(json.dumps(found))
 """
 
 
-class SweEnv(TextEnv):
+class SweEnv(WorkspaceEnv):
     """An issue in a repository, a shell and file tools; hidden tests judge the change, in a fresh sandbox.
 
     The reward is 1 if all fail-to-pass and pass-to-pass tests pass with the change that there is after
@@ -61,7 +60,6 @@ class SweEnv(TextEnv):
         self.sandbox = sandbox
         self.repository_tasks = load_tasks(tasks_file, format)
         self._task: RepositoryTask | None = None
-        self._workspace: Workspace | None = None
 
     def tasks(self, split: Split, seed: int) -> Iterator[Task]:
         """The tasks of a split in an order that the seed shuffles, again and again.
@@ -110,20 +108,11 @@ class SweEnv(TextEnv):
         )
         return (Message("system", SYSTEM), Message("user", question)), {"task": task}
 
-    async def step(self, action: str) -> StepResult:  # type: ignore[override]
-        """Do a tool call, or judge the change.
-
-        Raises:
-            gymnasium.error.ResetNeeded: if no episode is running.
-            JudgeError, SandboxError: the judge or the sandbox failed; there is no reward.
-        """
-        if self._workspace is None or self._task is None:
-            raise ResetNeeded("the episode is over or was never begun: call reset()")
-        if (answered := await self._workspace.step(action)) is not None:
-            return answered
+    async def judged(self, workspace: Workspace) -> StepResult:
+        """What the hidden tests say of the change, in a fresh sandbox."""
+        assert self._task is not None
         task, self._task = self._task, None
-        await self._workspace.end_processes()
-        changes = await changes_in(self._workspace.sandbox, self._repository)
+        changes = await changes_in(workspace.sandbox, self._repository)
         await self.close()
         if changes is None:
             return (), 0.0, True, False, {"detail": "it changed too much to be looked at"}
@@ -135,12 +124,6 @@ class SweEnv(TextEnv):
         }
         info = {"reward_components": components, "detail": outcome.detail}
         return (), float(outcome.solved), True, False, info
-
-    async def close(self) -> None:  # type: ignore[override]
-        """End the episode's sandbox."""
-        workspace, self._workspace = self._workspace, None
-        if workspace is not None:
-            await workspace.close()
 
 
 async def changes_in(sandbox: Sandbox, repository: Mapping[str, bytes]) -> dict[str, bytes | None] | None:

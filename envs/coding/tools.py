@@ -11,8 +11,9 @@ import json
 from collections.abc import Mapping
 
 import msgspec
+from gymnasium.error import ResetNeeded
 
-from envs.base import StepResult
+from envs.base import StepResult, TextEnv
 from k2rl.types import Message
 from sandboxes.base import Backend, ExecResult, Limits, Sandbox, SandboxSpec, Shell
 from sandboxes.errors import SandboxClosedError, SandboxFileError
@@ -20,6 +21,8 @@ from sandboxes.errors import SandboxClosedError, SandboxFileError
 SHOWN = 4000
 """Characters of a tool's answer; what is longer loses its middle."""
 COMMAND_S = 30.0
+LIMITS = Limits(wall_seconds=COMMAND_S, cpu_seconds=COMMAND_S, output_bytes=2**20)
+_NO_LINKS: Mapping[str, str] = {}
 
 USAGE = (
     "You have these tools, one call a turn, written as\n"
@@ -76,14 +79,20 @@ class Workspace:
         self._shell: Shell | None = None
 
     @classmethod
-    async def open(cls, backend: Backend, files: Mapping[str, bytes], image: str | None = None) -> Workspace:
-        """Open a sandbox with these files.
+    async def open(
+        cls,
+        backend: Backend,
+        files: Mapping[str, bytes],
+        image: str | None = None,
+        limits: Limits = LIMITS,
+        links: Mapping[str, str] = _NO_LINKS,
+    ) -> Workspace:
+        """Open a sandbox with these files; `image`, `limits` and `links` as in `SandboxSpec`.
 
         Raises:
             SandboxError: it failed.
         """
-        limits = Limits(wall_seconds=COMMAND_S, cpu_seconds=COMMAND_S, output_bytes=2**20)
-        sandbox = await backend.open(SandboxSpec(limits=limits, image=image))
+        sandbox = await backend.open(SandboxSpec(limits=limits, image=image, links=dict(links)))
         try:
             await sandbox.upload(files)
         except BaseException:
@@ -145,6 +154,43 @@ class Workspace:
 
     async def close(self) -> None:
         await self.sandbox.close()
+
+
+class WorkspaceEnv(TextEnv):
+    """An episode in a workspace: tool calls, until one of them, or a turn without any, has it judged."""
+
+    _workspace: Workspace | None = None
+
+    async def step(self, action: str) -> StepResult:  # type: ignore[override]
+        """Do a tool call, or judge what there is.
+
+        Raises:
+            gymnasium.error.ResetNeeded: if no episode is running.
+            JudgeError, SandboxError: the judge or the sandbox failed; there is no reward.
+        """
+        if self._workspace is None:
+            raise ResetNeeded("the episode is over or was never begun: call reset()")
+        if (answered := await self._workspace.step(action)) is not None:
+            return answered
+        return await self.judge_workspace(self._workspace)
+
+    async def judge_workspace(self, workspace: Workspace) -> StepResult:
+        """End the episode: nothing changes any more while it is judged, and then the sandbox goes."""
+        try:
+            await workspace.end_processes()
+            return await self.judged(workspace)
+        finally:
+            await self.close()
+
+    async def judged(self, workspace: Workspace) -> StepResult:
+        """The last step of an episode; may close the workspace, if that is no longer needed."""
+        raise NotImplementedError
+
+    async def close(self) -> None:  # type: ignore[override]
+        """End the episode's sandbox."""
+        workspace, self._workspace = self._workspace, None
+        if workspace is not None:
+            await workspace.close()
 
 
 def _answer(ran: ExecResult) -> str:

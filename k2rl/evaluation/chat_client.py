@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 
 from envs.base import TextEnv
+from envs.tools.formats import introduced
 from k2rl.errors import ConfigError, RunError
 from k2rl.evaluation.policies import ContextFullError, Reply
 from k2rl.seeds import derive_seed
@@ -81,7 +82,7 @@ class ChatModel:
     ) -> Reply:
         body = {
             "model": self._name,
-            "messages": [self._spelled(message) for message in messages],
+            "messages": [self._spelled(message) for message in introduced(messages, env.tools)],
             "temperature": self._temperature,
             "max_tokens": self._max_tokens,
             "seed": derive_seed(self._seed, task.id, sample, number) % 2**31,

@@ -8,6 +8,7 @@ from typing import Protocol
 import msgspec
 
 from envs.base import TextEnv
+from envs.tools.formats import written
 from k2rl.errors import ConfigError, RunError
 from k2rl.types import Message, Task
 
@@ -71,7 +72,7 @@ class Gold(Scripted):
         turns = env.demonstration(task)
         if turns is None:
             raise RunError(f"model=gold: task {task.id} has no solution with it")
-        return turns
+        return [written(turn) for turn in turns]
 
 
 class Null(Scripted):
@@ -96,4 +97,4 @@ class Cheat(Scripted):
 
     def turns(self, task: Task, env: TextEnv) -> Sequence[str]:
         turns = env.demonstration(task)
-        return () if turns is None else self._cheat(turns)
+        return () if turns is None else self._cheat([written(turn) for turn in turns])

@@ -110,6 +110,13 @@ SUITES = {
         max_turns=40,
         needs=("path",),
     ),
+    "harbor": SuiteKind(
+        "Harbor's task folders: our own, or those of a folder",
+        "harbor",
+        lambda options: {"folder": options.path or None, "sandbox": options.sandbox},
+        max_turns=40,
+        takes=("path",),
+    ),
     "code": SuiteKind(
         "a file of problems in any of these formats",
         "code_function",
@@ -151,7 +158,7 @@ def load_suite(options: SuiteOptions) -> Suite:
         if not value and key in kind.needs:
             raise ConfigError(f"suite={options.suite} needs {key}=FILE")
     if options.path and not Path(options.path).expanduser().exists():
-        raise ConfigError(f"path={options.path}: there is no such file")
+        raise ConfigError(f"path={options.path}: there is no such file or folder")
     kwargs = kind.kwargs(options)
 
     def make_env() -> TextEnv:

@@ -6,7 +6,8 @@ from typing import Literal, Protocol
 
 import msgspec
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "repetition", "interrupted"]
+"""`repetition`: it said the same over and over; `interrupted`: it may go on where it was broken off."""
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -15,6 +16,9 @@ class Sampling(msgspec.Struct, frozen=True):
     temperature: float
     max_tokens: int
     seed: int | None = None
+    #: End a turn in which a pattern of up to so many tokens comes `repeat_count` times in a row; 0: never.
+    repeat_size: int = 0
+    repeat_count: int = 0
 
 
 class Generation(msgspec.Struct, frozen=True):
@@ -29,14 +33,37 @@ class Generation(msgspec.Struct, frozen=True):
     weight_spans: tuple[tuple[int, int], ...]
     finish_reason: FinishReason
 
+    def followed_by(self, rest: Generation) -> Generation:
+        """This one, interrupted, and what was sampled after it, perhaps from later weights."""
+        shift, last = len(self.token_ids), self.weight_spans[-1][1] if self.weight_spans else None
+        spans = [(start + shift, version) for start, version in rest.weight_spans]
+        if spans and spans[0][1] == last:
+            del spans[0]
+        return Generation(
+            self.token_ids + rest.token_ids,
+            self.logprobs + rest.logprobs,
+            (*self.weight_spans, *spans),
+            rest.finish_reason,
+        )
+
 
 class InferenceEngine(Protocol):
     async def generate(self, prompt_ids: list[int], sampling: Sampling) -> Generation:
-        """Sample a continuation of `prompt_ids`.
+        """Sample a continuation of `prompt_ids`; what `interrupt` breaks off keeps its tokens.
 
         Raises:
             EngineDeadError: the engine is gone and will not come back by itself.
             GenerationError: this request ended before its turn did; others are not concerned.
+        """
+        ...
+
+
+class InterruptibleEngine(InferenceEngine, Protocol):
+    async def interrupt(self) -> None:
+        """Break off all that is being generated now; each is answered with the tokens that it has.
+
+        Raises:
+            EngineDeadError: as `generate`.
         """
         ...
 

@@ -25,7 +25,7 @@ from k2rl.checkpoint_engine.messages import (
 from k2rl.checkpoint_engine.plan import Box, Needs
 from k2rl.config import InferenceConfig
 from k2rl.diagnosis.activity import FRONT_END
-from k2rl.inference.engine import EngineDeadError, Generation, GenerationError, Sampling
+from k2rl.inference.engine import EngineDeadError, FinishReason, Generation, GenerationError, Sampling
 from k2rl.inference.prefork import adopt, start_server
 from k2rl.types import NO_WEIGHT_VERSION
 from k2rl.workers.process import OWNER_PID, remove, shared_memory_of
@@ -133,7 +133,11 @@ class VLLMEngine:
         self.host = 0
         self._stop_token_ids = list(stop_token_ids)
         self._running_requests = config.running_requests
+        self._kv_cache_gib = config.kv_cache_gib
         self._request_ids = itertools.count()
+        self._running: set[str] = set()
+        #: Of those, the ones that were asked to end early, and keep what they have.
+        self._interrupted: set[str] = set()
         self._version = NO_WEIGHT_VERSION
         self._fenced = True
         self._paused = False
@@ -156,7 +160,9 @@ class VLLMEngine:
         try:
             self._llm = AsyncLLM.from_vllm_config(self._vllm_config)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise EngineDeadError(f"vLLM did not start: {error}") from error
+            # vLLM's log names arguments of its own, which are not where a run sets this.
+            memory = f"if it is short of memory, lower inference.kv_cache_gib={self._kv_cache_gib:g}"
+            raise EngineDeadError(f"vLLM did not start: {error}; {memory}") from error
         self._processes = _descendants() - others
         pids = [process.pid for process in self._processes]
         self._segments = shared_memory_of(*pids) - shared_memory_of(os.getpid())
@@ -171,7 +177,7 @@ class VLLMEngine:
             EngineDeadError: vLLM died.
         """
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError as VLLMEngineDeadError
 
         if self._fenced:
@@ -184,24 +190,40 @@ class VLLMEngine:
             detokenize=False,
             stop_token_ids=self._stop_token_ids,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            repetition_detection=RepetitionDetectionParams(sampling.repeat_size, 0, sampling.repeat_count)
+            if sampling.repeat_size
+            else None,
         )
         request_id = f"request-{next(self._request_ids)}"
+        self._running.add(request_id)
         try:
             stream = self._llm.generate({"prompt_token_ids": prompt_ids}, parameters, request_id)
             with FRONT_END.doing("waiting for vLLM: generating"):
                 output = [item async for item in stream][-1].outputs[0]
         except VLLMEngineDeadError as error:
             raise EngineDeadError(str(error)) from error
-        if output.finish_reason not in ("stop", "length"):
-            raise GenerationError(
-                f"vLLM ended {request_id} with {output.finish_reason!r}, not at its turn's end"
-            )
+        finally:
+            self._running.discard(request_id)
+            interrupted = request_id in self._interrupted
+            self._interrupted.discard(request_id)
+        reason: FinishReason = (
+            "interrupted" if interrupted and output.finish_reason == "abort" else output.finish_reason
+        )
+        if reason not in ("stop", "length", "repetition", "interrupted"):
+            raise GenerationError(f"vLLM ended {request_id} with {reason!r}, not at its turn's end")
         token_ids = tuple(output.token_ids)
         logprobs = tuple(
-            position[token].logprob for position, token in zip(output.logprobs, token_ids, strict=True)
+            position[token].logprob for position, token in zip(output.logprobs or (), token_ids, strict=True)
         )
         spans = tuple((span.start, int(span.version)) for span in output.weight_versions or ())
-        return Generation(token_ids, logprobs, spans, output.finish_reason)
+        return Generation(token_ids, logprobs, spans, reason)
+
+    async def interrupt(self) -> None:
+        """See `InterruptibleEngine.interrupt`."""
+        running = sorted(self._running)
+        self._interrupted |= self._running
+        if running:
+            await self._call_engine(self._llm.abort(running))
 
     @property
     def num_receivers(self) -> int:

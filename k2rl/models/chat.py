@@ -17,11 +17,14 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from envs.tools.formats import MARKERS, introduced, written
 from k2rl.errors import ConfigError
-from k2rl.types import Message
+from k2rl.types import Message, ToolCall, ToolSpec
 
 _PROBE = [{"role": "user", "content": "u"}]
 _PROBE_TURN = {"role": "assistant", "content": "a"}
+_PROBE_TOOL = ToolSpec("probe_tool", "d", {"type": "object", "properties": {}})
+_PROBE_CALL = Message("assistant", "", (ToolCall("functions.probe_tool:0", "probe_tool", {}),))
 # Stands in a rendered text for a control token that was spelled in a message; not to be guessed.
 _STAND_IN = f"control{secrets.token_hex(16)}n"
 
@@ -51,7 +54,11 @@ class ChatTemplate:
         self._control_ids = set(tokenizer.convert_tokens_to_ids(sorted(special)))
         # Longest first, so that one that begins another does not hide it.
         self._control = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
+        # What a turn's text loses: all that is special but the marks of tool calls.
+        self._unsaid = self._control_ids - set(tokenizer.convert_tokens_to_ids(sorted(special & MARKERS)))
         self._turn_end = self._tail_after_turn()
+        self._offers_tools = self._names_probe(_PROBE, [_as_function(_PROBE_TOOL)])
+        self._writes_calls = self._names_probe([*_PROBE, _as_dict(_PROBE_CALL)])
 
     @classmethod
     def from_pretrained(cls, path: Path) -> ChatTemplate:
@@ -74,14 +81,19 @@ class ChatTemplate:
         stop += configured if isinstance(configured, list) else [configured]
         return cls(tokenizer, list(dict.fromkeys(token for token in stop if token is not None)))
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The opening of a conversation, up to where the policy starts to write.
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> list[int]:
+        """The opening of a conversation with these tools, up to where the policy starts to write.
+
+        Where the template leaves tools out, the system message has them, to be called as Hermes's are.
 
         Raises:
             ConfigError: the template refuses these messages (some know no system role).
         """
         spelled: list[str] = []
-        return self._encode(self._render(self._masked(messages, spelled), generate=True), spelled)
+        if tools and not self._offers_tools:
+            messages, tools = introduced(messages, tools), ()
+        offered = [self._mask(_as_function(tool), spelled) for tool in tools]
+        return self._encode(self._render(self._masked(messages, spelled), True, offered), spelled)
 
     def continuation_ids(self, messages: Sequence[Message], turn_closed: bool) -> list[int]:
         """What stands between two policy turns: the environment's messages and the next turn's opening.
@@ -107,15 +119,16 @@ class ChatTemplate:
         Tool calls of a message are written as the template writes them.
         """
         spelled: list[str] = []
-        if isinstance(turn, str) or not turn.tool_calls:
-            text = self._mask(turn if isinstance(turn, str) else turn.content, spelled)
+        if isinstance(turn, str) or not turn.tool_calls or not self._writes_calls:
+            text = self._mask(written(turn), spelled)
         else:
             text = self._rendered_turn(self._masked([turn], spelled)[0])
         return [*self._encode(text, spelled), self.stop_token_ids[0]]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """A policy turn as text, without special tokens."""
-        text = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        """A policy turn as text, without special tokens but the marks of tool calls."""
+        said = [token for token in token_ids if token not in self._unsaid]
+        text = self._tokenizer.decode(said, skip_special_tokens=False)
         assert isinstance(text, str)
         return text
 
@@ -128,6 +141,13 @@ class ChatTemplate:
             raise ConfigError(f"the chat template does not end an assistant turn with {stop!r}")
         return tail
 
+    def _names_probe(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> bool:
+        """Whether the template writes the probe's tool rather than leave it out, or refuse it."""
+        try:
+            return _PROBE_TOOL.name in self._render(messages, False, tools)
+        except ConfigError:
+            return False
+
     def _rendered_turn(self, turn: dict[str, Any]) -> str:
         """What the template writes between the opening of the policy's turn and its stop token."""
         opening = self._render(_PROBE, generate=True)
@@ -137,10 +157,12 @@ class ChatTemplate:
             raise ConfigError("the chat template cannot write the tool calls of an assistant message")
         return whole[len(opening) : -len(end)]
 
-    def _render(self, messages: Sequence[dict[str, Any]], generate: bool) -> str:
+    def _render(
+        self, messages: Sequence[dict[str, Any]], generate: bool, tools: Sequence[dict[str, Any]] = ()
+    ) -> str:
         try:
             text = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generate
+                list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=generate
             )
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
@@ -149,7 +171,13 @@ class ChatTemplate:
         return text
 
     def _masked(self, messages: Sequence[Message], spelled: list[str]) -> list[dict[str, Any]]:
-        return [self._mask(_as_dict(message), spelled) for message in messages]
+        return [self._mask(_as_dict(self._writable(message)), spelled) for message in messages]
+
+    def _writable(self, message: Message) -> Message:
+        """With its calls in its text, where the template would leave them out."""
+        if self._writes_calls or not message.tool_calls:
+            return message
+        return Message(message.role, written(message))
 
     def _mask(self, value: Any, spelled: list[str]) -> Any:
         """A copy in which every control token spelled in a text is a stand-in, numbered into `spelled`."""
@@ -189,6 +217,12 @@ class ChatTemplate:
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False)) if text else []
+
+
+def _as_function(tool: ToolSpec) -> dict[str, Any]:
+    """A tool as chat templates expect it."""
+    about = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
+    return {"type": "function", "function": about}
 
 
 def _as_dict(message: Message) -> dict[str, Any]:

@@ -50,11 +50,11 @@ def shaped_rewards(
 
 
 def penalised_reward(reward: float, stop_reason: StopReason, config: BudgetConfig) -> float:
-    """The reward, less the penalty where the episode was truncated at its token budget.
+    """The reward, less the penalty where the episode was truncated at its token budget, or repeated itself.
 
     Other ends (the environment's own truncation, the turn limit) are not the budget's business.
     """
-    return reward - config.penalty if stop_reason == "token_budget" else reward
+    return reward - config.penalty if stop_reason in ("token_budget", "repetition") else reward
 
 
 def length_rewards(lengths: Sequence[int], correct: Sequence[bool]) -> list[float]:

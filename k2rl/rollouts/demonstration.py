@@ -7,14 +7,15 @@ from collections.abc import Iterable
 from envs.base import TextEnv
 from k2rl.inference.engine import Generation, Sampling
 from k2rl.models.chat import ChatTemplate
-from k2rl.rollouts.episode import Attempt, EpisodeLimits, run_episode
-from k2rl.types import Task, Trajectory
+from k2rl.rollouts.episode import Attempt, Episode, EpisodeLimits
+from k2rl.rollouts.playing import play_episode
+from k2rl.types import Message, Task, Trajectory
 
 
 class ScriptedEngine:
     """An `InferenceEngine` that says given turns, in order; log-probs are 0, the weight version 0."""
 
-    def __init__(self, turns: Iterable[str], chat: ChatTemplate) -> None:
+    def __init__(self, turns: Iterable[str | Message], chat: ChatTemplate) -> None:
         self._turns = iter(turns)
         self._chat = chat
 
@@ -30,7 +31,7 @@ class ScriptedEngine:
 async def play_script(
     env: TextEnv,
     task: Task,
-    turns: Iterable[str],
+    turns: Iterable[str | Message],
     chat: ChatTemplate,
     limits: EpisodeLimits,
 ) -> Trajectory:
@@ -41,4 +42,4 @@ async def play_script(
         Exception: what the environment raises.
     """
     attempt = Attempt(f"demonstration-{task.id}", task.id, task, temperature=0.0, seed=0)
-    return await run_episode(attempt, env, ScriptedEngine(turns, chat), chat, limits)
+    return await play_episode(Episode(attempt), env, ScriptedEngine(turns, chat), chat, limits)

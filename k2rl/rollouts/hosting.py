@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from envs.base import TextEnv, maybe_await
 from k2rl.diagnosis.stacks import innermost
@@ -24,11 +25,16 @@ T = TypeVar("T")
 CLOSE_DEADLINE_S = 30.0
 """Seconds an environment gets to put away what it holds (a container, a session)."""
 
+MAX_CALLS = 1000
+"""Of plain code at once, each in a thread; further ones wait. One that missed its deadline counts no more."""
+
 FRAMES_SHOWN = 4
 """Of an environment that is late."""
 
 _calls: ContextVar[list[threading.Thread] | None] = ContextVar("calls", default=None)
 """The threads of what `hosted` has called; one that is alive at the deadline is what was waited for."""
+
+_places_of: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +50,27 @@ async def call(function: Callable[..., T | Awaitable[T]], *args: Any, **kwargs: 
     if inspect.iscoroutinefunction(function):
         value: T = await function(*args, **kwargs)
         return value
+    async with _places():
+        found = await _in_thread(function, *args, **kwargs)
+    return await maybe_await(found)
+
+
+async def _closed(env: TextEnv) -> None:
+    """Call `close()`, also where all places are taken by environments that hang."""
+    await (call(env.close) if inspect.iscoroutinefunction(env.close) else _in_thread(env.close))
+
+
+def _places() -> asyncio.Semaphore:
+    loop = asyncio.get_running_loop()
+    places = _places_of.get(loop)
+    if places is None:
+        places = _places_of[loop] = asyncio.Semaphore(MAX_CALLS)
+    return places
+
+
+async def _in_thread(
+    function: Callable[..., T | Awaitable[T]], *args: Any, **kwargs: Any
+) -> T | Awaitable[T]:
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
     outcome: list[Any] = [None, None]
@@ -73,13 +100,19 @@ async def call(function: Callable[..., T | Awaitable[T]], *args: Any, **kwargs: 
         raise error
     if error is not None:
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
-    return await maybe_await(result)
+    found: T | Awaitable[T] = result
+    return found
 
 
 async def hosted(
-    make_env: Callable[[], TextEnv], use: Callable[[TextEnv], Coroutine[Any, Any, T]], deadline_s: float
+    make_env: Callable[[], TextEnv],
+    use: Callable[[TextEnv], Coroutine[Any, Any, T]],
+    deadline_s: float,
+    excused_s: Callable[[], float] = lambda: 0.0,
 ) -> T:
     """Build an environment, use it, close it; building and use share `deadline_s`, closing has its own.
+
+    What passes on the clock `excused_s` does not count.
 
     Raises:
         MissedDeadlineError: building and use took longer; its notes say where the environment stood.
@@ -93,7 +126,7 @@ async def hosted(
     calls: list[threading.Thread] = []
     token = _calls.set(calls)
     try:
-        result = await within(deadline_s, play())
+        result = await within(deadline_s, play(), excused_s)
     except BaseException as first:
         if isinstance(first, MissedDeadlineError) and calls and calls[-1].is_alive():
             first.add_note(f"{calls[-1].name} stands at {innermost(calls[-1], FRAMES_SHOWN)}")
@@ -140,7 +173,7 @@ class _Seat:
         if env is None:
             return
         try:
-            await within(CLOSE_DEADLINE_S, call(env.close))
+            await within(CLOSE_DEADLINE_S, _closed(env))
         except MissedDeadlineError as error:
             raise RuntimeError(f"close(): {error}") from error
         except Exception as error:

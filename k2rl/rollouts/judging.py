@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from k2rl.types import Trajectory
+from k2rl.types import Trajectory, Verdict
 from rubrics.base import Rubric, judge_safely
 from rubrics.groups import judge_group_safely
 
@@ -26,13 +26,18 @@ class Judging:
         self._waiting: defaultdict[str, list[Trajectory]] = defaultdict(list)
         self._judged: dict[str, asyncio.Event] = {}
 
-    async def judge(self, trajectory: Trajectory) -> None:
-        """Set its verdict; whatever fails is a failed one."""
-        group = trajectory.group_id
-        if not self._rubric.needs_group or self._sizes[group] == 1:
-            rubric = self._alone if self._rubric.needs_group else self._rubric
-            trajectory.verdict = await judge_safely(rubric, trajectory, self._deadline_s)
+    async def at_once(self, trajectory: Trajectory) -> Verdict | None:
+        """The verdict on an episode that is judged by itself; None for one that has a group to wait for."""
+        if self._waits(trajectory):
+            return None
+        rubric = self._alone if self._rubric.needs_group else self._rubric
+        return await judge_safely(rubric, trajectory, self._deadline_s)
+
+    async def with_its_group(self, trajectory: Trajectory) -> None:
+        """Once all of its group are here, give them their verdicts; whatever fails is a failed one."""
+        if not self._waits(trajectory):
             return
+        group = trajectory.group_id
         judged = self._judged.setdefault(group, asyncio.Event())
         members = self._waiting[group]
         members.append(trajectory)
@@ -45,3 +50,6 @@ class Judging:
             member.verdict = verdict
         del self._waiting[group]
         judged.set()
+
+    def _waits(self, trajectory: Trajectory) -> bool:
+        return self._rubric.needs_group and self._sizes[trajectory.group_id] > 1

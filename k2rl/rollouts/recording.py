@@ -1,30 +1,29 @@
 """A step's trajectories on disk, token by token: to train on them again, and so that a crash loses none.
 
-A run keeps them as `rollouts/step_<n>.msgpack.gz`, written before the step learns from them. Until all of
-them are there, those that are finished are in a journal, `rollouts/step_<n>.jsonl`.
+A run keeps them as `rollouts/step_<n>.msgpack.gz`, written before the step learns from them. Until then they
+are in the store of episodes.
 """
 
 from __future__ import annotations
 
 import gzip
-import logging
 import zlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import msgspec
 import xxhash
 
 from k2rl.config import Config
-from k2rl.errors import ConfigError, RunError
-from k2rl.tracking.jsonl import rewind_jsonl
+from k2rl.errors import ConfigError
 from k2rl.types import Trajectory
 
-logger = logging.getLogger(__name__)
-
 FOLDER = "rollouts"
-FORMAT = 1
+FORMAT = 2
+STORE = "episodes.sqlite3"
+"""The store's file in that folder, unless it is elsewhere."""
 
 
 class Recording(msgspec.Struct, frozen=True):
@@ -35,71 +34,36 @@ class Recording(msgspec.Struct, frozen=True):
     model: str
     #: `settings_of` the run.
     settings: str
-    #: Digest of the weights that all of it was sampled from.
+    #: Digest of the weights that the step began with, and their version: tokens of others are older.
     weights: str
+    version: int
     trajectories: list[Trajectory]
 
 
 class Source(msgspec.Struct, frozen=True):
-    """What trajectories were sampled with: those of another source are none of a step's."""
+    """What a step's trajectories were sampled with; fields as in `Recording`."""
 
-    #: As in `Recording`.
     model: str
     settings: str
     weights: str
-
-
-class _Entry(msgspec.Struct, frozen=True):
-    source: Source
-    trajectory: Trajectory
-
-
-class Journal:
-    """The finished trajectories of a step that is not over; a context manager.
-
-    A process that dies leaves what it has written, if not always a machine that does.
-    """
-
-    def __init__(self, run_dir: Path, step: int, source: Source) -> None:
-        """Open it, with what an earlier process has finished of the same step and source."""
-        self._path = run_dir / FOLDER / f"step_{step:06d}.jsonl"
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._source = source
-        try:
-            entries = rewind_jsonl(self._path, _Entry, lambda entry: entry.source == source)
-        except RunError as error:
-            logger.warning("the finished rollouts of step %d are sampled again", step, exc_info=error)
-            self._path.unlink()
-            entries = []
-        #: By id.
-        self.finished = {entry.trajectory.id: entry.trajectory for entry in entries}
-        self._file = self._path.open("ab")
-
-    def add(self, trajectory: Trajectory) -> None:
-        """Keep it, unless it failed: then it may be tried again."""
-        if not trajectory.failed:
-            self._file.write(msgspec.json.encode(_Entry(self._source, trajectory)) + b"\n")
-            self._file.flush()
-
-    def remove(self) -> None:
-        """The step's recording has taken its place."""
-        self._path.unlink(missing_ok=True)
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
+    version: int
 
 
 def settings_of(config: Config) -> str:
     """A digest of all that decides which tasks a step has, how they are played and how they are judged."""
-    deciding = (
-        *(config.env, config.rubric, config.rollout, config.temperature, config.budget, config.seed),
-        *(config.train.steps, config.inference.max_model_len),
+    return _digest(playing_settings_of(config), config.train.steps)
+
+
+def playing_settings_of(config: Config) -> str:
+    """A digest of what decides how an episode is played and judged, at whatever step that is."""
+    rollout = {name: value for name, value in asdict(config.rollout).items() if name != "store"}
+    return _digest(
+        *(config.env, config.rubric, rollout, config.temperature, config.budget, config.seed),
+        config.inference.max_model_len,
     )
+
+
+def _digest(*deciding: Any) -> str:
     return xxhash.xxh3_128_hexdigest(msgspec.json.encode(deciding))
 
 
@@ -107,7 +71,9 @@ def write_recording(run_dir: Path, step: int, source: Source, trajectories: Sequ
     """Write a step's trajectories; the file is whole or not there."""
     path = _path(run_dir, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    recording = Recording(FORMAT, source.model, source.settings, source.weights, list(trajectories))
+    recording = Recording(
+        FORMAT, source.model, source.settings, source.weights, source.version, list(trajectories)
+    )
     unfinished = path.with_suffix(".tmp")
     unfinished.write_bytes(gzip.compress(msgspec.msgpack.encode(recording), compresslevel=3, mtime=0))
     return unfinished.replace(path)

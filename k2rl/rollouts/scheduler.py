@@ -13,18 +13,24 @@ from k2rl.errors import RunError
 from k2rl.inference.engine import EngineDeadError, InferenceEngine
 from k2rl.models.chat import ChatTemplate
 from k2rl.objective.budget import budget_for
-from k2rl.rollouts.episode import Attempt, EpisodeLimits, run_episode
+from k2rl.rollouts.episode import Attempt, Episode, EpisodeLimits
+from k2rl.rollouts.gateway.server import Gateway
 from k2rl.rollouts.hosting import hosted
 from k2rl.rollouts.judging import Judging
+from k2rl.rollouts.playing import play_episode
 from k2rl.types import Task, Trajectory, Verdict
-from rubrics.base import Rubric
+from rubrics.base import Rubric, judge_safely
 from rubrics.deadline import MissedDeadlineError
+from rubrics.groups import judge_group_safely
+
+Judge = Callable[[Trajectory], Coroutine[Any, Any, Verdict | None]]
+"""None: it is judged later, with the others of its group."""
 
 logger = logging.getLogger(__name__)
 
 
 class RolloutScheduler:
-    """Plays and judges batches of episodes with one engine, environment id and rubric."""
+    """Plays and judges episodes with one engine, environment id and rubric."""
 
     def __init__(
         self,
@@ -33,6 +39,7 @@ class RolloutScheduler:
         chat: ChatTemplate,
         make_env: Callable[[], TextEnv],
         rubric: Rubric,
+        gateway: Gateway | None = None,
         alone: Rubric | None = None,
     ) -> None:
         """`alone` judges episodes that have no group, where `rubric` compares."""
@@ -41,20 +48,15 @@ class RolloutScheduler:
         self._chat = chat
         self._make_env = make_env
         self._rubric = rubric
+        self._gateway = gateway
         self._alone = alone or rubric
 
     async def run(
         self,
         attempts: Sequence[Attempt],
         progress: Callable[[int, int], None] = lambda done, total: None,
-        finished: Callable[[Trajectory], None] = lambda trajectory: None,
     ) -> list[Trajectory]:
         """Play all attempts; returns judged trajectories in the order of the attempts.
-
-        Each is handed to `finished` as it ends.
-
-        An environment (its constructor and `close()` too) or judge that raises, and an episode past its
-        deadline, give a trajectory whose verdict is failed with the reason.
 
         Raises:
             RunError, EngineDeadError: the engine is lost; the other episodes are cancelled.
@@ -67,12 +69,9 @@ class RolloutScheduler:
         async def play(attempt: Attempt) -> Trajectory:
             nonlocal done
             async with slots:
-                trajectory = await self._play(attempt)
-                if not self._rubric.needs_group:
-                    await judging.judge(trajectory)
-            if self._rubric.needs_group:
-                await judging.judge(trajectory)
-            finished(trajectory)
+                trajectory = await self.play(Episode(attempt), self._engine, judging.at_once)
+            # Outside of the slots: the last of a group would wait for the first.
+            await judging.with_its_group(trajectory)
             done += 1
             progress(done, len(attempts))
             return trajectory
@@ -84,14 +83,38 @@ class RolloutScheduler:
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def _play(self, attempt: Attempt) -> Trajectory:
-        deadline = self._config.rollout.episode_deadline_s
+    async def play(
+        self,
+        episode: Episode,
+        engine: InferenceEngine,
+        judge: Judge | None = None,
+        seated: Callable[[TextEnv], None] = lambda env: None,
+        excused_s: Callable[[], float] = lambda: 0.0,
+    ) -> Trajectory:
+        """Play an episode, or go on with it, and judge it.
 
-        def episode(env: TextEnv) -> Coroutine[Any, Any, Trajectory]:
-            return run_episode(attempt, env, self._engine, self._chat, self._limits(attempt.task))
+        An environment (its constructor and `close()` too) or judge that raises, and an episode past its
+        deadline, give a trajectory whose verdict is failed with the reason.
+
+        Args:
+            episode: is kept up to date.
+            engine: that samples its turns.
+            judge: instead of the rubric.
+            seated: is told the environment once there is one.
+            excused_s: a clock of the time that does not count against the episode's deadline.
+
+        Raises:
+            RunError, EngineDeadError: the engine is lost.
+        """
+        attempt, deadline = episode.attempt, self._config.rollout.episode_deadline_s
+
+        def use(env: TextEnv) -> Coroutine[Any, Any, Trajectory]:
+            seated(env)
+            limits = self._limits(attempt.task)
+            return play_episode(episode, env, engine, self._chat, limits, self._gateway)
 
         try:
-            return await hosted(self._make_env, episode, deadline)
+            trajectory = await hosted(self._make_env, use, deadline, excused_s)
         except (RunError, EngineDeadError):
             raise
         except MissedDeadlineError as error:
@@ -101,13 +124,38 @@ class RolloutScheduler:
         except Exception as error:
             logger.warning("episode %s failed", attempt.id, exc_info=error)
             return _failed(attempt, f"{type(error).__name__}: {error}")
+        if (verdict := await (judge or self.judge)(trajectory)) is not None:
+            trajectory.verdict = verdict
+        return trajectory
+
+    @property
+    def compares(self) -> bool:
+        """Whether the rubric compares the responses to a task: then `judge` gives none of them a verdict."""
+        return self._rubric.needs_group
+
+    async def judge(self, trajectory: Trajectory) -> Verdict | None:
+        """The rubric's verdict, or a failed one; None if it compares."""
+        if self.compares:
+            return None
+        return await judge_safely(self._rubric, trajectory, self._config.rubric.deadline_s)
+
+    async def judge_group(self, trajectories: Sequence[Trajectory]) -> None:
+        """Give all responses to a task their verdicts."""
+        deadline_s = self._config.rubric.deadline_s
+        for trajectory, verdict in zip(
+            trajectories, await judge_group_safely(self._rubric, trajectories, deadline_s), strict=True
+        ):
+            trajectory.verdict = verdict
 
     def _limits(self, task: Task) -> EpisodeLimits:
+        rollout = self._config.rollout
         return EpisodeLimits(
             max_turns=self._config.env.max_turns,
-            max_tokens_per_turn=self._config.rollout.max_tokens_per_turn,
+            max_tokens_per_turn=rollout.max_tokens_per_turn,
             token_budget=budget_for(task.kind, self._config.budget),
             max_model_len=self._config.inference.max_model_len,
+            repeat_size=rollout.repeat_size,
+            repeat_count=rollout.repeat_count,
         )
 
 

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from k2rl.types import Trajectory
+from k2rl.types import Segment, Trajectory
 
 
 class LabelledSequence(Protocol):
@@ -39,7 +39,7 @@ class TrainSequence:
     """
 
     token_ids: tuple[int, ...]
-    #: True where the policy wrote the token; same length as `token_ids`.
+    #: True where the policy wrote a token that is to be learned from; same length as `token_ids`.
     sampled_mask: tuple[bool, ...]
     #: Log-probs recorded at sampling, of the sampled tokens alone, in order.
     behaviour_logprobs: tuple[float, ...]
@@ -63,8 +63,15 @@ class TrainSequence:
         return self.sampled_mask
 
     @classmethod
-    def from_trajectory(cls, trajectory: Trajectory, advantage: float) -> TrainSequence:
+    def from_trajectory(
+        cls, trajectory: Trajectory, advantage: float, only: int | None = None
+    ) -> TrainSequence:
         """The sequence of an episode; its first segment is the prompt.
+
+        Args:
+            trajectory: of the episode.
+            advantage: of all its tokens.
+            only: the version of the weights whose tokens are learned from; None: all.
 
         Raises:
             ValueError: if the trajectory is empty or begins with sampled tokens.
@@ -73,11 +80,27 @@ class TrainSequence:
             raise ValueError(f"trajectory {trajectory.id} has no tokens")
         return cls(
             token_ids=tuple(trajectory.token_ids),
-            sampled_mask=tuple(trajectory.sampled_mask),
-            behaviour_logprobs=tuple(trajectory.behaviour_logprobs),
+            sampled_mask=tuple(
+                _learned(segment, only) for segment in trajectory.segments for _ in segment.token_ids
+            ),
+            behaviour_logprobs=tuple(
+                logprob
+                for segment in trajectory.segments
+                if _learned(segment, only)
+                for logprob in segment.logprobs
+            ),
             advantage=float(advantage),
             id=trajectory.id,
         )
+
+
+def num_sampled(trajectory: Trajectory, only: int | None = None) -> int:
+    """The tokens of an episode that are learned from: see `TrainSequence.from_trajectory`."""
+    return sum(len(segment.token_ids) for segment in trajectory.segments if _learned(segment, only))
+
+
+def _learned(segment: Segment, only: int | None) -> bool:
+    return segment.sampled and only in (None, segment.weight_version)
 
 
 @dataclass(frozen=True)

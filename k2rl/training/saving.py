@@ -19,13 +19,17 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from k2rl.errors import ConfigError, RunError
 from k2rl.training.checkpoint import FORMAT, About, file_records, read_about, replaced_folder, write_about
 from k2rl.training.group import DistributedGroup, Group
+from k2rl.workers.memory import trim
 
 METADATA_FILE = ".metadata"
 
@@ -59,10 +63,15 @@ class Saver:
         """
 
         def write() -> None:
+            nonlocal state
             try:
                 write_checkpoint(folder, state, about, self._group)
             except BaseException as error:  # noqa: BLE001  `wait` raises it, in the thread that can tell somebody
                 self._error = error
+            finally:
+                # The copy's memory is not kept until somebody waits, which may be a step later.
+                state = {}
+                trim()
 
         self._thread = threading.Thread(target=write, name="checkpoint")
         self._thread.start()
@@ -117,8 +126,22 @@ def write_checkpoint(
         group.agreed(lambda: _writing(folder, end))
 
 
+class _Writer(FileSystemWriter):
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            # A full disk, say: that torch could not end its archive then hides why.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            if cause is None:
+                raise
+            raise cause from error
+
+
 def _write_state(target: Path, state: State, group: Group) -> None:
-    writer = FileSystemWriter(target, sync_files=True)
+    writer = _Writer(target, sync_files=True)
     if isinstance(group, DistributedGroup):
         save(state, storage_writer=writer, process_group=group.process_group)
     else:

@@ -145,6 +145,10 @@ class ColocatedWorker(PushingWorker):
     async def generate(self, prompt_ids: list[int], sampling: Sampling) -> Generation:
         return await self._engine.generate(prompt_ids, sampling)
 
+    async def interrupt(self) -> None:
+        """See `InterruptibleEngine.interrupt`."""
+        await self._engine.interrupt()
+
     async def policy_step(
         self,
         groups: Sequence[Sequence[TrainSequence]],
@@ -312,9 +316,13 @@ class ColocatedWorker(PushingWorker):
             await self._rest()
 
     async def save(self, folder: str) -> None:
+        """See `TrainEngine.save`: returns when the state has been copied; files are written later."""
         await self._train(self._trainer.save, folder)
-        await self._train(self._trainer.saved)
         await self._rest_unless_training()
+
+    async def saved(self) -> None:
+        """See `TrainEngine.saved`."""
+        await self._train(self._trainer.saved)
 
     async def load(self, folder: str) -> None:
         await self._train(self._trainer.load, folder)

@@ -102,6 +102,15 @@ class WorkerGroup:
         """See `Replicas.generate`."""
         return await self._replicas.generate(prompt_ids, sampling)
 
+    async def interrupt(self) -> None:
+        """See `Replicas.interrupt`."""
+        await self._replicas.interrupt()
+
+    @property
+    def version(self) -> int:
+        """Of the weights that vLLM serves; that of no weights before any were published."""
+        return self._replicas.version
+
     async def policy_step(
         self,
         groups: Sequence[Sequence[TrainSequence]],
@@ -197,7 +206,12 @@ class WorkerGroup:
         return {"mean": sum(gaps) / len(gaps), "max": max(gaps), "tokens": float(len(gaps))}
 
     async def save(self, folder: Path) -> None:
+        """Returns once the state has been copied aside; it is written while other things are done."""
         await self._all("saving a checkpoint", "save", "checkpoint_s", str(folder))
+
+    async def saved(self) -> None:
+        """Wait for what `save` has begun; raises what went wrong."""
+        await self._all("writing a checkpoint", "saved", "checkpoint_s")
 
     async def load(self, folder: Path) -> None:
         await self._all("loading a checkpoint", "load", "checkpoint_s", str(folder))

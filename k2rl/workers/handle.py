@@ -117,7 +117,7 @@ class Worker:
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, EngineDeadError):
-                raise self.engine_lost(f"died while {what}") from None
+                raise self.engine_lost(f"died while {what}: {' '.join(str(cause).split())}") from None
             if isinstance(cause, (RunError, ConfigError, GenerationError)):
                 raise type(cause)(str(cause)) from None
             raise RunError(self._obituary(f"{self.name} failed while {what}: {cause!r}")) from error

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Literal
 
 from k2rl.config import DeadlineConfig
 from k2rl.errors import RunError
 from k2rl.inference.engine import Generation, Sampling
 from k2rl.inference.router import Router
+from k2rl.types import NO_WEIGHT_VERSION
 from k2rl.workers.handle import EngineLostError, Worker, WorkerLostError
 from k2rl.workers.pushing import Published
 from k2rl.workers.recovery import Recovery
@@ -41,6 +43,7 @@ class Replicas:
         self._state: dict[int, State] = dict.fromkeys(leaders, "up")
         #: What all of them serve that do; None: no one shall.
         self._version: int | None = None
+        self._served = NO_WEIGHT_VERSION
         self._restarts: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         #: Fails if one cannot be brought back.
@@ -49,6 +52,11 @@ class Replicas:
     @property
     def serving(self) -> list[int]:
         return [self._ranks[replica] for replica in self._router.serving]
+
+    @property
+    def version(self) -> int:
+        """Of the weights that are served, or were last."""
+        return self._served
 
     async def generate(self, prompt_ids: list[int], sampling: Sampling) -> Generation:
         """Sample one turn from a replica that serves; if that dies, from another, or from what replaces it.
@@ -77,12 +85,20 @@ class Replicas:
             late_is_lost=False,
         )
         sampled = [version for _, version in generation.weight_spans]
+        if not sampled and generation.finish_reason == "interrupted":
+            return generation
         # A request that outlives a push has tokens of both versions, in their order.
         if version is None or not sampled or sampled[0] < version or sampled[-1] != self._version:
             raise RunError(
                 f"{worker.name} answered with weights of version {sampled}, but {self._version} was published"
             )
         return generation
+
+    async def interrupt(self) -> None:
+        """Break off what all that serve are generating; one that dies of it is seen to by those who wait."""
+        for leader in self.serving:
+            with suppress(EngineLostError):
+                await self._leaders[leader].call("breaking off requests", "interrupt", "heartbeat_s")
 
     async def _replica_for(self, prompt_ids: Sequence[int]) -> int:
         """Wait until one serves: what is started again has its own deadlines."""
@@ -102,7 +118,7 @@ class Replicas:
 
     def admit(self, version: int) -> None:
         """All that live serve this version; those that died of its push are brought back to it."""
-        self._version = version
+        self._version = self._served = version
         for replica, leader in enumerate(self._ranks):
             if self._state[leader] == "up":
                 self._router.admit(replica, version)

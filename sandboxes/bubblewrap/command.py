@@ -115,7 +115,7 @@ def arguments(spec: SandboxSpec, python: str) -> list[str]:
     arguments cannot express; `agent.py` gives them up before it runs anything.
 
     Raises:
-        SandboxUnsupportedError: a file of the host is to appear where it would be covered.
+        SandboxUnsupportedError: a file of the host, or a link, is to appear where it would be covered.
     """
     words = ["bwrap", "--unshare-user", "--uid", "0", "--gid", "0"]
     words += ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
@@ -128,6 +128,10 @@ def arguments(spec: SandboxSpec, python: str) -> list[str]:
         if not inside.startswith("/") or inside.startswith(COVERED):
             raise SandboxUnsupportedError(f"{outside} cannot appear at {inside}: take a folder of its own")
         words += ["--ro-bind", outside, inside]
+    for link, target in spec.links.items():
+        if not link.startswith("/") or link.startswith(COVERED):
+            raise SandboxUnsupportedError(f"{link} cannot be a link: take a path of its own")
+        words += ["--symlink", target, link]
     for name in ("/etc", "/run", "/tmp", "/work"):
         words += ["--perms", "0755", "--dir", name]
     words += ["--proc", "/proc", "--dev", "/dev", "--file", str(AGENT_FD), AGENT]

@@ -77,6 +77,8 @@ class DockerBackend:
         checked_env(spec.env)
         if spec.allow_hosts:
             raise SandboxUnsupportedError("docker sandboxes have no network: allow_hosts must be empty")
+        if spec.links:
+            raise SandboxUnsupportedError("docker sandboxes have no links but those of their image")
         for inside, outside in spec.read_only.items():
             if not inside.startswith("/") or inside.startswith((*COVERED, "/sys", INSIDE)):
                 raise SandboxUnsupportedError(

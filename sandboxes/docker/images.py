@@ -76,15 +76,47 @@ def from_root(client: docker.DockerClient, root: Path, name: str) -> str:
     return name
 
 
-def from_dockerfile(client: docker.DockerClient, folder: Path, name: str) -> str:
+def from_dockerfile(client: docker.DockerClient, folder: Path, name: str, network: str | None = None) -> str:
     """An image from the folder of a Dockerfile; returns its name.
+
+    Args:
+        network: of its steps, as docker names it (`none`); None: docker's default.
 
     Raises:
         SandboxError: a step failed; the message holds its last lines.
     """
     try:
-        client.images.build(path=str(folder), tag=name, rm=True, forcerm=True)
+        client.images.build(path=str(folder), tag=name, rm=True, forcerm=True, network_mode=network)
     except docker.errors.BuildError as error:
         lines = [entry["stream"].rstrip() for entry in error.build_log if entry.get("stream", "").strip()]
         raise SandboxError("\n".join([f"{folder}/Dockerfile: {error.msg}", *lines[-5:]])) from None
     return name
+
+
+def relocated(client: docker.DockerClient, image: str, links: dict[str, str], kept: str, name: str) -> str:
+    """An image in which some paths are links into a sandbox's writable places; returns its name.
+
+    Args:
+        links: path -> where it leads, such as {"/logs": "/tmp/logs"}.
+        kept: where the working folder of `image` is kept (readable by all), to be copied to where it is
+            written; without a working folder there is nothing.
+
+    Raises:
+        SandboxError: it could not be made.
+        docker.errors.ImageNotFound: there is no such image.
+    """
+    folder = client.images.get(image).attrs["Config"].get("WorkingDir") or "/"
+    steps = [f"mkdir -p {kept}"]
+    if folder != "/":
+        steps += [
+            f"mkdir -p {folder}",
+            f"cp -a {folder}/. {kept}/",
+            f"rm -rf {folder}",
+            f"ln -s /work {folder}",
+        ]
+    steps += [f"chmod -R a+rX {kept}"]
+    steps += [f"rm -rf {path} && ln -s {target} {path}" for path, target in links.items() if path != folder]
+    text = f"FROM {image}\nUSER 0:0\nWORKDIR /\nRUN {' && '.join(steps)}\n"
+    with tempfile.TemporaryDirectory(prefix="k2rl-image-") as context:
+        (Path(context) / "Dockerfile").write_text(text)
+        return from_dockerfile(client, Path(context), name)

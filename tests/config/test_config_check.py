@@ -18,7 +18,7 @@ FREE = {
     *("env.kwargs", "rubric.kwargs", "rollout.drop_uniform_groups", "budget.per_kind", "optimizer.nesterov"),
     *("optimizer.betas", "warm_start.kinds", "inference.enforce_eager", "inference.engine_args"),
     *("inference.sleep_while_training", "train.activation_checkpointing", "tracking.record_rollouts"),
-    "debug.rollouts",
+    *("debug.rollouts", "gateway.url"),
     *("tracking.tensorboard", "tracking.wandb", "resume"),
 }
 """Booleans, and what is checked by itself or against the environment."""

@@ -8,6 +8,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from envs import maybe_await
+from envs.coding.judging import close_judges
 from tests.judges import backend, judge, loop
 
 __all__ = ["backend", "judge", "loop"]
@@ -37,6 +38,18 @@ async def play_async(env, task, turns) -> Episode:
             episode.done = True
             break
     return episode
+
+
+def running(work):
+    """Run on a loop of its own, whose sandboxes are closed with it."""
+
+    async def run():
+        try:
+            return await work()
+        finally:
+            await close_judges()
+
+    return asyncio.run(run())
 
 
 @pytest.fixture(scope="session")

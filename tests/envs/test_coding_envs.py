@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
@@ -19,22 +19,9 @@ from envs.coding.swe_build import build_here
 from envs.coding.tools import spelled
 from k2rl.errors import ConfigError
 from k2rl.types import Task
-from tests.envs.conftest import Episode, play_async
+from tests.envs.conftest import Episode, play_async, running
 
-T = TypeVar("T")
-IDS = ("code_function", "code_contest", "code_debug", "swe")
-
-
-def running(work: Callable[[], Awaitable[T]]) -> T:
-    """Run on a loop of its own, whose sandboxes are closed with it."""
-
-    async def run() -> T:
-        try:
-            return await work()
-        finally:
-            await close_judges()
-
-    return asyncio.run(run())
+IDS = ("code_function", "code_contest", "code_debug", "swe", "harbor")
 
 
 @pytest.mark.parametrize("id", IDS)

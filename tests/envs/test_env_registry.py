@@ -1,9 +1,11 @@
 import sys
 
+import gymnasium
 import pytest
 
 import envs
 from envs.calculator import CalculatorEnv
+from k2rl import cli
 from k2rl.errors import ConfigError
 from rubrics import EnvironmentReward
 
@@ -42,6 +44,49 @@ def test_built_in_environments():
 def test_an_environment_from_an_installed_package(plugin):
     assert type(envs.make("hard")).__name__ == "HardCalculator"
     assert envs.available()["hard"] == "Only products."
+
+
+def test_a_plugin_that_fails_is_named_with_its_traceback(plugin, tmp_path, capsys):
+    (tmp_path / "plugged_envs.py").write_text("def load():\n    return {}['prices']\n\nload()\n")
+    with pytest.raises(ConfigError, match="cannot import plugged_envs") as caught:
+        envs.make("hard")
+    (note,) = caught.value.__notes__
+    assert note.startswith("Traceback of the plug-in")
+    assert 'plugged_envs.py", line 2, in load' in note
+    assert "importlib" not in note
+    assert note.endswith("KeyError: 'prices'")
+    assert cli.main(["envs", "list"]) == 0
+    said = capsys.readouterr()
+    assert "hard                 cannot be loaded: environment 'plugged_envs:HardCalculator'" in said.out
+    assert "hard: Traceback of the plug-in" in said.err
+    assert cli.main(["envs", "check", "hard"]) == 2
+    assert "KeyError: 'prices'" in capsys.readouterr().err
+
+
+def test_a_module_that_is_not_there_needs_no_traceback():
+    with pytest.raises(ConfigError, match="is it installed") as caught:
+        envs.make("nowhere.at_all:Env")
+    assert not hasattr(caught.value, "__notes__")
+
+
+def test_ids_of_gymnasium(tmp_path, monkeypatch):
+    (tmp_path / "registering.py").write_text(
+        "import gymnasium\nfrom envs.calculator import CalculatorEnv\n"
+        "gymnasium.register('shop/Sums-v1', entry_point=CalculatorEnv, kwargs={'max_calls': 5})\n"
+        "gymnasium.register('shop/Numbers-v0', entry_point='gymnasium.envs.classic_control:CartPoleEnv')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="'shop/Sums-v1': gymnasium.register was not called for it"):
+        envs.make("shop/Sums-v1")
+    assert envs.make("registering:shop/Sums-v1").max_calls == 5
+    assert envs.make("shop/Sums-v1", max_calls=1).max_calls == 1
+    assert envs.resolve("shop/Sums-v1") is CalculatorEnv
+    with pytest.raises(ConfigError, match="is not a subclass of envs.base.TextEnv"):
+        envs.make("shop/Numbers-v0")
+    made = gymnasium.make("k2rl/calculator-v0", max_calls=7)
+    assert made.unwrapped.max_calls == 7
+    assert made.reset(seed=1)[0][1].role == "user"
+    sys.modules.pop("registering")
 
 
 @pytest.mark.parametrize(

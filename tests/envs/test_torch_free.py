@@ -25,6 +25,7 @@ from itertools import islice
 
 import envs, rubrics, sandboxes
 import envs.calculator, rubrics.registry, sandboxes.arithmetic
+import envs.agents, envs.service.remote, k2rl.serving.server, k2rl.serving_command
 import envs.coding.single_turn, envs.coding.debugging, envs.coding.swe, envs.reasoning_gym
 import msgspec
 from k2rl.types import Trajectory

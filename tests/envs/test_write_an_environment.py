@@ -7,21 +7,25 @@ from pathlib import Path
 import pytest
 
 import envs
+from k2rl.authoring.check import Settings, check
 from k2rl.types import Message, Trajectory, Verdict
 from rubrics import judge_safely
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "write-an-environment.md"
 
 
+NAMES = ("guess", "capital", "fewer_turns")
+
+
 @pytest.fixture
 def documented(tmp_path, monkeypatch):
     """The document's Python blocks, as modules one can import."""
     blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
-    for name, block in zip(("guess", "fewer_turns"), blocks, strict=True):
+    for name, block in zip(NAMES, blocks, strict=True):
         (tmp_path / f"{name}.py").write_text(block)
     monkeypatch.syspath_prepend(tmp_path)
     yield
-    for name in ("guess", "fewer_turns"):
+    for name in NAMES:
         sys.modules.pop(name, None)
 
 
@@ -39,6 +43,13 @@ def test_the_documented_environment_works(documented, play, check_gymnasium):
             assert lost.reward == 0.0
             assert lost.components == {"won": 0.0, "unreadable": 1.0}
     assert secrets["train"].isdisjoint(secrets["eval"])
+
+
+@pytest.mark.parametrize("id", ["guess:GuessEnv", "capital:CapitalEnv"])
+def test_the_documented_environments_pass_their_check(id, documented):
+    only = ("splits", "gymnasium", "demonstrations", "nonsense", "equal seeds")
+    findings = asyncio.run(check(id, {}, Settings(), only))
+    assert {finding.status for finding in findings} == {"ok"}, findings
 
 
 def test_the_documented_rubric_works(documented):

@@ -49,7 +49,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     ("suite", "tasks"),
-    [("functions", 12), ("contests", 6), ("bugs", 6), ("swe", 3), ("calculator", 8), ("reasoning_gym", 8)],
+    [
+        *(("functions", 12), ("contests", 6), ("bugs", 6), ("swe", 3), ("harbor", 3)),
+        *(("calculator", 8), ("reasoning_gym", 8)),
+    ],
 )
 def test_gold_solves_a_suite_and_null_nothing(suite: str, tasks: int, capsys) -> None:
     if suite == "reasoning_gym":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import os
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -54,6 +55,10 @@ async def fail(worker: FakeWorker) -> None:
     raise RunError("something broke")
 
 
+async def vanish(worker: FakeWorker) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 async def die(worker: FakeWorker) -> None:
     worker.lost = True
     raise WorkerLostError("worker 0 died; last lines of its log:\nnothing")
@@ -67,6 +72,8 @@ class FakeWorker:
     trouble: dict[str, Trouble] = field(default_factory=dict)
     weights: int = 0
     lost: bool = False
+    #: The checkpoint being written: its folder, and the weights as they were.
+    saving: tuple[Path, int] | None = None
     calls: list[str] = field(default_factory=list)
     #: Episodes of each rollout.
     played: list[int] = field(default_factory=list)
@@ -103,9 +110,17 @@ class FakeWorker:
         return {"mean": 0.0, "max": 0.0, "tokens": 1.0}
 
     async def save(self, folder: Path) -> None:
+        assert self.saving is None
         await self.happen("save")
+        self.saving = folder, self.weights
+
+    async def saved(self) -> None:
+        """A slow disk: nothing is there before somebody waits for it."""
+        assert self.saving is not None
+        (folder, weights), self.saving = self.saving, None
+        await self.happen("saved")
         with replaced_folder(folder) as target:
-            (target / STATE_FILE).write_text(str(self.weights))
+            (target / STATE_FILE).write_text(str(weights))
             files = file_records([target / STATE_FILE])
             write_about(target, msgspec.structs.replace(self.about, files=files))
 

@@ -33,8 +33,17 @@ WARM = 2 * WARM_START_GAIN
 # Every call of a run of two steps with a warm start, in order.
 BEFORE_RL = ["publish 1", "logprob_gap 1", "rollout 1", "reset_optimizer 1", "sft_step 1", "sft_step 2"]
 BEFORE_RL += ["publish 2", "reset_optimizer 2"]
-DURING_RL = ["save 1", "rollout 2", "rollout 3", "policy_step 1", "publish 3", "save 2", "rollout 4"]
-DURING_RL += ["policy_step 2", "publish 4", "save 3", "rollout 5", "save_pretrained 1"]
+DURING_RL = [
+    "save 1",
+    "rollout 2",
+    "saved 1",
+    "rollout 3",
+    "policy_step 1",
+    "publish 3",
+    "save 2",
+    "rollout 4",
+]
+DURING_RL += ["policy_step 2", "publish 4", "saved 2", "save 3", "rollout 5", "saved 3", "save_pretrained 1"]
 
 
 def test_the_calls_are_those(story: Story) -> None:
@@ -58,15 +67,11 @@ def test_a_run_stopped_before_rl_leaves_nothing_to_resume(story: Story, call: st
 @pytest.mark.parametrize("event", [interrupt, fail])
 @pytest.mark.parametrize("call", DURING_RL)
 def test_a_stopped_run_goes_on_to_the_same_end(story: Story, call: str, event: Trouble) -> None:
-    survives = call == "save 2" and event is fail  # a due checkpoint; see below
+    survives = call.split()[0] in ("save", "saved") and event is fail  # another is written later; see below
     with nullcontext() if survives else pytest.raises(Interrupted if event is interrupt else RunError):
         story.play({call: event})
     assert json.loads((story.run_dir / "summary.json").read_text())["eval_base"]["n"] == 8
     assert (story.run_dir / "report.html").stat().st_size > 0
-    if call == "save 1" and event is not interrupt:
-        assert story.saved in ({}, {0: WARM})
-        if not story.saved:
-            return
     ((step, weights),) = story.saved.items()
     assert weights == WARM + step, "the trainer was ahead of the record"
     if survives:
@@ -85,12 +90,20 @@ def test_ctrl_c_in_a_step_waits_for_its_end(story: Story) -> None:
     assert story.saved == {1: WARM + 1}
 
 
-def test_ctrl_c_while_a_checkpoint_is_written_waits_for_it(story: Story) -> None:
+@pytest.mark.parametrize("call", ["save 2", "rollout 4"])
+def test_ctrl_c_while_a_checkpoint_is_written_waits_for_it(story: Story, call: str) -> None:
     with pytest.raises(Interrupted, match="after step 1"):
-        story.play({"save 2": interrupt})
-    assert story.worker.calls.count("save 2") == 1
+        story.play({call: interrupt})
+    assert story.worker.calls[-1] == "saved 2"
     assert "save 3" not in story.worker.calls
     assert story.saved == {1: WARM + 1}
+
+
+def test_an_error_in_a_step_waits_for_the_checkpoint_of_the_one_before(story: Story) -> None:
+    with pytest.raises(RunError, match="something broke"):
+        story.play({"policy_step 2": fail}, keep=2)
+    assert story.worker.calls[-2:] == ["policy_step 2", "saved 2"]
+    assert story.saved == {0: WARM, 1: WARM + 1}
 
 
 @pytest.mark.parametrize("call", ["policy_step 2", "publish 4"])
@@ -128,7 +141,7 @@ def test_a_save_that_fails_hides_no_error(story: Story) -> None:
         raise RunError("disk full")
 
     with pytest.raises(RunError, match="something broke"):
-        story.play({"rollout 4": fail, "save 2": full}, checkpoint_every=0)
+        story.play({"rollout 4": fail, "saved 2": full}, checkpoint_every=0)
     assert story.saved == {0: WARM}
 
 
@@ -171,17 +184,16 @@ def test_a_resume_without_a_sound_checkpoint_is_refused(story: Story) -> None:
         story.play(resume=True)
 
 
-def test_a_due_checkpoint_that_cannot_be_written_does_not_end_the_run(story: Story) -> None:
+@pytest.mark.parametrize("call", ["save 2", "saved 2"])
+def test_a_due_checkpoint_that_cannot_be_written_does_not_end_the_run(story: Story, call: str) -> None:
     async def full(worker: object) -> None:
-        raise RunError(
-            "worker 0 failed while saving a checkpoint: OSError(28, 'No space left on device')\nlog"
-        )
+        raise RunError("checkpoint step_000001 cannot be written: [Errno 28] No space left on device\nlog")
 
     # The first is that after the warm start, the second a due one.
-    story.play({"save 2": full}, keep=2)
+    story.play({call: full}, keep=2)
     assert story.saved == {0: WARM, STEPS: WARM + STEPS}
     assert (
-        "no checkpoint of step 1 was written, the last one is of step 0: worker 0 failed"
+        "no checkpoint of step 1 was written, the last one is of step 0: checkpoint step_000001 cannot be"
         in (story.run_dir / "notes.jsonl").read_text()
     )
 
@@ -219,10 +231,16 @@ def test_a_checkpoint_of_something_else_is_refused_before_anything_starts(story:
         resume_step(replace(story.prepared, config=config))
 
 
-def test_the_last_checkpoint_must_be_written(story: Story) -> None:
+@pytest.mark.parametrize("call", ["save", "saved"])
+@pytest.mark.parametrize(("first", "left"), [(1, []), (3, [0, 1])])
+def test_the_first_and_the_last_checkpoint_must_be_written(
+    story: Story, call: str, first: int, left: list[int]
+) -> None:
+    """In the background, once more when the run relies on it, and once more when that has ended the run."""
     with pytest.raises(RunError, match="something broke"):
-        story.play({"save 3": fail, "save 4": fail}, keep=2)
-    assert sorted(story.saved) == [0, 1]
+        story.play({f"{call} {number}": fail for number in range(first, first + 3)}, keep=2)
+    assert sorted(story.saved) == left
+    assert f"{call} {first + 3}" not in story.worker.calls
 
 
 def test_finished_rollouts_are_not_played_again(story: Story) -> None:

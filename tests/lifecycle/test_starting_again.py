@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 
-from k2rl.errors import RunError
+from k2rl.errors import ConfigError, RunError
 from k2rl.launch import Interrupted
 from k2rl.tracking.metrics import read_metrics
 from k2rl.tracking.restarts import read_restarts
 from k2rl.workers.handle import WorkerLostError
-from tests.lifecycle.conftest import FINISHED_AT_DEATH, Story, die, fail, interrupt
+from tests.lifecycle.conftest import FINISHED_AT_DEATH, Story, die, fail, interrupt, vanish
 from tests.lifecycle.test_endings import BEFORE_RL, DURING_RL, STEPS, WARM
 
 
@@ -23,8 +25,9 @@ def test_a_death_in_any_call_changes_nothing_of_the_end(story: Story, call: str)
     assert story.saved == {STEPS: WARM + STEPS}
     assert len(story.workers) == 2
     first = worker.calls[0]
-    assert first == ("publish 1" if call in [*BEFORE_RL, "save 1"] else first)
-    assert first.startswith("load") == (call in DURING_RL[1:])
+    saved = DURING_RL.index("saved 1") + 1
+    assert first == ("publish 1" if call in [*BEFORE_RL, *DURING_RL[:saved]] else first)
+    assert first.startswith("load") == (call in DURING_RL[saved:])
     (restart,) = read_restarts(story.run_dir)
     assert restart.why == "worker 0 died"
     assert restart.step == sum(done in ("publish 3", "publish 4") for done in story.workers[0].calls[:-1])
@@ -61,7 +64,8 @@ def test_episodes_that_had_ended_before_a_death_are_not_played_again(story: Stor
     worker = story.play({"rollout 4": die}, restarts=1)
     assert worker.weights == WARM + STEPS
     episodes = story.workers[0].played[-1]
-    assert worker.played[0] == episodes - FINISHED_AT_DEATH
+    # After an evaluation: the checkpoint of step 1 was still being written.
+    assert worker.played[1] == episodes - FINISHED_AT_DEATH
     assert f"step 2: {FINISHED_AT_DEATH} of its rollouts" in (story.run_dir / "notes.jsonl").read_text()
     assert [row["rollout/episodes"] for row in read_metrics(story.run_dir)] == [episodes] * STEPS
     assert [path.suffix for path in sorted((story.run_dir / "rollouts").iterdir())] == [".gz", ".gz"]
@@ -74,3 +78,36 @@ def test_rollouts_of_lost_steps_are_not_played_again(story: Story) -> None:
     notes = (story.run_dir / "notes.jsonl").read_text()
     for step in (1, 2):
         assert f"step {step}: its rollouts were recorded with these weights" in notes
+
+
+#: A call of each kind, and before RL one.
+KILLED_IN = [
+    "sft_step 2",
+    "rollout 2",
+    "saved 1",
+    "rollout 3",
+    "policy_step 2",
+    "publish 4",
+    "save 2",
+    "saved 2",
+]
+KILLED_IN += ["rollout 5", "save_pretrained 1"]
+
+
+@pytest.mark.parametrize("call", KILLED_IN)
+def test_a_driver_that_is_killed_in_any_call_is_resumed_to_the_same_end(story: Story, call: str) -> None:
+    """kill -9: nothing is tidied up or saved on the way out."""
+    child = os.fork()
+    if not child:
+        story.play({call: vanish}, keep=2)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    if call in [*BEFORE_RL, *DURING_RL[: DURING_RL.index("saved 1") + 1]]:
+        assert not story.saved
+        with pytest.raises(ConfigError, match="there is no whole checkpoint"):
+            story.play(resume=True)
+        return
+    assert all(weights == WARM + step for step, weights in story.saved.items())
+    assert story.play(resume=True, keep=2).weights == WARM + STEPS
+    assert [row["step"] for row in read_metrics(story.run_dir)] == [1, 2]
+    assert story.saved == {1: WARM + 1, STEPS: WARM + STEPS}

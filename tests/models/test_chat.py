@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from envs.tools.formats import Call, parse
 from k2rl.errors import ConfigError
 from k2rl.models.chat import ChatTemplate
 from k2rl.models.hub import resolve_model
 from k2rl.training.supervised import chat_sequence
-from k2rl.types import Message, ToolCall
+from k2rl.types import Message, ToolCall, ToolSpec
 
 TOOL_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}"
@@ -86,6 +87,37 @@ def test_tool_calls_and_their_ids_reach_the_template(tokenizer: Any) -> None:
     sequence = chat_sequence([Message("user", "1 + 2?"), call, reply, Message("assistant", "3")], chat)
     learned = [i for i, loss in zip(sequence.token_ids, sequence.loss_mask, strict=True) if loss]
     assert tokenizer.decode(learned) == f"<call>{turn}</call><|im_end|>3<|im_end|>"
+
+
+ADD = ToolSpec("add", "Add <|im_end|> two.", {"type": "object", "properties": {"a": {"type": "integer"}}})
+
+
+def test_tools_are_offered_as_the_template_does(tokenizer: Any) -> None:
+    offer = "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    chat = with_template(tokenizer, offer + TOOL_TEMPLATE)
+    prompt = chat.prompt_ids([Message("user", "1 + 2?")], [ADD])
+    text = tokenizer.decode(prompt)
+    assert text.startswith('<|im_start|>tools\n[{"type": "function", "function": {"name": "add"')
+    assert "Add <|im_end|> two." in text
+    assert len(controls(chat, prompt)) == 5
+    assert chat.prompt_ids([Message("user", "1 + 2?")]) == chat.prompt_ids([Message("user", "1 + 2?")], [])
+
+
+def test_or_in_words_where_the_template_leaves_them_out(chat: ChatTemplate, tokenizer: Any) -> None:
+    text = tokenizer.decode(chat.prompt_ids([Message("user", "1 + 2?")], [ADD]))
+    assert text.startswith("<|im_start|>system\nYou have these tools")
+    call = Message("assistant", "", (ToolCall("functions.add:0", "add", {"a": 1}),))
+    assert parse(chat.decode(chat.turn_ids(call))).calls == (Call("add", {"a": 1}),)
+
+
+def test_marks_of_tool_calls_stay_in_a_turn_where_they_are_special_tokens(tokenizer: Any) -> None:
+    changed = copy.deepcopy(tokenizer)
+    changed.add_special_tokens({"additional_special_tokens": ["<|python_tag|>", "<|eom_id|>"]})
+    chat = ChatTemplate(
+        changed, [changed.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|eom_id|>")]
+    )
+    ids = changed.encode('<|python_tag|>{"name": "f", "parameters": {}}<|eom_id|>', add_special_tokens=False)
+    assert chat.decode(ids) == '<|python_tag|>{"name": "f", "parameters": {}}'
 
 
 def test_a_template_without_a_system_role_serves_those_who_need_none(tokenizer: Any) -> None:

@@ -13,7 +13,7 @@ from envs.calculator import CalculatorEnv
 from k2rl.inference.engine import Generation, Sampling
 from k2rl.models.chat import ChatTemplate
 from k2rl.models.hub import resolve_model
-from k2rl.rollouts.episode import Attempt, EpisodeLimits, run_episode
+from k2rl.rollouts.episode import Attempt, Episode, EpisodeLimits, run_episode
 from k2rl.types import Message, Task, Trajectory
 
 LIMITS = EpisodeLimits(max_turns=4, max_tokens_per_turn=64, token_budget=256, max_model_len=2048)
@@ -45,7 +45,7 @@ class FakePolicy:
 def play(env: TextEnv, policy: FakePolicy, chat: ChatTemplate, limits: EpisodeLimits = LIMITS) -> Trajectory:
     task = next(iter(islice(CalculatorEnv().tasks("train", 3), 1)))
     attempt = Attempt("episode", "group", task, temperature=1.2, seed=5)
-    return asyncio.run(run_episode(attempt, env, policy, chat, limits))
+    return asyncio.run(run_episode(Episode(attempt), env, policy, chat, limits))
 
 
 def test_each_prompt_is_exactly_the_ids_so_far(chat: ChatTemplate) -> None:

@@ -9,7 +9,6 @@ import pytest
 from k2rl.config import Config
 from k2rl.errors import ConfigError
 from k2rl.rollouts.recording import (
-    Journal,
     Source,
     read_recording,
     recorded_steps,
@@ -18,7 +17,7 @@ from k2rl.rollouts.recording import (
 )
 from k2rl.types import Message, Segment, Task, Trajectory, Verdict
 
-SOURCE = Source("model", "settings", "weights")
+SOURCE = Source("model", "settings", "weights", 7)
 TRAJECTORIES = [
     Trajectory(
         f"step1-0-task-{k}",
@@ -42,7 +41,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     assert path.read_bytes() == again.read_bytes(), "nothing of the time or place is in it"
     recording = read_recording(tmp_path, 3)
     assert recording.trajectories == TRAJECTORIES
-    assert Source(recording.model, recording.settings, recording.weights) == SOURCE
+    assert Source(recording.model, recording.settings, recording.weights, recording.version) == SOURCE
 
 
 @pytest.mark.parametrize("keep", [0, 5, -1])
@@ -53,42 +52,6 @@ def test_damaged_recordings_are_refused(tmp_path: Path, keep: int) -> None:
         read_recording(tmp_path, 1)
     with pytest.raises(ConfigError, match="no recorded rollouts of step 2"):
         read_recording(tmp_path, 2)
-
-
-def test_a_journal_has_what_was_finished_and_did_not_fail(tmp_path: Path) -> None:
-    failed, finished = TRAJECTORIES
-    with Journal(tmp_path, 1, SOURCE) as journal:
-        assert journal.finished == {}
-        journal.add(failed)
-        journal.add(finished)
-        with Journal(tmp_path, 1, SOURCE) as after_a_kill:
-            assert after_a_kill.finished == {finished.id: finished}
-    assert recorded_steps(tmp_path) == []
-    with Journal(tmp_path, 2, SOURCE) as other_step:
-        assert other_step.finished == {}
-    path = next((tmp_path / "rollouts").glob("*1.jsonl"))
-    path.write_bytes(path.read_bytes() + b'{"source":{"mod')  # torn
-    with Journal(tmp_path, 1, SOURCE) as journal:
-        assert journal.finished == {finished.id: finished}
-        journal.add(finished)
-    with Journal(tmp_path, 1, SOURCE) as journal:
-        assert journal.finished == {finished.id: finished}
-    path.write_bytes(b"?\n" + path.read_bytes())  # damaged
-    with Journal(tmp_path, 1, SOURCE) as journal:
-        assert journal.finished == {}
-        journal.add(finished)
-        journal.remove()
-    assert not path.exists()
-
-
-def test_a_journal_of_other_weights_is_of_no_use(tmp_path: Path) -> None:
-    with Journal(tmp_path, 1, SOURCE) as journal:
-        journal.add(TRAJECTORIES[1])
-    with Journal(tmp_path, 1, Source("model", "settings", "other weights")) as journal:
-        assert journal.finished == {}
-        journal.add(TRAJECTORIES[1])
-    with Journal(tmp_path, 1, SOURCE) as journal:
-        assert journal.finished == {}
 
 
 def test_settings_that_decide_what_is_sampled_are_told_apart() -> None:

@@ -497,9 +497,10 @@ def test_a_bubblewrap_that_hangs(monkeypatch, public):
         (SandboxSpec(image="/no/such/image"), "not a folder with a root file system"),
         (SandboxSpec(read_only={"/data": "/no/such/data"}), "/no/such/data"),
         (SandboxSpec(preload=("no_such_module",)), "no_such_module"),
+        (SandboxSpec(links={"/tmp/link": "/work"}), "take a path of its own"),
         (SandboxSpec(read_only={"/tmp/data": "/usr"}), "take a folder of its own"),
     ],
-    ids=["image", "data", "module", "covered"],
+    ids=["image", "data", "module", "link", "covered"],
 )
 def test_what_is_asked_for_is_not_there(spec, said):
     with pytest.raises(SandboxError, match=said):
@@ -528,8 +529,10 @@ def test_an_image_is_a_folder_with_a_root_file_system(public):
 
     async def look():
         backend = BubblewrapBackend()
-        spec = SandboxSpec(image=str(public), read_only={"/usr": "/usr"})
+        links = {"/app": "/work", "/deep/er": "/tmp"}
+        spec = SandboxSpec(image=str(public), read_only={"/usr": "/usr"}, links=links)
         async with await backend.open(spec) as sandbox:
+            assert (await sandbox.exec(["sh", "-c", "echo 1 > /app/a && cat /work/a && touch /deep/er/b"])).ok
             result = await sandbox.exec(["sh", "-c", "cat /etc/own; id -un; ls /etc"])
         await backend.close()
         return result

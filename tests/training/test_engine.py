@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,9 @@ from transformers import AutoModelForCausalLM
 from k2rl.config import ObjectiveConfig, OptimizerConfig
 from k2rl.errors import ConfigError, RunError
 from k2rl.training.batch import BatchTotals, SupervisedSequence, TrainSequence
+from k2rl.training.checkpoint import checkpoint_folder, checkpoints, is_sound
 from k2rl.training.engine import TrainEngine
+from k2rl.training.saving import read_state
 
 OBJECTIVE = ObjectiveConfig(tau=0.2)
 
@@ -390,6 +393,30 @@ def test_a_resumed_engine_keeps_the_state_and_takes_its_own_settings(
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in momenta.items())
     metrics = resumed.policy_step(random_groups(2), objective=OBJECTIVE, temperature=1.0)
     assert metrics["lr"] == 5e-4
+
+
+def test_a_disk_that_is_full_while_training_goes_on(llama_path: Path, tmp_path: Path) -> None:
+    """The write fails in the background: whoever waits is told; trainer and checkpoints are well."""
+    engine = make_engine(llama_path)
+    older, newer = checkpoint_folder(tmp_path, 1), checkpoint_folder(tmp_path, 2)
+    engine.save(older)
+    engine.saved()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        engine.save(newer)
+        metrics = engine.policy_step(random_groups(1), objective=OBJECTIVE, temperature=1.0)
+        with pytest.raises(RunError, match=r"^checkpoint step_000002 cannot be written: .*File too large"):
+            engine.saved()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert math.isfinite(metrics["loss"])
+    assert [path.name for path in older.parent.iterdir()] == ["step_000001"]
+    assert is_sound(older)
+    engine.save(newer)
+    engine.saved()
+    assert checkpoints(tmp_path) == [(1, older), (2, newer)]
+    assert read_state(newer)["step_count"] == 1
 
 
 def test_checkpoints_of_something_else_are_refused(

@@ -37,7 +37,11 @@ def outcome(error: Exception, tmp_path: Path) -> tuple[Exception, Worker]:
         (remote(TimeoutError("the disk")), "failed while training: TimeoutError('the disk')", False),
         (remote(ValueError("no tokens")), "failed while training: ValueError('no tokens')", False),
         (remote(RunError("loss is nan")), "loss is nan", False),
-        (remote(EngineDeadError("gone")), "the vLLM engine of worker 0 died while training", False),
+        (
+            remote(EngineDeadError("all\ngone")),
+            "the vLLM engine of worker 0 died while training: all gone",
+            False,
+        ),
         (ActorDiedError(), "worker 0 died while training", True),
         (
             OutOfMemoryError("node\nfull"),

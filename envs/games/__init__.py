@@ -1,0 +1,1 @@
+"""Logic games with oracles that know every answer."""

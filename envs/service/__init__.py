@@ -1,0 +1,1 @@
+"""Environments as services: what is said (`wire.py`), and the client (`remote.py`), an environment itself."""

@@ -1,0 +1,1 @@
+"""Environments for other processes and machines: `k2rl envs serve`."""

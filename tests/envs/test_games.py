@@ -1,0 +1,123 @@
+"""24 and Sudoku, against oracles that try everything."""
+
+from __future__ import annotations
+
+import random
+from fractions import Fraction
+from itertools import combinations_with_replacement, islice, permutations, product
+from typing import Any
+
+import pytest
+
+import envs
+from envs.games.sudoku import emptied, read, shown, solutions
+from envs.games.twenty_four import fault, solution
+from sandboxes.arithmetic import evaluate
+
+
+def reachable(numbers: tuple[int, ...]) -> bool:
+    """Whether 24 can be made, by another way: all orders, operations and shapes of an expression."""
+
+    def value(a: Fraction | None, operation: str, b: Fraction | None) -> Fraction | None:
+        if a is None or b is None or (operation == "/" and b == 0):
+            return None
+        return {"+": a + b, "-": a - b, "*": a * b, "/": a / b if b else None}[operation]
+
+    for a, b, c, d in permutations([Fraction(number) for number in numbers]):
+        for p, q, r in product("+-*/", repeat=3):
+            shapes = (
+                value(value(value(a, p, b), q, c), r, d),
+                value(value(a, p, value(b, q, c)), r, d),
+                value(value(a, p, b), q, value(c, r, d)),
+                value(a, p, value(value(b, q, c), r, d)),
+                value(a, p, value(b, q, value(c, r, d))),
+            )
+            if 24 in shapes:
+                return True
+    return False
+
+
+def test_the_solver_of_24_finds_what_there_is() -> None:
+    some = random.Random(0).sample(list(combinations_with_replacement(range(1, 14), 4)), 20)
+    for numbers in some:
+        found = solution(numbers)
+        assert (found is not None) == reachable(numbers)
+        if found is not None:
+            assert evaluate(found) == 24
+            assert fault(found, numbers) == ("", False)
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ("Answer: 4 * 6", "must use each of 1, 2, 3, 4 exactly once"),
+        ("Answer: 1 * 2 * 3 + 4", "That makes 10."),
+        ("Answer: 1 + 23 + 4 - 4", "exactly once"),
+        ("Answer: (1 + 2 + 3", "alone"),
+        ("Answer: 24", "exactly once"),
+        ("1 * 2 * 3 * 4", "no line that says Answer:"),
+        ("Answer: 1 * 2 * 3 ** 4", "alone"),
+        ("Answer: __import__('os')", "alone"),
+        ("Answer: 1 / (2 - 2)", "exactly once"),
+        (f"Answer: {'(' * 5000}1 + 2 + 3 + 4", "no expression"),
+    ],
+)
+def test_wrong_answers_of_24_are_told_why(answer: str, problem: str) -> None:
+    env = envs.make("twenty_four")
+    task = next(env.tasks("train", 0))
+    task.data["numbers"] = [1, 2, 3, 4]
+    env.reset(options={"task": task})
+    messages, reward, terminated, _, info = env.step(answer)  # type: ignore[misc]
+    assert not terminated
+    assert reward == 0.0
+    if problem != "alone" or "(" not in answer[-12:]:
+        assert problem in info["detail"] or problem in messages[0].content
+
+
+def test_tries_of_24_come_to_an_end(play: Any) -> None:
+    env = envs.make("twenty_four", tries=2)
+    task = next(env.tasks("train", 0))
+    assert not play(env, task, ["no"]).done
+    lost = play(env, task, ["no", "no"])
+    assert lost.done
+    assert lost.reward == 0.0
+    assert play(env, task, ["no", *env.demonstration(task)]).components == {
+        "tries": 2.0,
+        "wrong_numbers": 0.0,
+    }
+
+
+@pytest.mark.parametrize("size", [4, 9])
+def test_a_sudoku_has_one_solution(size: int) -> None:
+    rng = random.Random(size)
+    solved = next(solutions([0] * size * size, rng))
+    puzzle = emptied(solved, rng)
+    assert list(islice(solutions(puzzle), 2)) == [solved]
+    assert puzzle.count(0) >= size
+    box = int(size**0.5)
+    rows = [solved[start : start + size] for start in range(0, size * size, size)]
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    boxes = [
+        [rows[r + i][c + j] for i in range(box) for j in range(box)]
+        for r in range(0, size, box)
+        for c in range(0, size, box)
+    ]
+    assert all(sorted(unit) == list(range(1, size + 1)) for unit in (*rows, *columns, *boxes))
+
+
+def test_every_sudoku_of_four_is_counted() -> None:
+    assert sum(1 for _ in solutions([0] * 16)) == 288
+
+
+def test_sudoku_answers(play: Any) -> None:
+    env = envs.make("sudoku")
+    task = next(env.tasks("eval", 1))
+    assert task.kind == "sudoku_4"
+    wrong = list(task.data["solution"])
+    place = task.data["puzzle"].index(0)
+    wrong[place] = wrong[place] % 4 + 1
+    nearly = play(env, task, [f"Answer:\n{shown(wrong)}"])
+    assert nearly.reward == 0.0
+    assert nearly.components["cells_right"] == pytest.approx(1 - 1 / task.data["puzzle"].count(0))
+    assert play(env, task, [shown(task.data["solution"])]).components == {"cells_right": 0.0, "readable": 0.0}
+    assert read("Answer: " + "1 2 3 4 " * 5, 4) is None
