@@ -94,6 +94,9 @@ bench-store: setup ## Trajectories per second through Redis and SQLite, each exa
 bench-partial: setup ## Partial rollouts beside synchronous batches, on a task with a long tail
 	$(BIN)/python benchmarks/partial_rollouts.py $(ARGS)
 
+bench-math: setup ## The math judge on 2,000 pairs with hopeless ones among them, from threads
+	$(BIN)/python benchmarks/math_judge.py $(ARGS)
+
 clean: ## Remove caches and build products; runs under outputs/ and .venv stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
