@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Written last, so that a broken-off installation is taken up again.
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart test test-slow lint format docs lock bench-trl bench-push bench-stall bench-hosts bench-placement bench-start bench-swap bench-sandbox bench-episodes bench-store bench-partial bench-ranks bench-optim bench-muonclip clean
+.PHONY: help setup quickstart test test-slow lint format docs lock bench-trl bench-push bench-stall bench-hosts bench-placement bench-start bench-swap bench-sandbox bench-episodes bench-store bench-partial bench-ranks bench-optim bench-muonclip bench-math clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
