@@ -78,10 +78,10 @@ def main() -> int:
         [],
         0,
     )
-    hopeless_right = 0
+    hopeless_right = late_answerable = 0
 
     def check(pair: tuple[str, str, float | None]) -> None:
-        nonlocal wrong, late, hopeless_right
+        nonlocal wrong, late, hopeless_right, late_answerable
         truth, answer, value = pair
         with waiting:  # so that what is timed is a pair, and not its wait for a child
             began = time.monotonic()
@@ -99,7 +99,8 @@ def main() -> int:
             seconds = time.monotonic() - began
         with lock:
             took.append(seconds)
-            wrong += value is not None and got != value
+            wrong += value is not None and got is not None and got != value
+            late_answerable += value is not None and got is None
             hopeless_right += value is None and got == 1.0
 
     began = time.monotonic()
@@ -115,6 +116,7 @@ def main() -> int:
         "p99_ms": round(1000 * p99, 1),
         "deadline_ms": 1000 * arguments.deadline,
         "late": late,
+        "late_though_answerable": late_answerable,
         "judged_wrongly": wrong,
         "hopeless_judged_right": hopeless_right,
         "leaked": leaks[:3],
