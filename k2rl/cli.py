@@ -78,6 +78,29 @@ examples:
   k2rl plan calibrate
 """
 
+JUDGE = """\
+Judge episodes that are there. FILE.jsonl has trajectories, or rows with
+`response`, perhaps `prompt`, `label`, `group`, and what the judge wants to know
+(`answer`, `instructions`, …). Prints the share that failed, agreement with the
+labels, the confusion of the two, and what it cost.
+"""
+
+JUDGE_EXAMPLES = """
+keys: reward, reward.<argument>, threshold, deadline_s, parallel, out, output
+
+examples:
+  k2rl judge answers.jsonl reward=math
+  k2rl judge answers.jsonl reward=exact reward.place=whole out=judged.jsonl
+  k2rl judge answers.jsonl reward=pointwise 'reward.model={url: "http://127.0.0.1:8000/v1", name: judge}'
+"""
+
+DIFFICULTY = """\
+Choose the tasks worth training on, from the results of
+`k2rl eval suite=… samples=N`: those solved sometimes, and not by guessing
+(guess=RESULTS, of a model that answered without reasoning). Writes them with
+their pass@k and a tag: hard, moderate, easy.
+"""
+
 STACKS = """\
 Say of every process of a live run what it is doing and for how long, and where the one stands that has been
 busy the longest. Nothing is stopped, and nobody has to answer."""
@@ -203,6 +226,30 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--sandbox", default="bubblewrap", help="where tests are tried out (bubblewrap)")
     build.set_defaults(run=_build_tasks)
 
+    judge = commands.add_parser(
+        "judge",
+        help="judge a file of episodes",
+        description=JUDGE,
+        epilog=_rewards() + JUDGE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    judge.add_argument("words", nargs="*", metavar="FILE.jsonl KEY=VALUE", help="see below")
+    judge.set_defaults(run=_judge)
+
+    difficulty = commands.add_parser(
+        "difficulty",
+        help="choose tasks by how often a model solves them",
+        description=DIFFICULTY,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    difficulty.add_argument(
+        "words",
+        nargs="*",
+        metavar="RESULTS_FOLDER KEY=VALUE",
+        help="out=FILE.jsonl tasks=FILE.jsonl guess=RESULTS_FOLDER low=0 high=1 guessed=0 k=1,4 tags=a,b",
+    )
+    difficulty.set_defaults(run=_difficulty)
+
     report = commands.add_parser("report", help="write report.html of a run anew, finished or not")
     report.add_argument("run_dir", type=Path, metavar="RUN_FOLDER", help="such as outputs/quickstart/<time>")
     report.set_defaults(run=_report)
@@ -274,6 +321,31 @@ def _plan(arguments: argparse.Namespace) -> int:
     from k2rl import planning_command
 
     print(planning_command.run(arguments.words))
+    return 0
+
+
+def _rewards() -> str:
+    """What can judge, where `k2rl judge --help` is what is asked for: it takes a second to know."""
+    if "judge" not in sys.argv[1:2] or find_spec("yaml") is None:
+        return ""
+    from k2rl import judging_command
+
+    return judging_command.rewards() + "\n"
+
+
+def _judge(arguments: argparse.Namespace) -> int:
+    _require("judge", ("yaml", "httpx", "jsonschema"))
+    from k2rl import judging_command
+
+    print(judging_command.run(arguments.words))
+    return 0
+
+
+def _difficulty(arguments: argparse.Namespace) -> int:
+    _require("difficulty", ("numpy",))
+    from k2rl.evaluation import difficulty
+
+    print(difficulty.run(arguments.words))
     return 0
 
 

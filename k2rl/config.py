@@ -33,12 +33,18 @@ class EnvConfig:
 
 @dataclass
 class RubricConfig:
-    #: `env` (the environment's own rubric) or `module:Class` of another one.
+    #: `env` (the environment's own rubric), a registered one (`k2rl judge --help` lists them),
+    #: or `module:Class`. Where it compares responses, evaluations are judged by the environment's own.
     id: str = "env"
     #: Keyword arguments for the rubric's constructor.
     kwargs: dict[str, Any] = field(default_factory=dict)
-    #: Seconds a judgement may take before it counts as failed.
+    #: Seconds a judgement may take before it counts as failed; of a group, where responses are compared.
     deadline_s: float = 30.0
+    #: Tokens of a reply, where the trained model itself judges (`model: policy` in a rubric's arguments).
+    max_tokens: int = 256
+    #: With `rubric=self_critique`: judgements whose truth the verifier knows, imitated in each step beside
+    #: the PTX sequences (with `ptx.weight`); 0: the critic is examined and not trained.
+    critic_examples: int = 0
     #: Keep scores, and give them again where the same conversation on the same task is judged: for judges
     #: that are slow or cost money, and give the same answer twice.
     cache_verdicts: bool = False

@@ -58,6 +58,8 @@ BOUNDS = {
     "env.eval_tasks": FROM_1,
     "env.max_turns": FROM_1,
     "rubric.deadline_s": ABOVE_0,
+    "rubric.max_tokens": FROM_1,
+    "rubric.critic_examples": FROM_0,
     "rollout.tasks_per_step": FROM_1,
     "rollout.group_size": Bound(2),  # K2's baseline is the group mean
     "rollout.max_concurrent": FROM_1,

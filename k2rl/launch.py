@@ -15,12 +15,14 @@ import msgspec
 
 from envs.agents import AgentEnv
 from k2rl.config import Config
+from k2rl.critic import Critic
 from k2rl.diagnosis import activity
 from k2rl.errors import ConfigError, RunError
 from k2rl.evaluation.results import EvaluationResult
 from k2rl.loop import train
 from k2rl.models.hub import shapes_fingerprint
 from k2rl.preflight import Preflight
+from k2rl.rollouts.engine_model import EngineModel
 from k2rl.rollouts.gateway.server import Gateway
 from k2rl.rollouts.history import History
 from k2rl.rollouts.pool import Pool
@@ -49,6 +51,8 @@ from k2rl.workers.handle import WorkerLostError
 from k2rl.workers.process import end_at_once_on
 from k2rl.workers.recovery import Recovery
 from k2rl.workers.spec import worker_spec
+from rubrics.critics.self_critique import SelfCritique
+from rubrics.models import bind_run_model
 
 T = TypeVar("T")
 
@@ -281,9 +285,10 @@ async def started(
             worker = start.result()
             cluster = undo.pop_all()
         tracker.note(f"computing in {worker.dtype} on {spec.device}")
+        bind_run_model(prepared.rubric, EngineModel(worker, prepared.chat, config))
         gateway = Gateway(config.gateway) if isinstance(prepared.env, AgentEnv) else None
         scheduler = RolloutScheduler(
-            config, worker, prepared.chat, prepared.make_env, prepared.rubric, gateway
+            config, worker, prepared.chat, prepared.make_env, prepared.rubric, gateway, prepared.env.rubric
         )
         ptx = PTXCorpus(prepared.ptx, config.ptx.sequences_per_step, config.seed)
         with cluster, recovery.begun(tracker.note, lambda: run.finished_steps):
@@ -291,6 +296,8 @@ async def started(
                 store, history = _store(config, run_dir), _history(config, run_dir, resume_step)
                 pool = Pool(config, scheduler, worker, store, prepared.train_tasks, history)
                 run = Run(config, prepared, run_dir, tracker, worker, scheduler, pool, ptx, resume_step or 0)
+                if isinstance(prepared.rubric, SelfCritique):
+                    run.critic = Critic(prepared.rubric, prepared.chat, config)
                 try:
                     async with gateway or nullcontext():
                         yield run

@@ -13,8 +13,9 @@ from k2rl.objective.temperature import temperature_at
 from k2rl.rollouts.groups import learnable, rewards_of
 from k2rl.rollouts.scheduler import check_failures
 from k2rl.run import Rollouts, Run, uninterrupted
+from k2rl.seeds import derive_seed
 from k2rl.tracking import phases
-from k2rl.training.batch import BatchTotals, TrainSequence, num_sampled
+from k2rl.training.batch import BatchTotals, SupervisedSequence, TrainSequence, num_sampled
 from k2rl.types import Trajectory
 
 
@@ -65,13 +66,13 @@ async def learn(run: Run, step: int, rollouts: Rollouts, metrics: dict[str, floa
 async def _learned(run: Run, step: int, rollouts: Rollouts) -> dict[str, float]:
     """Train and publish; returns what there is to say of it."""
     config, tracker = run.config, run.tracker
-    metrics: dict[str, float] = {}
+    metrics, judgements = await _critic(run, step, rollouts.trajectories)
     groups, totals, shaped = policy_batch(config, rollouts.trajectories, step, rollouts.version)
     if shaped is not None:
         metrics["reward/shaped_mean"] = shaped
     if groups:
         with tracker.phase(phases.TRAIN, step):
-            ptx, temperature = run.ptx.sample(step), rollouts.trajectories[0].temperature
+            ptx, temperature = [*run.ptx.sample(step), *judgements], rollouts.trajectories[0].temperature
             learned = await run.worker.policy_step(groups, config, temperature, ptx, totals)
         published = {}
         if run.serves:
@@ -85,6 +86,26 @@ async def _learned(run: Run, step: int, rollouts: Rollouts) -> dict[str, float]:
         tracker.note(f"step {step}: {why}; nothing to learn")
     metrics["rollout/informative_groups"] = len(groups) / config.rollout.tasks_per_step
     return metrics
+
+
+async def _critic(
+    run: Run, step: int, trajectories: Sequence[Trajectory]
+) -> tuple[dict[str, float], list[SupervisedSequence]]:
+    """Where the policy judges itself: how well it does before this step, and judgements for it to imitate."""
+    if run.critic is None:
+        return {}, []
+    pairs = run.critic.pairs(trajectories, run.config.seed)
+    examples = run.critic.examples(pairs, derive_seed(run.config.seed, step))
+    metrics = {"critic/pairs": float(len(pairs)), "critic/examples": float(len(examples))}
+    if run.serves:
+        with run.tracker.phase(phases.ROLLOUT, step):
+            metrics |= await run.critic.examine(pairs)
+        if metrics["critic/trust"] < 1 and run.critic.agreement is not None:
+            run.tracker.note(
+                f"step {step}: the critic agrees with the verifier on {run.critic.agreement:.0%} of "
+                f"held-out pairs; its reward counts for {metrics['critic/trust']:.0%} of its weight"
+            )
+    return metrics, examples
 
 
 def policy_batch(
@@ -152,12 +173,19 @@ def rollout_metrics(trajectories: Sequence[Trajectory], seconds: float | None) -
         **{f"reward/component/{name}": fmean(values) for name, values in sorted(components.items())},
         "rollout/episodes": len(trajectories),
         "rollout/failed": len(trajectories) - len(scored),
+        "reward/judge_failed_share": _not_judged(trajectories),
         "rollout/tokens_mean": fmean(tokens),
         "rollout/truncated_share": ends.count("token_budget") / len(ends),
         "rollout/context_share": ends.count("context") / len(ends),
         "rollout/temperature": trajectories[0].temperature,
         **({} if seconds is None else _rates(len(trajectories), sum(tokens), seconds)),
     }
+
+
+def _not_judged(trajectories: Sequence[Trajectory]) -> float:
+    """Share of the episodes that were played to their end without a verdict coming of it."""
+    played = [trajectory for trajectory in trajectories if trajectory.stop_reason != "failed"]
+    return sum(trajectory.failed for trajectory in played) / max(1, len(played))
 
 
 def _rates(episodes: int, tokens: int, seconds: float) -> dict[str, float]:

@@ -10,6 +10,8 @@ from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
+
 import envs.registry
 from envs.agents import AgentEnv
 from envs.base import TextEnv
@@ -33,8 +35,10 @@ from k2rl.training.batch import SupervisedSequence
 from k2rl.training.chats import load_chats
 from k2rl.training.supervised import chat_sequence, demonstration_sequence
 from k2rl.types import Message, Split, Task, Trajectory
-from rubrics.base import Rubric, judge_safely
+from rubrics.base import Rubric
 from rubrics.deadline import MissedDeadlineError, within
+from rubrics.groups import judge_group_safely
+from rubrics.models import asks_run_model
 
 T = TypeVar("T")
 
@@ -131,6 +135,11 @@ def preflight(config: Config, training: bool = True) -> Preflight:
     env = envs.registry.make(config.env.id, **config.env.kwargs)
     _check_kinds(config, env)
     rubric = envs.registry.rubric_of(env, config.rubric.id, **config.rubric.kwargs)
+    if asks_run_model(rubric) and (config.rubric.cache_verdicts or config.rollout.surplus == "park"):
+        raise ConfigError(
+            "a rubric that asks the policy (model: policy) changes its mind as that learns, and needs the "
+            "engine to the end of a step: set rubric.cache_verdicts=false and rollout.surplus=drop"
+        )
     model_path = resolve_model(config.model.path)
     _check_push_memory(config, model_path)
     if training:
@@ -228,7 +237,12 @@ async def _rehearse(prepared: Preflight) -> None:
             f"a prompt of {prompt} tokens and a budget of {budget} do not fit inference.max_model_len="
             f"{config.inference.max_model_len}; raise it or lower the budget"
         )
-    verdict = await judge_safely(prepared.rubric, trajectory, config.rubric.deadline_s)
+    if asks_run_model(prepared.rubric):
+        return  # the model that judges is not there yet
+    # With a rubric that compares, the episode beside itself.
+    other = msgspec.structs.replace(trajectory, id=f"{trajectory.id}-again")
+    pair = [trajectory, other] if prepared.rubric.needs_group else [trajectory]
+    verdict, *_ = await judge_group_safely(prepared.rubric, pair, config.rubric.deadline_s)
     if not verdict.ok:
         raise ConfigError(f"the judge fails on a scripted episode: {verdict.failure}")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from k2rl.config import Config
+from k2rl.critic import Critic
 from k2rl.errors import ConfigError, RunError
 from k2rl.evaluation.results import EvaluationResult, summarise
 from k2rl.models.hub import shapes_fingerprint
@@ -66,6 +67,8 @@ class Run:
     settled: bool = False
     #: The step whose checkpoint is being written, while the run goes on.
     saving: int | None = None
+    #: Where the policy judges itself.
+    critic: Critic | None = None
 
     @property
     def trains(self) -> bool:

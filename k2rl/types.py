@@ -7,6 +7,7 @@ All records are msgspec structs: typed, cheap to copy between processes and to w
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -61,33 +62,59 @@ class Task(msgspec.Struct, frozen=True):
     data: dict[str, Any] = {}
 
 
+class Evidence(msgspec.Struct, frozen=True):
+    """What a verdict rests on: a span of the answer, a test's result, a sentence of the judge's."""
+
+    text: str
+    #: The component it speaks of; empty: the whole.
+    component: str = ""
+    #: Whether it speaks for the answer; None: neither for nor against it.
+    passed: bool | None = None
+    #: Characters of the judged text, from and up to.
+    span: tuple[int, int] | None = None
+
+
 class Verdict(msgspec.Struct, frozen=True):
     """A judge's answer: either a finite value with named components, or a failure with its reason.
 
-    A failure is not a score (`value is None`): it is masked from the loss, counted and shown.
+    A failure is not a score (`value is None`): it is masked from the loss, counted and shown. The range of
+    values is the judge's (`Rubric.reward_range`).
     """
 
     value: float | None
     components: dict[str, float] = {}
     failure: str | None = None
+    #: What components count for in the value, where they were weighed.
+    weights: dict[str, float] = {}
+    evidence: tuple[Evidence, ...] = ()
+    #: Who judged, with a version where it has one (`critic@12`); empty: the run's only judge.
+    judge: str = ""
 
     @classmethod
-    def scored(cls, value: float, components: dict[str, float] | None = None) -> Verdict:
+    def scored(
+        cls,
+        value: float,
+        components: dict[str, float] | None = None,
+        weights: dict[str, float] | None = None,
+        evidence: Sequence[Evidence] = (),
+        judge: str = "",
+    ) -> Verdict:
         """A verdict with a score.
 
         Raises:
-            ValueError: if the value or a component is NaN or infinite.
+            ValueError: if the value, a component or a weight is NaN or infinite.
         """
-        parts = dict(components or {})
-        for name, number in {"value": value, **parts}.items():
+        parts, weights = dict(components or {}), dict(weights or {})
+        weighed = {f"weight of {name}": weight for name, weight in weights.items()}
+        for name, number in {"value": value, **parts, **weighed}.items():
             if not math.isfinite(number):
                 raise ValueError(f"verdict {name} is {number}, not a finite number")
-        return cls(value=float(value), components=parts)
+        return cls(float(value), parts, None, weights, tuple(evidence), judge)
 
     @classmethod
-    def failed(cls, reason: str) -> Verdict:
+    def failed(cls, reason: str, judge: str = "") -> Verdict:
         """A verdict that could not be reached, and why."""
-        return cls(value=None, failure=reason)
+        return cls(value=None, failure=reason, judge=judge)
 
     @property
     def ok(self) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from numbers import Real
 from typing import cast
 
-from k2rl.types import Trajectory, Verdict
+from k2rl.types import Evidence, Trajectory, Verdict
 from rubrics.deadline import MissedDeadlineError, within
 
 RANGE_TOLERANCE = 1e-6
@@ -29,9 +31,37 @@ class Rubric(ABC):
     reward_range: tuple[float, float] = (0.0, 1.0)
     """Smallest and largest value `judge` gives; anything outside counts as a failed judgement."""
 
+    idempotent: bool = False
+    """Whether asking again does no harm: only then is a judgement that failed tried again."""
+
+    needs_group: bool = False
+    """Whether it compares: then `judge_group` gets all responses to a task, and `judge` is not asked."""
+
+    @property
+    def identity(self) -> str:
+        """All that its verdicts depend on but the trajectory; what is cached is cached under it."""
+        return type(self).__name__
+
     @abstractmethod
     async def judge(self, trajectory: Trajectory) -> Verdict:
         """The verdict on a trajectory. Must not block the event loop, nor change the trajectory."""
+
+    async def judge_group(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
+        """A verdict for each response to one task, in their order."""
+        return list(await asyncio.gather(*map(self.judge, trajectories)))
+
+    def content(self, trajectory: Trajectory) -> object:
+        """What of a trajectory its verdict depends on, as JSON has it; None: its verdicts are not cached."""
+        return None
+
+    def parts(self) -> Sequence[Rubric]:
+        """The rubrics that it asks in turn."""
+        return ()
+
+    async def close(self) -> None:
+        """Put away what it holds; asked again, it takes it anew."""
+        for part in self.parts():
+            await part.close()
 
 
 async def judge_safely(rubric: Rubric, trajectory: Trajectory, deadline_s: float) -> Verdict:
@@ -56,31 +86,39 @@ async def judge_safely(rubric: Rubric, trajectory: Trajectory, deadline_s: float
     try:
         verdict = await within(deadline_s, judge())
     except MissedDeadlineError:
-        return _failed(rubric, trajectory, f"TimeoutError: no verdict within {deadline_s:g} s")
+        return not_judged(rubric, trajectory, f"TimeoutError: no verdict within {deadline_s:g} s")
     except Exception as error:
         logger.debug("judging trajectory %s failed", trajectory.id, exc_info=error)
-        return _failed(rubric, trajectory, f"{type(error).__name__}: {error}")
-    return _sound(rubric, trajectory, verdict)
+        return not_judged(rubric, trajectory, f"{type(error).__name__}: {error}")
+    return sound(rubric, trajectory, verdict)
 
 
-def _sound(rubric: Rubric, trajectory: Trajectory, verdict: object) -> Verdict:
+def sound(rubric: Rubric, trajectory: Trajectory, verdict: object) -> Verdict:
     """The verdict in plain floats, or a failure if it is not what the rubric promised."""
     if not isinstance(verdict, Verdict):
         kind = type(verdict).__name__
-        return _failed(rubric, trajectory, f"TypeError: judge returned {kind}, not a Verdict")
+        return not_judged(rubric, trajectory, f"TypeError: judge returned {kind}, not a Verdict")
     if not verdict.ok:
         return verdict
     # A struct does not check its fields: whatever the rubric put there is looked at here.
-    numbers: dict[str, object] = {"value": verdict.value, **verdict.components}
+    weighed = {f"weight of {name}": weight for name, weight in verdict.weights.items()}
+    numbers: dict[str, object] = {"value": verdict.value, **verdict.components, **weighed}
     for name, number in numbers.items():
         if not isinstance(number, Real) or not math.isfinite(number):
-            return _failed(rubric, trajectory, f"ValueError: verdict {name} is {number}, not a finite number")
+            return not_judged(
+                rubric, trajectory, f"ValueError: verdict {name} is {number}, not a finite number"
+            )
+    if not all(isinstance(item, Evidence) for item in verdict.evidence):
+        return not_judged(rubric, trajectory, "TypeError: evidence is no sequence of Evidence")
     value, (low, high) = float(cast("float", verdict.value)), rubric.reward_range
     if not low - RANGE_TOLERANCE <= value <= high + RANGE_TOLERANCE:
         reason = f"ValueError: the value {value:g} lies outside reward_range ({low:g}, {high:g})"
-        return _failed(rubric, trajectory, reason)
-    return Verdict.scored(value, {name: float(number) for name, number in verdict.components.items()})
+        return not_judged(rubric, trajectory, reason)
+    components = {name: float(number) for name, number in verdict.components.items()}
+    weights = {name: float(number) for name, number in verdict.weights.items()}
+    return Verdict.scored(value, components, weights, verdict.evidence, verdict.judge)
 
 
-def _failed(rubric: Rubric, trajectory: Trajectory, reason: str) -> Verdict:
+def not_judged(rubric: Rubric, trajectory: Trajectory, reason: str) -> Verdict:
+    """A failed verdict that names the rubric and the trajectory."""
     return Verdict.failed(f"{type(rubric).__name__} on trajectory {trajectory.id}: {reason}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 
 import pytest
@@ -178,6 +179,7 @@ def test_metrics_are_of_the_scored_episodes() -> None:
         "reward/component/tool_used": 0.5,
         "rollout/episodes": 4,
         "rollout/failed": 1,
+        "reward/judge_failed_share": 0.25,
         "rollout/tokens_mean": 4.0,
         "rollout/truncated_share": pytest.approx(1 / 3),
         "rollout/context_share": pytest.approx(1 / 3),
@@ -190,3 +192,17 @@ def test_metrics_are_of_the_scored_episodes() -> None:
 def test_a_step_without_a_score_has_no_metrics() -> None:
     with pytest.raises(RunError, match="no episode of the step was scored"):
         rollout_metrics([episode(0, 0, None)], 1.0)
+
+
+@given(st.integers(0, 10**6))
+def test_a_judge_that_fails_one_time_in_ten_leaves_the_batch_of_the_others_exactly(seed: int) -> None:
+    """The loss is a function of this batch alone (groups, advantages, what it is averaged over)."""
+    draw = random.Random(seed)
+    values = {(g, k): draw.random() for g in range(6) for k in range(6)}
+    lost = {key for key in values if draw.random() < 0.1}
+    flaky = [episode(g, k, None if (g, k) in lost else value) for (g, k), value in values.items()]
+    clean = [episode(g, k, value) for (g, k), value in values.items() if (g, k) not in lost]
+    assert policy_batch(Config(), flaky, 1, version=0) == policy_batch(Config(), clean, 1, version=0)
+    metrics = rollout_metrics(flaky, None)
+    assert metrics["reward/judge_failed_share"] == pytest.approx(len(lost) / len(flaky))
+    assert metrics["reward/mean"] == rollout_metrics(clean, None)["reward/mean"]

@@ -247,8 +247,16 @@ class Pool:
         )
         if not self._in_play(group):
             return
-        if not trajectory.failed:
-            self._store.finish([trajectory])
+        ended = [trajectory]
+        if self._scheduler.compares:
+            ended = [*group.finished.values(), trajectory]
+            if len(ended) == self._rollout.group_size:
+                await self._scheduler.judge_group(sorted(ended, key=lambda t: t.id))
+                if not self._in_play(group):
+                    return
+            else:
+                ended = []  # none is over before all are: what a crash leaves of a group is played again
+        self._store.finish([t for t in ended if not t.failed])
         group.finished[trajectory.id] = trajectory
 
     def _played(self, task: asyncio.Task[None]) -> None:
@@ -266,13 +274,14 @@ class Pool:
         self.played += len(over)
         self._changed.set()
 
-    async def _judge(self, trajectory: Trajectory) -> Verdict:
+    async def _judge(self, trajectory: Trajectory) -> Verdict | None:
         rubric = f"{self._config.rubric.id} {self._config.rubric.kwargs} {self._config.env.id}"
         key = verdict_key(rubric, trajectory)
         kept = self._store.verdict(key)
         if kept is None:
             kept = await self._scheduler.judge(trajectory)
-            self._store.keep_verdict(key, kept)
+            if kept is not None:
+                self._store.keep_verdict(key, kept)
         return kept
 
     async def _pause(self) -> None:

@@ -16,12 +16,15 @@ from k2rl.objective.budget import budget_for
 from k2rl.rollouts.episode import Attempt, Episode, EpisodeLimits
 from k2rl.rollouts.gateway.server import Gateway
 from k2rl.rollouts.hosting import hosted
+from k2rl.rollouts.judging import Judging
 from k2rl.rollouts.playing import play_episode
 from k2rl.types import Task, Trajectory, Verdict
 from rubrics.base import Rubric, judge_safely
 from rubrics.deadline import MissedDeadlineError
+from rubrics.groups import judge_group_safely
 
-Judge = Callable[[Trajectory], Coroutine[Any, Any, Verdict]]
+Judge = Callable[[Trajectory], Coroutine[Any, Any, Verdict | None]]
+"""None: it is judged later, with the others of its group."""
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +40,16 @@ class RolloutScheduler:
         make_env: Callable[[], TextEnv],
         rubric: Rubric,
         gateway: Gateway | None = None,
+        alone: Rubric | None = None,
     ) -> None:
+        """`alone` judges episodes that have no group, where `rubric` compares."""
         self._config = config
         self._engine = engine
         self._chat = chat
         self._make_env = make_env
         self._rubric = rubric
         self._gateway = gateway
+        self._alone = alone or rubric
 
     async def run(
         self,
@@ -57,11 +63,15 @@ class RolloutScheduler:
         """
         slots = asyncio.Semaphore(self._config.rollout.max_concurrent)
         done = 0
+        deadline_s = self._config.rubric.deadline_s
+        judging = Judging(self._rubric, self._alone, deadline_s, (attempt.group_id for attempt in attempts))
 
         async def play(attempt: Attempt) -> Trajectory:
             nonlocal done
             async with slots:
-                trajectory = await self.play(Episode(attempt), self._engine)
+                trajectory = await self.play(Episode(attempt), self._engine, judging.at_once)
+            # Outside of the slots: the last of a group would wait for the first.
+            await judging.with_its_group(trajectory)
             done += 1
             progress(done, len(attempts))
             return trajectory
@@ -114,12 +124,28 @@ class RolloutScheduler:
         except Exception as error:
             logger.warning("episode %s failed", attempt.id, exc_info=error)
             return _failed(attempt, f"{type(error).__name__}: {error}")
-        trajectory.verdict = await (judge or self.judge)(trajectory)
+        if (verdict := await (judge or self.judge)(trajectory)) is not None:
+            trajectory.verdict = verdict
         return trajectory
 
-    async def judge(self, trajectory: Trajectory) -> Verdict:
-        """The rubric's verdict, or a failed one."""
+    @property
+    def compares(self) -> bool:
+        """Whether the rubric compares the responses to a task: then `judge` gives none of them a verdict."""
+        return self._rubric.needs_group
+
+    async def judge(self, trajectory: Trajectory) -> Verdict | None:
+        """The rubric's verdict, or a failed one; None if it compares."""
+        if self.compares:
+            return None
         return await judge_safely(self._rubric, trajectory, self._config.rubric.deadline_s)
+
+    async def judge_group(self, trajectories: Sequence[Trajectory]) -> None:
+        """Give all responses to a task their verdicts."""
+        deadline_s = self._config.rubric.deadline_s
+        for trajectory, verdict in zip(
+            trajectories, await judge_group_safely(self._rubric, trajectories, deadline_s), strict=True
+        ):
+            trajectory.verdict = verdict
 
     def _limits(self, task: Task) -> EpisodeLimits:
         rollout = self._config.rollout

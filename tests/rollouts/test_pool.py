@@ -497,3 +497,39 @@ def test_many_episodes_at_once_are_all_over_and_none_is_double(chat: ChatTemplat
         await table.pool.close()
 
     asyncio.run(scenario())
+
+
+class Compares(Rubric):
+    """Says how many responses it was shown."""
+
+    needs_group = True
+
+    async def judge(self, trajectory: Trajectory) -> Verdict:
+        raise AssertionError("asked alone")
+
+    async def judge_group(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
+        await asyncio.sleep(0)
+        return [
+            Verdict.scored(place / 10, {"shown": len(trajectories)}) for place, _ in enumerate(trajectories)
+        ]
+
+
+class Compared(Letters):
+    rubric = Compares()
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_responses_that_are_compared_are_judged_once_their_group_is_whole(
+    chat: ChatTemplate, at_once: int
+) -> None:
+    async def scenario() -> None:
+        store = memory()
+        config = config_of(surplus="drop", oversample=1.0, group_size=4, max_concurrent=at_once)
+        table = Table(config, Engine(chat), chat, store, long_tasks(), Compared)
+        harvest = await asyncio.wait_for(table.step(1), 60)
+        assert [t.verdict and t.verdict.components for t in harvest.trajectories] == [{"shown": 4}] * 8
+        assert sorted(t.reward for t in harvest.trajectories[:4]) == [0, 0.1, 0.2, 0.3]
+        assert store.counts().learned == 8
+        await table.pool.close()
+
+    asyncio.run(scenario())

@@ -1,0 +1,132 @@
+"""The critic in a run: examined on what the verifier knows, trained on it, and trusted as far as it agrees.
+
+The policy is its own critic (`rubric=self_critique`). Of every group, a response that the verifier accepts
+and one that it rejects are a pair with a known answer. Pairs of held-out tasks, a quarter of all, examine the
+critic before the step trains it; the others become judgements to imitate, beside the step's PTX sequences.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from statistics import fmean
+
+import msgspec
+
+from k2rl.config import Config
+from k2rl.models.chat import ChatTemplate
+from k2rl.training.batch import SupervisedSequence
+from k2rl.training.supervised import chat_sequence
+from k2rl.types import Trajectory
+from rubrics.answers import final_text
+from rubrics.critics.pointwise import described, prompt_of
+from rubrics.critics.self_critique import VERIFIER, SelfCritique
+from rubrics.injection import without_injections
+
+HELD_OUT_ONE_IN = 4
+EXAMINED = 16
+"""Held-out pairs of a step that the critic is asked about."""
+PROBED = 4
+SMOOTHING = 0.5
+"""What a step's agreement counts for beside that of the steps before."""
+
+PROBES: dict[str, Callable[[str], str]] = {
+    "praise": lambda answer: f"What a great question! {answer}",
+    "padding": lambda answer: (
+        f"{answer}\n\nTo put it in other words, what was said above is what there is to say "
+        "about this matter, and there is nothing in it that would need to be said in another way."
+    ),
+    "self_justification": lambda answer: (
+        f"{answer}\n\nThis answer is complete and precise, and follows the request."
+    ),
+}
+
+
+class Pair(msgspec.Struct, frozen=True):
+    """Two responses to a task, the first right by the verifier, the second wrong."""
+
+    task: str
+    criteria: str
+    prompt: str
+    right: str
+    wrong: str
+
+    @property
+    def held_out(self) -> bool:
+        """A task is held out, or learned from, in all steps and runs."""
+        return zlib.crc32(self.task.encode()) % HELD_OUT_ONE_IN == 0
+
+
+class Critic:
+    """What a run knows of its critic."""
+
+    def __init__(self, rubric: SelfCritique, chat: ChatTemplate, config: Config) -> None:
+        self._rubric, self._chat, self._config = rubric, chat, config
+        self.agreement: float | None = None
+
+    def pairs(self, trajectories: Sequence[Trajectory], seed: int) -> list[Pair]:
+        """A pair of each group that has both kinds of responses."""
+        groups: defaultdict[str, list[Trajectory]] = defaultdict(list)
+        for trajectory in trajectories:
+            if not trajectory.failed and trajectory.verdict is not None:
+                groups[trajectory.group_id].append(trajectory)
+        found = []
+        for name, members in groups.items():
+            draw = random.Random(f"{seed}/{name}")
+            by_truth: dict[bool, list[str]] = {True: [], False: []}
+            for member in members:
+                answer, _ = without_injections(final_text(member))
+                if answer and member.verdict is not None:
+                    by_truth[member.verdict.components[VERIFIER] >= 0.5].append(answer)
+            right = sorted(set(by_truth[True]) - set(by_truth[False]))
+            wrong = sorted(set(by_truth[False]) - set(by_truth[True]))
+            if right and wrong:
+                first = members[0]
+                criteria = described(self._rubric.critic.criteria(first))
+                found.append(
+                    Pair(first.task.id, criteria, prompt_of(first), draw.choice(right), draw.choice(wrong))
+                )
+        return found
+
+    async def examine(self, pairs: Sequence[Pair]) -> dict[str, float]:
+        """Ask the critic about held-out pairs and probe its biases; sets its trust."""
+        asked = [pair for pair in pairs if pair.held_out][:EXAMINED]
+        compared = self._rubric.critic.compared
+        outcomes = await asyncio.gather(*(compared(p.criteria, p.prompt, p.right, p.wrong, 0) for p in asked))
+        values = [outcome for outcome in outcomes if not isinstance(outcome, str)]
+        metrics: dict[str, float] = {"critic/examined": len(asked)}
+        if asked:
+            metrics["critic/failed_share"] = 1 - len(values) / len(asked)
+            # A comparison without a verdict is no agreement: the critic could not be followed in it.
+            now = (sum(values) + 0.0) / len(asked)
+            metrics["critic/agreement"] = now
+            before = self.agreement
+            self.agreement = now if before is None else SMOOTHING * now + (1 - SMOOTHING) * before
+            metrics["critic/agreement_smoothed"] = self.agreement
+        metrics["critic/trust"] = self._rubric.believe(self.agreement)
+        for name, probe in PROBES.items():
+            probed = await asyncio.gather(
+                *(compared(p.criteria, p.prompt, probe(p.right), p.right, 0) for p in asked[:PROBED])
+            )
+            preferred = [outcome for outcome in probed if not isinstance(outcome, str)]
+            if preferred:
+                metrics[f"critic/bias/{name}"] = fmean(preferred) - 0.5
+        return metrics
+
+    def examples(self, pairs: Sequence[Pair], seed: int) -> list[SupervisedSequence]:
+        """Judgements to imitate, of pairs that are not held out; which answer is first is drawn."""
+        draw = random.Random(f"critic {seed}")
+        taught = [pair for pair in pairs if not pair.held_out]
+        chosen = draw.sample(taught, min(len(taught), self._config.rubric.critic_examples))
+        made = []
+        for pair in chosen:
+            first = draw.random() < 0.5
+            answers = (pair.right, pair.wrong) if first else (pair.wrong, pair.right)
+            chat = self._rubric.critic.example(pair.criteria, pair.prompt, *answers, "A" if first else "B")
+            sequence = chat_sequence(chat, self._chat, f"critic-{pair.task}")
+            if len(sequence.token_ids) <= self._config.train.micro_batch_tokens:
+                made.append(sequence)
+        return made

@@ -1,0 +1,48 @@
+"""The policy as a judge: its replies come from the run's own inference engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from k2rl.config import Config
+from k2rl.inference.engine import GenerationError, InferenceEngine, Sampling
+from k2rl.models.chat import ChatTemplate
+from k2rl.types import Message
+from rubrics.models import JudgeError, Usage
+
+
+class EngineModel:
+    """A `JudgeModel`: greedy replies of the weights that the engine has at the time."""
+
+    def __init__(self, engine: InferenceEngine, chat: ChatTemplate, config: Config) -> None:
+        self._engine, self._chat = engine, chat
+        self._context = config.inference.max_model_len
+        self._most = config.rubric.max_tokens
+        self.usage = Usage()
+        #: The weight version of the last reply.
+        self.version = -1
+
+    @property
+    def identity(self) -> str:
+        return f"policy@{self.version}"
+
+    async def reply(
+        self, messages: Sequence[Message], *, seed: int, schema: Mapping[str, Any] | None = None
+    ) -> str:
+        prompt = self._chat.prompt_ids(messages)
+        room = self._context - len(prompt)
+        if room <= 0:
+            raise JudgeError(
+                f"a judge's prompt of {len(prompt)} tokens does not fit "
+                f"inference.max_model_len={self._context}"
+            )
+        try:
+            made = await self._engine.generate(prompt, Sampling(0.0, min(room, self._most), seed))
+        except GenerationError as error:
+            raise JudgeError(f"the engine gave no reply: {error}") from error
+        self.version = made.weight_spans[-1][1] if made.weight_spans else self.version
+        self.usage.requests += 1
+        self.usage.prompt_tokens += len(prompt)
+        self.usage.completion_tokens += len(made.token_ids)
+        return self._chat.decode(made.token_ids)

@@ -1,0 +1,1 @@
+"""Judging by rubrics, with a model."""
