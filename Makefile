@@ -30,7 +30,7 @@ quickstart: setup ## Train SmolLM2-135M to use a calculator, on this machine's C
 	$(BIN)/k2rl train experiment=quickstart $(ARGS)
 
 test: setup ## Unit and integration tests (some of them: make test ARGS="-m 'not integration'")
-	$(BIN)/pytest -n 3 --dist loadgroup $(ARGS)
+	$(BIN)/pytest -n 4 --dist loadgroup $(ARGS)
 
 test-slow: setup ## The tests marked slow: soaks and long attacks
 	$(BIN)/pytest -n 2 --dist loadgroup --slow $(ARGS)

@@ -170,7 +170,12 @@ def test_schemas_that_are_none_or_would_fetch_something_fail(schema):
     assert "Unresolvable" in judged(schema, "1", schema={"$ref": "http://127.0.0.1:1/x.json"}).failure
 
 
-@pytest.mark.parametrize("judge", [ExactJudge(), NumericJudge(), RegexJudge(), JsonSchemaJudge()], ids=repr)
+@pytest.mark.parametrize(
+    "judge",
+    [ExactJudge(), NumericJudge(), RegexJudge(), JsonSchemaJudge()],
+    ids=repr,
+    ids=lambda judge: type(judge).__name__,
+)
 def test_a_task_that_says_nothing_is_a_failure(judge):
     assert "has no" in judged(judge, "Answer: 1").failure
 
