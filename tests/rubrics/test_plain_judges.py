@@ -173,7 +173,6 @@ def test_schemas_that_are_none_or_would_fetch_something_fail(schema):
 @pytest.mark.parametrize(
     "judge",
     [ExactJudge(), NumericJudge(), RegexJudge(), JsonSchemaJudge()],
-    ids=repr,
     ids=lambda judge: type(judge).__name__,
 )
 def test_a_task_that_says_nothing_is_a_failure(judge):
