@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -63,7 +63,9 @@ class _Process:
 
     def write(self, record: msgspec.Struct, start: int, room: int) -> None:
         if self.file is not None:
-            os.pwrite(self.file, msgspec.json.encode(record)[:room].ljust(room), start)
+            # A full disk: what cannot be told must not end what is being done.
+            with suppress(OSError):
+                os.pwrite(self.file, msgspec.json.encode(record)[:room].ljust(room), start)
 
 
 _process = _Process()

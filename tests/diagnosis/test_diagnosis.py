@@ -217,3 +217,13 @@ def test_several_that_are_late_share_one_diagnosis(logs: Path, monkeypatch: pyte
     (dump,) = logs.glob("hang-generating-0-*.txt")
     assert dump.read_text() == "all of it\n"
     assert text == f"\nwhat each part was doing (all Python stacks: {dump}):\n  worker 0: sleeping"
+
+
+def test_a_full_disk_ends_nothing_that_is_being_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    monkeypatch.setattr(activity._process, "file", full)
+    try:
+        with activity.TRAINER.doing("a step"):
+            pass
+    finally:
+        os.close(full)

@@ -16,7 +16,7 @@ from k2rl.tracking.metrics import read_metrics
 from k2rl.training.checkpoint import checkpoints
 from tests.integration.conftest import Command, wait_for
 
-pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("tiny_run")]
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 STEPS = 6
 PARTIAL = (

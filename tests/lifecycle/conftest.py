@@ -145,6 +145,8 @@ class FakeWorker:
 class FakeScheduler:
     """Every episode is played at once and scored; in a step's, something may happen after the first few."""
 
+    compares = False
+
     def __init__(self, worker: FakeWorker) -> None:
         self._worker = worker
         self._begun = self._open = 0

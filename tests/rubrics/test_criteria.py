@@ -74,5 +74,5 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, text, message):
 
 @pytest.mark.parametrize("name", ["cor", "/nowhere.yaml", "/tmp", "a\0b"])
 def test_a_file_that_is_not_there(name):
-    with pytest.raises(ConfigError, match="none of core, prescriptive and no readable file"):
+    with pytest.raises(ConfigError, match="none of core, correctness, prescriptive and no readable file"):
         load(name)
