@@ -8,6 +8,7 @@ The first call of a turn counts. `submit` ends the episode, and so does a turn w
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Mapping
 
 import msgspec
@@ -182,9 +183,9 @@ class WorkspaceEnv(TextEnv):
         finally:
             await self.close()
 
+    @abstractmethod
     async def judged(self, workspace: Workspace) -> StepResult:
         """The last step of an episode; may close the workspace, if that is no longer needed."""
-        raise NotImplementedError
 
     async def close(self) -> None:  # type: ignore[override]
         """End the episode's sandbox."""
