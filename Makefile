@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Written last, so that a broken-off installation is taken up again.
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart test test-slow lint format docs lock bench-trl bench-push bench-stall bench-hosts bench-placement bench-start bench-swap bench-sandbox bench-episodes bench-store bench-partial bench-ranks bench-optim bench-muonclip bench-math clean
+.PHONY: help setup quickstart test test-slow lint format docs lock bench-trl bench-push bench-stall bench-hosts bench-placement bench-start bench-swap bench-sandbox bench-episodes bench-store bench-partial bench-staleness bench-ranks bench-optim bench-muonclip bench-math clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -93,6 +93,9 @@ bench-store: setup ## Trajectories per second through Redis and SQLite, each exa
 
 bench-partial: setup ## Partial rollouts beside synchronous batches, on a task with a long tail
 	$(BIN)/python benchmarks/partial_rollouts.py $(ARGS)
+
+bench-staleness: setup ## What tokens of older weights cost: partial rollouts beside synchronous steps, equal tokens
+	$(BIN)/python benchmarks/staleness.py $(ARGS)
 
 bench-math: setup ## The math judge on 2,000 pairs with hopeless ones among them, from threads
 	$(BIN)/python benchmarks/math_judge.py $(ARGS)

@@ -20,6 +20,19 @@ class ModelConfig:
 
 
 @dataclass
+class EnvServiceConfig:
+    """The environment of this run in processes of their own, on the nodes of its Ray cluster."""
+
+    #: Services that the run starts there, dealt out over the nodes, to play its episodes; one that dies is
+    #: replaced. 0: episodes are played in the driver's process (or where `env=remote` says).
+    workers: int = 0
+    #: Episodes that each plays at once.
+    episodes: int = 256
+    #: Seconds that a call of the environment may take there.
+    call_seconds: float = 300.0
+
+
+@dataclass
 class EnvConfig:
     #: Registered environment id (`k2rl envs list`) or `module:Class`.
     id: str = "calculator"
@@ -29,6 +42,7 @@ class EnvConfig:
     eval_tasks: int = 128
     #: Turns of the policy after which an episode is cut off.
     max_turns: int = 4
+    service: EnvServiceConfig = field(default_factory=EnvServiceConfig)
 
 
 @dataclass

@@ -57,6 +57,9 @@ DEVICE_BOUNDS = {
 BOUNDS = {
     "env.eval_tasks": FROM_1,
     "env.max_turns": FROM_1,
+    "env.service.workers": FROM_0,
+    "env.service.episodes": FROM_1,
+    "env.service.call_seconds": ABOVE_0,
     "rubric.deadline_s": ABOVE_0,
     "rubric.max_tokens": FROM_1,
     "rubric.critic_examples": FROM_0,

@@ -46,6 +46,7 @@ from k2rl.training.checkpoint import (
 )
 from k2rl.training.supervised import PTXCorpus
 from k2rl.workers.cluster import ray_cluster
+from k2rl.workers.environments import environments
 from k2rl.workers.group import WorkerGroup
 from k2rl.workers.handle import WorkerLostError
 from k2rl.workers.process import end_at_once_on
@@ -285,26 +286,40 @@ async def started(
             worker = start.result()
             cluster = undo.pop_all()
         tracker.note(f"computing in {worker.dtype} on {spec.device}")
-        bind_run_model(prepared.rubric, EngineModel(worker, prepared.chat, config))
-        gateway = Gateway(config.gateway) if isinstance(prepared.env, AgentEnv) else None
-        scheduler = RolloutScheduler(
-            config, worker, prepared.chat, prepared.make_env, prepared.rubric, gateway, prepared.env.rubric
-        )
-        ptx = PTXCorpus(prepared.ptx, config.ptx.sequences_per_step, config.seed)
-        with cluster, recovery.begun(tracker.note, lambda: run.finished_steps):
+        run: Run | None = None
+        with cluster, recovery.begun(
+            tracker.note, lambda: run.finished_steps if run is not None else resume_step or 0
+        ):
             try:
-                store, history = _store(config, run_dir), _history(config, run_dir, resume_step)
-                pool = Pool(config, scheduler, worker, store, prepared.train_tasks, history)
-                run = Run(config, prepared, run_dir, tracker, worker, scheduler, pool, ptx, resume_step or 0)
-                if isinstance(prepared.rubric, SelfCritique):
-                    run.critic = Critic(prepared.rubric, prepared.chat, config)
-                try:
-                    async with gateway or nullcontext():
-                        yield run
-                finally:
-                    await pool.close()
+                async with _playing(prepared, run_dir, resume_step, tracker, worker) as run:
+                    yield run
             finally:
                 await worker.shutdown()
+
+
+@asynccontextmanager
+async def _playing(
+    prepared: Preflight, run_dir: Path, resume_step: int | None, tracker: Tracker, worker: WorkerGroup
+) -> AsyncIterator[Run]:
+    """The run of started workers: all that plays its episodes is made, and ended."""
+    config = prepared.config
+    bind_run_model(prepared.rubric, EngineModel(worker, prepared.chat, config))
+    gateway = Gateway(config.gateway) if isinstance(prepared.env, AgentEnv) else None
+    ptx = PTXCorpus(prepared.ptx, config.ptx.sequences_per_step, config.seed)
+    async with environments(config, prepared.make_env, tracker.note) as make_env:
+        scheduler = RolloutScheduler(
+            config, worker, prepared.chat, make_env, prepared.rubric, gateway, prepared.env.rubric
+        )
+        store, history = _store(config, run_dir), _history(config, run_dir, resume_step)
+        pool = Pool(config, scheduler, worker, store, prepared.train_tasks, history)
+        run = Run(config, prepared, run_dir, tracker, worker, scheduler, pool, ptx, resume_step or 0)
+        if isinstance(prepared.rubric, SelfCritique):
+            run.critic = Critic(prepared.rubric, prepared.chat, config)
+        try:
+            async with gateway or nullcontext():
+                yield run
+        finally:
+            await pool.close()
 
 
 def _store(config: Config, run_dir: Path) -> TrajectoryStore:

@@ -134,6 +134,7 @@ def preflight(config: Config, training: bool = True) -> Preflight:
     check_engine_args(config.inference.engine_args)
     env = envs.registry.make(config.env.id, **config.env.kwargs)
     _check_kinds(config, env)
+    _check_service(config, env)
     rubric = envs.registry.rubric_of(env, config.rubric.id, **config.rubric.kwargs)
     if asks_run_model(rubric) and (config.rubric.cache_verdicts or config.rollout.surplus == "park"):
         raise ConfigError(
@@ -198,6 +199,15 @@ def _check_kinds(config: Config, env: TextEnv) -> None:
                 raise ConfigError(
                     f"{key} names {kind!r}, but {config.env.id} has: {', '.join(env.kinds)}{remedy}"
                 )
+
+
+def _check_service(config: Config, env: TextEnv) -> None:
+    if not config.env.service.workers or not (isinstance(env, AgentEnv) or config.env.id == "remote"):
+        return
+    why = "is served already" if config.env.id == "remote" else "is played by an agent, not in a service"
+    raise ConfigError(
+        f"env.service.workers={config.env.service.workers}: {config.env.id} {why}; set env.service.workers=0"
+    )
 
 
 async def _draw(

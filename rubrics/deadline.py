@@ -36,6 +36,8 @@ async def within(
         asyncio.CancelledError: the caller was cancelled; the work is cancelled with it.
     """
     task = asyncio.create_task(_contained(work))
+    # Cancelled before it began (by the end of the loop, say), it leaves `work` to be put away.
+    task.add_done_callback(lambda task: work.close() if task.cancelled() else None)
     began, excused = time.monotonic(), excused_s()
     try:
         while not task.done():

@@ -56,6 +56,7 @@ ELSEWHERE = [MULTIRUN]
 WHOLE_RUNS = [
     "k2rl train experiment=tiny env.id=guess:GuessEnv",
     "k2rl train experiment=tiny rollout=partial temperature=constant",
+    "k2rl train experiment=quickstart env.service.workers=2",
     "k2rl train experiment=quickstart optimizer=adamw rollout.group_size=16 seed=1",
     "k2rl train experiment=quickstart env.id=guess:GuessEnv env.max_turns=6 'warm_start.kinds=[]'",
     "k2rl train experiment=tiny env=agent env.kwargs.agent=my_agent:play env.kwargs.tasks=my_agent:tasks "

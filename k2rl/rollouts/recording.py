@@ -56,9 +56,11 @@ def settings_of(config: Config) -> str:
 
 def playing_settings_of(config: Config) -> str:
     """A digest of what decides how an episode is played and judged, at whatever step that is."""
+    # Where episodes are kept and played decides nothing.
     rollout = {name: value for name, value in asdict(config.rollout).items() if name != "store"}
+    env = {name: value for name, value in asdict(config.env).items() if name != "service"}
     return _digest(
-        *(config.env, config.rubric, rollout, config.temperature, config.budget, config.seed),
+        *(env, config.rubric, rollout, config.temperature, config.budget, config.seed),
         config.inference.max_model_len,
     )
 

@@ -3,25 +3,19 @@ all."""
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import msgspec
 import ray
-from ray.exceptions import RayError
 from ray.util import get_node_ip_address
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from k2rl.errors import RunError
+from k2rl.workers.servers import addresses_of, end
 from sandboxes import registry
 from sandboxes.remote import RemoteBackend
 from sandboxes.server import SandboxServer, ServerOptions
-
-START_SECONDS = 120.0
-STOP_SECONDS = 30.0
 
 
 class ServedSandboxes(msgspec.Struct, frozen=True):
@@ -75,14 +69,7 @@ class ClusterSandboxes:
             ).remote()
             for node in nodes
         ]
-        starting = asyncio.gather(*(actor.start.remote(served, token) for actor in actors))
-        try:
-            return cls(actors, await asyncio.wait_for(starting, START_SECONDS), token)
-        except (RayError, TimeoutError) as error:
-            for actor in actors:
-                ray.kill(actor)
-            why = f"not within {START_SECONDS:g} s" if isinstance(error, TimeoutError) else str(error)
-            raise RunError(f"a sandbox server of the cluster did not start: {why}") from error
+        return cls(actors, await addresses_of(actors, "a sandbox server", served, token), token)
 
     def backend(self) -> RemoteBackend:
         """A backend for the event loop that asks for it."""
@@ -90,9 +77,4 @@ class ClusterSandboxes:
 
     async def close(self) -> None:
         """Close what is open on the nodes, and the actors."""
-        stopping = asyncio.gather(*(actor.stop.remote() for actor in self._actors), return_exceptions=True)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(stopping, STOP_SECONDS)
-        for actor in self._actors:
-            with suppress(RayError):
-                ray.kill(actor)
+        await end(self._actors)

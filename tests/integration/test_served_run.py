@@ -1,9 +1,10 @@
-"""A run whose environment is served by processes of its own, one of which dies."""
+"""A run whose environment is served: by processes of its own, one of which dies, and by actors of its cluster."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import urllib.request
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from k2rl.rollouts.recording import read_recording
 from tests.integration.conftest import wait_for
 from tests.ports import free_ports
 
@@ -46,3 +48,33 @@ def _health(url: str) -> int | None:
             return int(json.load(reply)["open"])
     except OSError:
         return None
+
+
+SAYS_WHERE = '''
+import os
+from tail_env import Tail
+from k2rl.types import Message
+
+
+class SaysWhere(Tail):
+    """Says in which process it is played."""
+
+    def reset(self, *, seed=None, options=None):
+        (message,), info = super().reset(seed=seed, options=options)
+        return (Message("user", f"{os.getpid()} {message.content}"),), info
+'''
+
+
+def test_a_run_plays_in_services_of_its_cluster(start: Callable[..., Any], tmp_path: Path) -> None:
+    shutil.copy(Path(__file__).with_name("tail_env.py"), tmp_path)
+    (tmp_path / "says_where.py").write_text(SAYS_WHERE)
+    sizes = ("train.steps=2", "env.eval_tasks=4", "budget.default=64", "hydra.run.dir=run")
+    served = ("env.id=says_where:SaysWhere", "env.service.workers=2")
+    command = start("train", "experiment=tiny", *served, *sizes, cwd=tmp_path)
+    code, out, err = command.finish()
+    assert code == 0, f"{out}\n{err}"
+    recordings = [read_recording(tmp_path / "run", step) for step in (1, 2)]
+    pids = {int(t.messages[0].content.split()[0]) for each in recordings for t in each.trajectories}
+    assert len(pids) == 2
+    assert command.process.pid not in pids
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["failed_episodes"] == 0

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import subprocess
 import sys
 import threading
+from collections.abc import Coroutine
 from typing import Any
 
 import pytest
 
 from envs.calculator import CalculatorEnv
 from k2rl.rollouts.hosting import call, hosted
-from rubrics.deadline import MissedDeadlineError
+from rubrics.deadline import MissedDeadlineError, within
 
 HANGING = """
 import asyncio, threading
@@ -141,3 +143,20 @@ def test_call_takes_plain_and_async_code_and_passes_what_they_raise() -> None:
             await call(wrong)
 
     asyncio.run(scenario())
+
+
+def test_work_that_is_cancelled_before_it_begins_is_put_away() -> None:
+    async def never() -> None:
+        raise AssertionError("it began")
+
+    async def scenario(work: Coroutine[Any, Any, None]) -> None:
+        waiting = asyncio.ensure_future(within(60, work))
+        await asyncio.sleep(0)
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:  # as at the end of a loop
+            task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    work = never()
+    asyncio.run(scenario(work))
+    assert inspect.getcoroutinestate(work) == inspect.CORO_CLOSED

@@ -20,7 +20,7 @@ from k2rl.inference.engine import Generation
 from k2rl.rollouts.episode import Attempt, Episode
 from k2rl.rollouts.store.base import Counts, TrajectoryStore, open_store, verdict_key
 from k2rl.types import Message, Segment, Task, Trajectory, Verdict
-from tests.rollouts.conftest import RedisServer
+from tests.redis_server import RedisServer
 
 TASK = Task("task", "calculator", "add", "train", 7, {"numbers": [1, 2]})
 LONG = 3600.0

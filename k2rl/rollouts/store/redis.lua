@@ -7,6 +7,7 @@
 --   holders    hash    id -> who has leased or taken it, or learned from it
 --   learned    set
 local prefix = KEYS[1]
+local MOST_BYTES = 2 ^ 24
 local function key(name) return prefix .. name end
 
 local function now()
@@ -29,12 +30,35 @@ local function expire(leases, back)
   end
 end
 
-local function numbered(id)
-  if redis.call('HEXISTS', key('numbers'), id) == 0 then
-    redis.call('HSET', key('numbers'), id, redis.call('INCR', key('number')))
-    return true
+-- What came in one piece: ids, with `more` words and a size after each, and at last all contents.
+local function pieces(first, more)
+  local ids, contents, at, all = {}, {}, 1, ARGV[#ARGV]
+  for i = first, #ARGV - 1, 2 + more do
+    local size = tonumber(ARGV[i + 1 + more])
+    ids[#ids + 1] = ARGV[i]
+    contents[#contents + 1] = string.sub(all, at, at + size - 1)
+    at = at + size
   end
-  return false
+  return ids, contents
+end
+
+-- Numbers for those that have none; `numbers` is of `ids`, with false for such.
+local function number(ids, numbers)
+  local new, given = {}, {}
+  for i, id in ipairs(ids) do
+    if not numbers[i] and not given[id] then
+      given[id] = true
+      new[#new + 1] = id
+    end
+  end
+  if #new == 0 then return given end
+  local last, pairs_of = redis.call('INCRBY', key('number'), #new), {}
+  for i, id in ipairs(new) do
+    given[id] = last - #new + i
+    pairs_of[2 * i - 1], pairs_of[2 * i] = id, given[id]
+  end
+  redis.call('HSET', key('numbers'), unpack(pairs_of))
+  return given
 end
 
 local function begin()
@@ -49,27 +73,42 @@ local function begin()
 end
 
 local function add()
-  local new = 0
-  for i = 1, #ARGV, 2 do
-    if numbered(ARGV[i]) then
-      redis.call('HSET', key('content'), ARGV[i], ARGV[i + 1])
-      redis.call('ZADD', key('waiting'), place(ARGV[i]), ARGV[i])
-      new = new + 1
+  local ids, contents = pieces(1, 0)
+  local new = number(ids, redis.call('HMGET', key('numbers'), unpack(ids)))
+  local count, put, places = 0, {}, {}
+  for i, id in ipairs(ids) do
+    if new[id] then
+      put[#put + 1], put[#put + 2] = id, contents[i]
+      places[#places + 1], places[#places + 2] = new[id], id
+      new[id], count = nil, count + 1
     end
   end
-  return new
+  if count > 0 then
+    redis.call('HSET', key('content'), unpack(put))
+    redis.call('ZADD', key('waiting'), unpack(places))
+  end
+  return count
 end
 
+-- The first ones, but for the first no more than MOST_BYTES: their contents, which are msgpack, as one array.
 local function give(from, leases)
   expire(leases, from)
-  local found = redis.call('ZPOPMIN', key(from), ARGV[1])
-  local ends, given = now() + tonumber(ARGV[3]), {}
-  for i = 1, #found, 2 do
-    redis.call('ZADD', key(leases), ends, found[i])
-    redis.call('HSET', key('holders'), found[i], ARGV[2])
-    given[#given + 1] = redis.call('HGET', key('content'), found[i])
+  local ids, sizes = redis.call('ZRANGE', key(from), 0, tonumber(ARGV[1]) - 1), 0
+  local given, ends_at, holders, ends = {}, {}, {}, now() + tonumber(ARGV[3])
+  for i, id in ipairs(ids) do
+    sizes = sizes + redis.call('HSTRLEN', key('content'), id)
+    if i > 1 and sizes > MOST_BYTES then break end
+    given[i] = id
+    ends_at[2 * i - 1], ends_at[2 * i] = ends, id
+    holders[2 * i - 1], holders[2 * i] = id, ARGV[2]
   end
-  return given
+  local count = #given
+  local head = string.char(220, math.floor(count / 256), count % 256)
+  if count == 0 then return head end
+  redis.call('ZREM', key(from), unpack(given))
+  redis.call('ZADD', key(leases), unpack(ends_at))
+  redis.call('HSET', key('holders'), unpack(holders))
+  return head .. table.concat(redis.call('HMGET', key('content'), unpack(given)))
 end
 
 local function lease() return give('waiting', 'leased') end
@@ -105,56 +144,73 @@ local function release()
 end
 
 local function park()
-  local holder, id, begun, content = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-  local open = redis.call('ZSCORE', key('leased'), id) or redis.call('ZSCORE', key('waiting'), id)
-  if not open or redis.call('HGET', key('holders'), id) ~= holder then return 0 end
-  redis.call('HSET', key('content'), id, content)
-  if begun == '1' then redis.call('SADD', key('parked'), id) end
-  redis.call('ZREM', key('leased'), id)
-  redis.call('ZREM', key('waiting'), id)
-  local seconds = tonumber(ARGV[5])
-  if seconds > 0 then
-    redis.call('ZADD', key('leased'), now() + seconds, id)
-  else
-    redis.call('HDEL', key('holders'), id)
-    redis.call('ZADD', key('waiting'), place(id), id)
+  local holder, seconds = ARGV[1], tonumber(ARGV[2])
+  local ids, contents = pieces(3, 1)
+  for i, id in ipairs(ids) do
+    local open = redis.call('ZSCORE', key('leased'), id) or redis.call('ZSCORE', key('waiting'), id)
+    if open and redis.call('HGET', key('holders'), id) == holder then
+      redis.call('HSET', key('content'), id, contents[i])
+      if ARGV[3 * i + 1] == '1' then redis.call('SADD', key('parked'), id) end
+      redis.call('ZREM', key('leased'), id)
+      redis.call('ZREM', key('waiting'), id)
+      if seconds > 0 then
+        redis.call('ZADD', key('leased'), now() + seconds, id)
+      else
+        redis.call('HDEL', key('holders'), id)
+        redis.call('ZADD', key('waiting'), place(id), id)
+      end
+    end
   end
-  return 1
+  return 0
 end
 
 local function finish()
-  local new = 0
-  for i = 1, #ARGV, 2 do
-    local id = ARGV[i]
-    local over = redis.call('SISMEMBER', key('learned'), id) == 1 or redis.call('ZSCORE', key('finished'), id)
-      or redis.call('ZSCORE', key('taken'), id)
-    if not over then
-      numbered(id)
-      redis.call('ZREM', key('waiting'), id)
-      redis.call('ZREM', key('leased'), id)
-      redis.call('SREM', key('parked'), id)
-      redis.call('HDEL', key('holders'), id)
-      redis.call('HSET', key('content'), id, ARGV[i + 1])
-      redis.call('ZADD', key('finished'), place(id), id)
-      new = new + 1
+  local ids, contents = pieces(1, 0)
+  local learned = redis.call('SMISMEMBER', key('learned'), unpack(ids))
+  local finished = redis.call('ZMSCORE', key('finished'), unpack(ids))
+  local taken = redis.call('ZMSCORE', key('taken'), unpack(ids))
+  local numbers = redis.call('HMGET', key('numbers'), unpack(ids))
+  local unasked = number(ids, numbers)
+  local new, seen, put, places = {}, {}, {}, {}
+  for i, id in ipairs(ids) do
+    if learned[i] == 0 and not finished[i] and not taken[i] and not seen[id] then
+      seen[id] = true
+      new[#new + 1] = id
+      put[#put + 1], put[#put + 2] = id, contents[i]
+      places[#places + 1], places[#places + 2] = numbers[i] or unasked[id], id
     end
   end
-  return new
+  if #new > 0 then
+    for _, name in ipairs({'waiting', 'leased'}) do redis.call('ZREM', key(name), unpack(new)) end
+    redis.call('SREM', key('parked'), unpack(new))
+    redis.call('HDEL', key('holders'), unpack(new))
+    redis.call('HSET', key('content'), unpack(put))
+    redis.call('ZADD', key('finished'), unpack(places))
+  end
+  return #new
 end
 
+-- The places, from 1, of those that somebody else has.
 local function ack()
-  local acked = {}
-  for i = 2, #ARGV do
-    local id = ARGV[i]
-    if redis.call('HGET', key('holders'), id) == ARGV[1] then
-      if redis.call('ZREM', key('taken'), id) + redis.call('ZREM', key('finished'), id) > 0 then
-        redis.call('HDEL', key('content'), id)
-        redis.call('SADD', key('learned'), id)
-      end
-      if redis.call('SISMEMBER', key('learned'), id) == 1 then acked[#acked + 1] = id end
+  local ids = {unpack(ARGV, 2)}
+  local holders = redis.call('HMGET', key('holders'), unpack(ids))
+  local learned = redis.call('SMISMEMBER', key('learned'), unpack(ids))
+  local taken = redis.call('ZMSCORE', key('taken'), unpack(ids))
+  local finished = redis.call('ZMSCORE', key('finished'), unpack(ids))
+  local new, others = {}, {}
+  for i, id in ipairs(ids) do
+    if holders[i] == ARGV[1] and (taken[i] or finished[i]) then
+      new[#new + 1] = id
+    elseif holders[i] ~= ARGV[1] or learned[i] == 0 then
+      others[#others + 1] = i
     end
   end
-  return acked
+  if #new > 0 then
+    for _, name in ipairs({'taken', 'finished'}) do redis.call('ZREM', key(name), unpack(new)) end
+    redis.call('HDEL', key('content'), unpack(new))
+    redis.call('SADD', key('learned'), unpack(new))
+  end
+  return others
 end
 
 local function drop()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
@@ -22,9 +22,15 @@ from k2rl.rollouts.store.base import Counts
 from k2rl.types import Trajectory, Verdict
 
 RETRY_S = 0.1
-#: Episodes in one call of a script: others get their turn in between, and Lua's stack has an end.
-BATCH = 500
+#: Episodes in one call of a script, and bytes of them: others get their turn in between, and Lua's stack has
+#: an end.
+BATCH, MOST_BYTES = 500, 2**24
 
+T = TypeVar("T")
+
+_ENCODER = msgspec.msgpack.Encoder()
+_EPISODES = msgspec.msgpack.Decoder(list[Episode])
+_TRAJECTORIES = msgspec.msgpack.Decoder(list[Trajectory])
 _SCRIPTS = (Path(__file__).parent / "redis.lua").read_text()
 _NAMES = ("begin", "add", "lease", "renew", "release", "park", "finish", "take", "ack", "drop", "counts")
 
@@ -76,30 +82,47 @@ class RedisStore:
         return int(self._call("begin", source))
 
     def add(self, attempts: Sequence[Attempt]) -> int:
-        return self._added("add", [(a.id, msgspec.msgpack.encode(Episode(a))) for a in attempts])
+        return sum(map(int, self._put("add", [((a.id,), Episode(a)) for a in attempts])))
 
     def finish(self, trajectories: Sequence[Trajectory]) -> int:
-        return self._added("finish", [(t.id, msgspec.msgpack.encode(t)) for t in trajectories])
+        return sum(map(int, self._put("finish", [((t.id,), t) for t in trajectories])))
 
-    def _added(self, script: str, pairs: Sequence[tuple[str, bytes]]) -> int:
-        batches = (pairs[start : start + BATCH] for start in range(0, len(pairs), BATCH))
-        return sum(int(self._call(script, *(part for pair in batch for part in pair))) for batch in batches)
+    def _put(self, script: str, things: Sequence[tuple[tuple[str, ...], Any]], *first: str | float) -> list[Any]:
+        """Call a script with things and the words that belong to each.
+
+        Their contents go in one piece: as one argument each they would be sent one by one.
+
+        Returns:
+            The answers, one a batch.
+        """
+        answers: list[Any] = []
+        words: list[str | float] = []
+        contents = bytearray()
+        for number, (said, thing) in enumerate(things, start=1):
+            before = len(contents)
+            _ENCODER.encode_into(thing, contents, before)
+            words += (*said, len(contents) - before)
+            if number % BATCH == 0 or number == len(things) or len(contents) >= MOST_BYTES:
+                answers.append(self._call(script, *first, *words, bytes(contents)))
+                words.clear()
+                contents.clear()
+        return answers
 
     def lease(self, count: int, holder: str, seconds: float) -> list[Episode]:
-        found = self._given("lease", count, holder, seconds)
-        return [msgspec.msgpack.decode(content, type=Episode) for content in found]
+        return self._given("lease", _EPISODES, count, holder, seconds)
 
     def take(self, count: int, holder: str, seconds: float) -> list[Trajectory]:
-        found = self._given("take", count, holder, seconds)
-        return [msgspec.msgpack.decode(content, type=Trajectory) for content in found]
+        return self._given("take", _TRAJECTORIES, count, holder, seconds)
 
-    def _given(self, script: str, count: int, holder: str, seconds: float) -> list[bytes]:
-        found: list[bytes] = []
-        while (wanted := min(count - len(found), BATCH)) > 0:
-            given = self._call(script, wanted, holder, seconds)
-            found += given
-            if len(given) < wanted:
+    def _given(
+        self, script: str, decoder: msgspec.msgpack.Decoder[list[T]], count: int, holder: str, seconds: float
+    ) -> list[T]:
+        found: list[T] = []
+        while len(found) < count:
+            given = decoder.decode(self._call(script, min(count - len(found), BATCH), holder, seconds))
+            if not given:
                 break
+            found += given
         return found
 
     def renew(self, holder: str, seconds: float) -> int:
@@ -109,14 +132,15 @@ class RedisStore:
         return int(self._call("release", holder))
 
     def park(self, episodes: Sequence[Episode], holder: str, seconds: float) -> None:
-        for e in episodes:
-            begun = "1" if e.trajectory is not None else ""
-            self._call("park", holder, e.attempt.id, begun, msgspec.msgpack.encode(e), seconds)
+        begun = [(e.attempt.id, "1" if e.trajectory is not None else "") for e in episodes]
+        self._put("park", list(zip(begun, episodes, strict=True)), holder, seconds)
 
     def ack(self, ids: Sequence[str], holder: str) -> list[str]:
         acked: list[str] = []
         for start in range(0, len(ids), BATCH):
-            acked += map(bytes.decode, self._call("ack", holder, *ids[start : start + BATCH]))
+            batch = ids[start : start + BATCH]
+            others = set(self._call("ack", holder, *batch))
+            acked += [id for place, id in enumerate(batch, start=1) if place not in others]
         return acked
 
     def drop(self, ids: Sequence[str]) -> None:
