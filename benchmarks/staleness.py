@@ -1,10 +1,10 @@
 """What stale tokens cost: partial rollouts with a staleness of up to 2, beside a synchronous run.
 
-A tiny random model learns to say vowels, in episodes of a lognormal number of turns (median 2, 12 at most), from
-steps of 8 groups of 4. Each seed is trained twice by the whole loop with the real vLLM, on equally many tokens: in
-synchronous steps, and with twice as many groups in play, those unfinished parked (`rollout=partial`) and all
-tokens trained on alike. Then 256 episodes on held-out tasks are sampled. Intervals are of 95 %: of a mean of
-episodes (normal), of seeds and of the differences within seeds (Student's t).
+A tiny random model learns to say vowels, in episodes of a lognormal number of turns (median 2, 12 at most),
+from steps of 8 groups of 4. Each seed is trained twice by the whole loop with the real vLLM, on equally many
+tokens: in synchronous steps, and with twice as many groups in play, the unfinished parked (`rollout=partial`)
+and all tokens trained on alike. Then 256 episodes on held-out tasks are sampled. Intervals are of 95 %: of a
+mean of episodes (normal), of seeds and of the differences within seeds (Student's t).
 
     make bench-staleness
     make bench-staleness ARGS="--seeds 0 1 2 3 4 --tokens 100000"

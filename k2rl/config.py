@@ -23,8 +23,9 @@ class ModelConfig:
 class EnvServiceConfig:
     """The environment of this run in processes of their own, on the nodes of its Ray cluster."""
 
-    #: Services that the run starts on the nodes of its Ray cluster, dealt out over them, to play its episodes;
-    #: one that dies is replaced. 0: episodes are played in the driver's process, or where `env=remote` says.
+    #: Services that the run starts on the nodes of its Ray cluster, dealt out over them, to play its
+    #: episodes; one that dies is replaced. 0: they are played in the driver's process, or where `env=remote`
+    #: says.
     workers: int = 0
     #: Episodes that each service plays at once.
     episodes: int = 256

@@ -287,8 +287,9 @@ async def started(
             cluster = undo.pop_all()
         tracker.note(f"computing in {worker.dtype} on {spec.device}")
         run: Run | None = None
-        with cluster, recovery.begun(
-            tracker.note, lambda: run.finished_steps if run is not None else resume_step or 0
+        with (
+            cluster,
+            recovery.begun(tracker.note, lambda: run.finished_steps if run is not None else resume_step or 0),
         ):
             try:
                 async with _playing(prepared, run_dir, resume_step, tracker, worker) as run:

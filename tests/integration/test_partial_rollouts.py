@@ -23,7 +23,7 @@ from tests.redis_server import RedisServer, a_redis
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
-STEPS, GROUP = 6, 4
+STEPS, GROUP = 4, 4
 #: Of 32 responses in play vLLM computes 16 at once, and a step takes 8: some are there to be parked.
 PARTIAL = (
     *("train", "experiment=tiny", "rollout=partial", "temperature=constant", "rollout.oversample=4"),
@@ -97,9 +97,7 @@ def test_old_tokens_are_weighed_or_left_out(start: Start, tmp_path: Path, old_to
     assert old_seen
 
 
-def _killed_and_resumed(
-    start: Start, cwd: Path, parked_in: Callable[[Path], set[str]], *chosen: str
-) -> Path:
+def _killed_and_resumed(start: Start, cwd: Path, parked_in: Callable[[Path], set[str]], *chosen: str) -> Path:
     """The folder of a run that was killed with responses parked, and then went on to its end with them."""
     command = start(*PARTIAL, *chosen, cwd=cwd)
 

@@ -1,4 +1,4 @@
-"""A run whose environment is served: by processes of its own, one of which dies, and by actors of its cluster."""
+"""A run whose environment is served, by processes of its own, one of which dies, or by its cluster."""
 
 from __future__ import annotations
 

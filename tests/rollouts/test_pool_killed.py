@@ -1,4 +1,4 @@
-"""A rollout process is killed with 200 episodes in flight, half of them over: the next one loses and doubles none."""
+"""A rollout process is killed with 200 episodes in flight, half of them over: none is lost or doubled."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ async def fly(url: str, name: str) -> None:
     while table.pool.played < OVER or len(table.engine.requests) < FLYING:
         assert not step.done()
         await asyncio.sleep(0.01)
-    print("flying", flush=True)
+    sys.stdout.write("flying\n")
+    sys.stdout.flush()
     await step
 
 

@@ -87,7 +87,9 @@ class RedisStore:
     def finish(self, trajectories: Sequence[Trajectory]) -> int:
         return sum(map(int, self._put("finish", [((t.id,), t) for t in trajectories])))
 
-    def _put(self, script: str, things: Sequence[tuple[tuple[str, ...], Any]], *first: str | float) -> list[Any]:
+    def _put(
+        self, script: str, things: Sequence[tuple[tuple[str, ...], Any]], *first: str | float
+    ) -> list[Any]:
         """Call a script with things and the words that belong to each.
 
         Their contents go in one piece: as one argument each they would be sent one by one.
