@@ -413,8 +413,8 @@ def rlimits(limits: Limits, controllers: Collection[str]) -> list[tuple[int, int
     """What each process is bound to by itself.
 
     Without a control group a look at the tree every now and then bounds its memory; twice as much for one
-    process is what it cannot pass between two looks. Where a group counts processes, RLIMIT_NPROC must not: it
-    may count all that one user runs on this machine, which for containers is all sandboxes together."""
+    process is what it cannot pass between two looks. Where a group counts processes, RLIMIT_NPROC must not:
+    it may count all that one user runs on this machine, which for containers is all sandboxes together."""
     bounds = [
         (resource.RLIMIT_CPU, math.ceil(limits.cpu_seconds)),
         (resource.RLIMIT_FSIZE, limits.file_bytes),

@@ -121,7 +121,7 @@ STEPS = 4
 
 @pytest.fixture(scope="session")
 def tiny_run(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of `experiment=tiny`: of an installed wheel, started in an empty folder."""
+    """The folder of a finished run of `experiment=tiny`, of an installed wheel, in an empty folder."""
     scratch = tmp_path_factory.mktemp("tiny")
     binaries, cwd = install(wheel, scratch / "venv", everything()), scratch / "elsewhere"
     cwd.mkdir()
