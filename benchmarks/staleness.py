@@ -9,7 +9,8 @@ mean of episodes (normal), of seeds and of the differences within seeds (Student
     make bench-staleness
     make bench-staleness ARGS="--seeds 0 1 2 3 4 --tokens 100000"
 
-Writes outputs/benchmarks/staleness-*/result.json.
+Writes a file for each of the runs to outputs/benchmarks/staleness-*, or to `--folder`, where those are taken as
+they are that have been made before.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ SETTINGS = (
     *("model=tiny", "env.id=vowels_env:Vowels", "env.max_turns=12", "env.eval_tasks=256"),
     *("rollout.tasks_per_step=8", "rollout.group_size=4", "rollout.max_tokens_per_turn=8"),
     *("budget.default=128", "budget.penalty=0", "temperature=constant", "ptx=none", "warm_start=none"),
-    *("optimizer=adamw", "optimizer.lr=1e-3", "train.checkpoint_every=0", "train.steps=100000"),
+    *("optimizer=adamw", "optimizer.lr=2e-3", "train.checkpoint_every=0", "train.steps=100000"),
     *("inference.max_model_len=512", "inference.max_num_seqs=32", "inference.kv_cache_gib=0.25"),
+    "inference.sleep_while_training=false",
     *("tracking.live=off", "tracking.tensorboard=false", "tracking.samples_per_step=0"),
 )
 SIDES = {
@@ -111,16 +113,23 @@ def interval(values: Sequence[float], t: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, default=30_000, help="to train on, each time")
+    parser.add_argument("--tokens", type=int, default=16_000, help="to train on, each time")
+    new = Path("outputs/benchmarks") / f"staleness-{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    parser.add_argument("--folder", type=Path, default=new, help="of results")
     arguments = parser.parse_args()
     if not 2 <= len(arguments.seeds) <= len(STUDENT) + 1:
         parser.error(f"from 2 to {len(STUDENT) + 1} seeds")
+    arguments.folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, list[Result]] = {name: [] for name in SIDES}
     for seed in arguments.seeds:
         for name, side in SIDES.items():
-            prepared = preflight(compose([*SETTINGS, *side, f"seed={seed}"]))
-            with closing(prepared), tempfile.TemporaryDirectory() as run_dir:
-                result = asyncio.run(trained(prepared, Path(run_dir), arguments.tokens))
+            file = arguments.folder / f"seed{seed}-{name}.json"
+            if not file.exists():
+                prepared = preflight(compose([*SETTINGS, *side, f"seed={seed}"]))
+                with closing(prepared), tempfile.TemporaryDirectory() as run_dir:
+                    made = asyncio.run(trained(prepared, Path(run_dir), arguments.tokens))
+                file.write_text(json.dumps(made))
+            result: Result = json.loads(file.read_text())
             results[name].append(result)
             print(
                 f"seed {seed}, {name}: {result['before']:.3f} -> {interval(result['rewards'], NORMAL)}; "
@@ -134,9 +143,6 @@ def main() -> None:
         print(f"final reward of {len(values)} seeds, {name}: {interval(values, t)}")
     pairs = zip(finals["partial"], finals["synchronous"], strict=True)
     print(f"partial - synchronous, within seeds: {interval([a - b for a, b in pairs], t)}")
-    folder = Path("outputs/benchmarks") / f"staleness-{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    folder.mkdir(parents=True)
-    (folder / "result.json").write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
