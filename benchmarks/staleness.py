@@ -9,8 +9,8 @@ mean of episodes (normal), of seeds and of the differences within seeds (Student
     make bench-staleness
     make bench-staleness ARGS="--seeds 0 1 2 3 4 --tokens 100000"
 
-Writes a file for each of the runs to outputs/benchmarks/staleness-*, or to `--folder`, where those are taken as
-they are that have been made before.
+Writes a file for each of the runs to outputs/benchmarks/staleness-*, or to `--folder`, where those that have
+been made before are taken as they are.
 """
 
 from __future__ import annotations
