@@ -30,14 +30,12 @@ local function expire(leases, back)
   end
 end
 
--- What came in one piece: ids, with `more` words and a size after each, and at last all contents.
+-- From the `first` argument on: ids, `more` words after each, and its content.
 local function pieces(first, more)
-  local ids, contents, at, all = {}, {}, 1, ARGV[#ARGV]
-  for i = first, #ARGV - 1, 2 + more do
-    local size = tonumber(ARGV[i + 1 + more])
+  local ids, contents = {}, {}
+  for i = first, #ARGV, 2 + more do
     ids[#ids + 1] = ARGV[i]
-    contents[#contents + 1] = string.sub(all, at, at + size - 1)
-    at = at + size
+    contents[#contents + 1] = ARGV[i + 1 + more]
   end
   return ids, contents
 end
@@ -90,7 +88,7 @@ local function add()
   return count
 end
 
--- The first ones, but for the first no more than MOST_BYTES: their contents, which are msgpack, as one array.
+-- The contents of the first ones, but for the first no more than MOST_BYTES.
 local function give(from, leases)
   expire(leases, from)
   local ids, sizes = redis.call('ZRANGE', key(from), 0, tonumber(ARGV[1]) - 1), 0
@@ -102,13 +100,11 @@ local function give(from, leases)
     ends_at[2 * i - 1], ends_at[2 * i] = ends, id
     holders[2 * i - 1], holders[2 * i] = id, ARGV[2]
   end
-  local count = #given
-  local head = string.char(220, math.floor(count / 256), count % 256)
-  if count == 0 then return head end
+  if #given == 0 then return {} end
   redis.call('ZREM', key(from), unpack(given))
   redis.call('ZADD', key(leases), unpack(ends_at))
   redis.call('HSET', key('holders'), unpack(holders))
-  return head .. table.concat(redis.call('HMGET', key('content'), unpack(given)))
+  return redis.call('HMGET', key('content'), unpack(given))
 end
 
 local function lease() return give('waiting', 'leased') end

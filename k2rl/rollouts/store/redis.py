@@ -22,15 +22,14 @@ from k2rl.rollouts.store.base import Counts
 from k2rl.types import Trajectory, Verdict
 
 RETRY_S = 0.1
-#: Episodes in one call of a script, and bytes of them: others get their turn in between, and Lua's stack has
-#: an end.
-BATCH, MOST_BYTES = 500, 2**24
+#: Episodes in one call of a script: others get their turn in between, and Lua's stack has an end.
+BATCH = 500
 
 T = TypeVar("T")
 
 _ENCODER = msgspec.msgpack.Encoder()
-_EPISODES = msgspec.msgpack.Decoder(list[Episode])
-_TRAJECTORIES = msgspec.msgpack.Decoder(list[Trajectory])
+_EPISODE = msgspec.msgpack.Decoder(Episode)
+_TRAJECTORY = msgspec.msgpack.Decoder(Trajectory)
 _SCRIPTS = (Path(__file__).parent / "redis.lua").read_text()
 _NAMES = ("begin", "add", "lease", "renew", "release", "park", "finish", "take", "ack", "drop", "counts")
 
@@ -82,49 +81,36 @@ class RedisStore:
         return int(self._call("begin", source))
 
     def add(self, attempts: Sequence[Attempt]) -> int:
-        return sum(map(int, self._put("add", [((a.id,), Episode(a)) for a in attempts])))
+        return sum(map(int, self._put("add", [(a.id, Episode(a)) for a in attempts])))
 
     def finish(self, trajectories: Sequence[Trajectory]) -> int:
-        return sum(map(int, self._put("finish", [((t.id,), t) for t in trajectories])))
+        return sum(map(int, self._put("finish", [(t.id, t) for t in trajectories])))
 
-    def _put(
-        self, script: str, things: Sequence[tuple[tuple[str, ...], Any]], *first: str | float
-    ) -> list[Any]:
-        """Call a script with things and the words that belong to each.
-
-        Their contents go in one piece: as one argument each they would be sent one by one.
-
-        Returns:
-            The answers, one a batch.
-        """
+    def _put(self, script: str, things: Sequence[tuple[Any, ...]], *first: str | float) -> list[Any]:
+        """Call a script with things, each after the words that belong to it; the answers, one a batch."""
         answers: list[Any] = []
-        words: list[str | float] = []
-        contents = bytearray()
-        for number, (said, thing) in enumerate(things, start=1):
-            before = len(contents)
-            _ENCODER.encode_into(thing, contents, before)
-            words += (*said, len(contents) - before)
-            if number % BATCH == 0 or number == len(things) or len(contents) >= MOST_BYTES:
-                answers.append(self._call(script, *first, *words, bytes(contents)))
-                words.clear()
-                contents.clear()
+        for start in range(0, len(things), BATCH):
+            words: list[str | bytes | float] = [*first]
+            for *said, thing in things[start : start + BATCH]:
+                words += (*said, _ENCODER.encode(thing))
+            answers.append(self._call(script, *words))
         return answers
 
     def lease(self, count: int, holder: str, seconds: float) -> list[Episode]:
-        return self._given("lease", _EPISODES, count, holder, seconds)
+        return self._given("lease", _EPISODE, count, holder, seconds)
 
     def take(self, count: int, holder: str, seconds: float) -> list[Trajectory]:
-        return self._given("take", _TRAJECTORIES, count, holder, seconds)
+        return self._given("take", _TRAJECTORY, count, holder, seconds)
 
     def _given(
-        self, script: str, decoder: msgspec.msgpack.Decoder[list[T]], count: int, holder: str, seconds: float
+        self, script: str, decoder: msgspec.msgpack.Decoder[T], count: int, holder: str, seconds: float
     ) -> list[T]:
         found: list[T] = []
         while len(found) < count:
-            given = decoder.decode(self._call(script, min(count - len(found), BATCH), holder, seconds))
+            given = self._call(script, min(count - len(found), BATCH), holder, seconds)
             if not given:
                 break
-            found += given
+            found += map(decoder.decode, given)
         return found
 
     def renew(self, holder: str, seconds: float) -> int:
@@ -134,8 +120,8 @@ class RedisStore:
         return int(self._call("release", holder))
 
     def park(self, episodes: Sequence[Episode], holder: str, seconds: float) -> None:
-        begun = [(e.attempt.id, "1" if e.trajectory is not None else "") for e in episodes]
-        self._put("park", list(zip(begun, episodes, strict=True)), holder, seconds)
+        things = [(e.attempt.id, "1" if e.trajectory is not None else "", e) for e in episodes]
+        self._put("park", things, holder, seconds)
 
     def ack(self, ids: Sequence[str], holder: str) -> list[str]:
         acked: list[str] = []
