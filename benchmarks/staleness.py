@@ -1,15 +1,15 @@
-"""What stale tokens cost: partial rollouts with a staleness of up to 2, beside a synchronous run.
+"""What stale tokens cost: partial rollouts with a staleness of up to 2, beside synchronous steps.
 
-A tiny random model learns to say vowels, in episodes of a lognormal number of turns (median 2, 12 at most),
-from steps of 8 groups of 4. Each seed is trained twice by the whole loop with the real vLLM, on equally many
-tokens: in synchronous steps, and with twice as many groups in play, the unfinished parked (`rollout=partial`)
-and all tokens trained on alike. Then 256 episodes on held-out tasks are sampled. Intervals are of 95 %: of a
-mean of episodes (normal), of seeds and of the differences within seeds (Student's t).
+A tiny random model learns to say vowels, in episodes of a lognormal number of turns (median 2, 8 at most),
+from steps of 8 groups of 4. From the same weights each seed is trained twice by the whole loop with the real
+vLLM, on equally many tokens: in synchronous steps, and with twice as many groups in play, of which the
+unfinished are parked and all tokens trained on alike. Then 128 episodes on held-out tasks are sampled.
+Intervals are of 95 %: of a mean of episodes (normal), of seeds and of differences within seeds (Student's t).
 
     make bench-staleness
     make bench-staleness ARGS="--seeds 0 1 2 3 4 --tokens 100000"
 
-Writes a file for each of the runs to outputs/benchmarks/staleness-*, or to `--folder`, where those that have
+Writes a file for each training to outputs/benchmarks/staleness-*, or to `--folder`, where those that have
 been made before are taken as they are.
 """
 
@@ -23,32 +23,44 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from datetime import datetime
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from k2rl import launch
 from k2rl.composition import compose
 from k2rl.loop import learn, roll_out, rollout_metrics
 from k2rl.preflight import Preflight, preflight
 from k2rl.rollouts.episode import Attempt
+from k2rl.rollouts.pool import Pool
+from k2rl.rollouts.store.sqlite import SQLiteStore
 from k2rl.run import Run
+from k2rl.training.batch import SupervisedSequence
 from k2rl.workers.recovery import Recovery
 
 SETTINGS = (
-    *("model=tiny", "env.id=vowels_env:Vowels", "env.max_turns=12", "env.eval_tasks=256"),
+    *("model=tiny", "env.id=vowels_env:Vowels", "env.max_turns=8", "env.eval_tasks=128"),
     *("rollout.tasks_per_step=8", "rollout.group_size=4", "rollout.max_tokens_per_turn=8"),
-    *("budget.default=128", "budget.penalty=0", "temperature=constant", "ptx=none", "warm_start=none"),
-    *("optimizer=adamw", "optimizer.lr=2e-3", "train.checkpoint_every=0", "train.steps=100000"),
+    *("budget.default=64", "budget.penalty=0", "temperature=constant", "ptx=none", "warm_start=none"),
+    *("optimizer=adamw", "optimizer.lr=1e-3", "train.checkpoint_every=0", "train.steps=100000"),
     *("inference.max_model_len=512", "inference.max_num_seqs=32", "inference.kv_cache_gib=0.25"),
     "inference.sleep_while_training=false",
-    *("tracking.live=off", "tracking.tensorboard=false", "tracking.samples_per_step=0"),
+    *(
+        "tracking.live=off",
+        "tracking.tensorboard=false",
+        "tracking.samples_per_step=0",
+        "tracking.record_rollouts=false",
+    ),
 )
-SIDES = {
-    "synchronous": ("rollout.surplus=drop", "rollout.oversample=1"),
-    "partial": ("rollout.surplus=park", "rollout.oversample=2", "rollout.max_staleness=2"),
+SIDES: dict[str, dict[str, Any]] = {
+    "synchronous": {"surplus": "drop", "oversample": 1.0},
+    "partial": {"surplus": "park", "oversample": 2.0, "max_staleness": 2},
 }
+#: What to imitate in updates that change nothing.
+NOTHING = [SupervisedSequence((0, 1), (False, True))]
 #: Of the standard error to either side, for 95 %: of a normal, and of Student's t by degrees of freedom.
 NORMAL, STUDENT = 1.960, (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -56,7 +68,9 @@ NORMAL, STUDENT = 1.960, (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.30
 class Result(TypedDict):
     """Of one side and seed."""
 
+    #: Mean reward of the first step.
     before: float
+    #: On the held-out tasks, afterwards.
     rewards: list[float]
     tokens: int
     steps: int
@@ -75,33 +89,76 @@ async def sampled(run: Run, name: str) -> list[float]:
     return [trajectory.reward for trajectory in await run.scheduler.run(attempts)]
 
 
-async def trained(prepared: Preflight, run_dir: Path, tokens: int) -> Result:
-    """Train on so many tokens; what was before, and what came of it."""
-    done, stale, oldest = 0, 0.0, 0.0
+async def back_to(run: Run, start: Path) -> None:
+    """The trainer has the weights of `start` and a new optimizer; versions go on growing all the same."""
+    version = run.worker.version
+    await run.worker.sft_step(NOTHING)  # with which it is the trainer's turn
+    await run.worker.load(start)
+    await run.worker.reset_optimizer(1e-30)
+    for _ in range(version + 1):
+        await run.worker.sft_step(NOTHING)
+    await run.worker.reset_optimizer(run.config.optimizer.lr)
+    await run.worker.publish()
+
+
+async def trained(run: Run, seed: int, side: str, tokens: int) -> Result:
+    """Train on so many tokens, and see what came of it."""
+    config = replace(run.config, seed=seed, rollout=replace(run.config.rollout, **SIDES[side]))
+    prepared = replace(run.prepared, config=config)
+    pool = Pool(config, run.scheduler, run.worker, SQLiteStore(Path(":memory:")), prepared.train_tasks)
+    ours = replace(run, config=config, prepared=prepared, pool=pool, finished_steps=0)
+    done, stale, oldest, before, began = 0, 0.0, 0.0, 0.0, time.monotonic()
+    while done < tokens:
+        step = ours.finished_steps + 1
+        rollouts, seconds = await roll_out(ours, step)
+        metrics = rollout_metrics(rollouts.trajectories, seconds) | rollouts.metrics
+        await learn(ours, step, rollouts, metrics)
+        before = metrics["reward/mean"] if step == 1 else before
+        new = sum(trajectory.num_sampled for trajectory in rollouts.trajectories)
+        done += new
+        stale += new * metrics["rollout/staleness_mean"]
+        oldest = max(oldest, metrics["rollout/staleness_max"])
+    took = time.monotonic() - began
+    await pool.close()
+    return {
+        "before": before,
+        "rewards": await sampled(ours, f"{seed}-{side}"),
+        "tokens": done,
+        "steps": ours.finished_steps,
+        "seconds": took,
+        "staleness_mean": stale / done,
+        "staleness_max": oldest,
+    }
+
+
+async def train_all(prepared: Preflight, run_dir: Path, seeds: Sequence[int], tokens: int, to: Path) -> None:
+    """Every training that has not been made before."""
     with closing(Recovery(run_dir, 0)) as recovery:
         async with launch.started(prepared, run_dir, None, trains=True, recovery=recovery) as run:
-            await run.worker.reset_optimizer(run.config.optimizer.lr)
+            start = run_dir / "start"
+            await run.worker.save(start)
+            await run.worker.saved()
             await run.worker.publish()
-            before, began = await sampled(run, "before"), time.monotonic()
-            while done < tokens:
-                step = run.finished_steps + 1
-                rollouts, seconds = await roll_out(run, step)
-                metrics = rollout_metrics(rollouts.trajectories, seconds) | rollouts.metrics
-                await learn(run, step, rollouts, metrics)
-                new = sum(trajectory.num_sampled for trajectory in rollouts.trajectories)
-                done += new
-                stale += new * metrics["rollout/staleness_mean"]
-                oldest = max(oldest, metrics["rollout/staleness_max"])
-            took = time.monotonic() - began
-            return {
-                "before": fmean(before),
-                "rewards": await sampled(run, "after"),
-                "tokens": done,
-                "steps": run.finished_steps,
-                "seconds": took,
-                "staleness_mean": stale / done,
-                "staleness_max": oldest,
-            }
+            for seed, side in product(seeds, SIDES):
+                file = file_of(to, seed, side)
+                if not file.exists():
+                    await back_to(run, start)
+                    result = await trained(run, seed, side, tokens)
+                    file.write_text(json.dumps(result))
+                    tell(seed, side, result)
+
+
+def file_of(folder: Path, seed: int, side: str) -> Path:
+    return folder / f"seed{seed}-{side}.json"
+
+
+def tell(seed: int, side: str, result: Result) -> None:
+    print(
+        f"seed {seed}, {side}: {result['before']:.3f} -> {interval(result['rewards'], NORMAL)}; "
+        f"{result['tokens']} tokens in {result['steps']} steps and {result['seconds']:.0f} s, "
+        f"{result['staleness_mean']:.2f} steps old on average, {result['staleness_max']:.0f} at most",
+        flush=True,
+    )
 
 
 def interval(values: Sequence[float], t: float) -> str:
@@ -113,31 +170,24 @@ def interval(values: Sequence[float], t: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, default=16_000, help="to train on, each time")
+    parser.add_argument("--tokens", type=int, default=8_000, help="to train on, each time")
     new = Path("outputs/benchmarks") / f"staleness-{datetime.now():%Y-%m-%d_%H-%M-%S}"
     parser.add_argument("--folder", type=Path, default=new, help="of results")
     arguments = parser.parse_args()
     if not 2 <= len(arguments.seeds) <= len(STUDENT) + 1:
         parser.error(f"from 2 to {len(STUDENT) + 1} seeds")
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    results: dict[str, list[Result]] = {name: [] for name in SIDES}
-    for seed in arguments.seeds:
-        for name, side in SIDES.items():
-            file = arguments.folder / f"seed{seed}-{name}.json"
-            if not file.exists():
-                prepared = preflight(compose([*SETTINGS, *side, f"seed={seed}"]))
-                with closing(prepared), tempfile.TemporaryDirectory() as run_dir:
-                    made = asyncio.run(trained(prepared, Path(run_dir), arguments.tokens))
-                file.write_text(json.dumps(made))
-            result: Result = json.loads(file.read_text())
-            results[name].append(result)
-            print(
-                f"seed {seed}, {name}: {result['before']:.3f} -> {interval(result['rewards'], NORMAL)}; "
-                f"{result['tokens']} tokens in {result['steps']} steps and {result['seconds']:.0f} s, "
-                f"{result['staleness_mean']:.2f} steps old on average, {result['staleness_max']:.0f} at most",
-                flush=True,
-            )
-    finals = {name: [fmean(result["rewards"]) for result in side] for name, side in results.items()}
+    prepared = preflight(compose(list(SETTINGS)))
+    with closing(prepared), tempfile.TemporaryDirectory() as run_dir:
+        work = train_all(prepared, Path(run_dir), arguments.seeds, arguments.tokens, arguments.folder)
+        asyncio.run(work)
+    finals = {
+        side: [
+            fmean(json.loads(file_of(arguments.folder, seed, side).read_text())["rewards"])
+            for seed in arguments.seeds
+        ]
+        for side in SIDES
+    }
     t = STUDENT[len(arguments.seeds) - 2]
     for name, values in finals.items():
         print(f"final reward of {len(values)} seeds, {name}: {interval(values, t)}")

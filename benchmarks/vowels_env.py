@@ -10,7 +10,7 @@ from envs.base import TextEnv
 from k2rl.types import Message, Split, Task
 
 VOWELS = frozenset("aeiou")
-MOST_TURNS = 12
+MOST_TURNS = 8
 MEDIAN_TURNS, SIGMA_TURNS = 2.0, 0.9
 
 _draws = random.Random(0)
