@@ -270,6 +270,9 @@ class WarmStartConfig:
     steps: int = 0
     #: Demonstrations per step.
     demos_per_step: int = 16
+    #: Different demonstrations, gone through as often as the steps need, shuffled anew each time; 0: every
+    #: step has new ones.
+    demonstrations: int = 0
     #: Learning rate of the warm start, its peak.
     lr: float = 1e-4
     #: How it rises and falls.

@@ -109,6 +109,7 @@ BOUNDS = {
     "ptx.sequences_per_step": FROM_1,
     "warm_start.steps": FROM_0,
     "warm_start.demos_per_step": FROM_1,
+    "warm_start.demonstrations": FROM_0,
     "warm_start.lr": ABOVE_0,
     **{f"warm_start.schedule.{name}": bound for name, bound in SCHEDULE_BOUNDS.items()},
     "data.held_out_share": Bound(0, 1, open_high=True),

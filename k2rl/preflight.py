@@ -33,7 +33,7 @@ from k2rl.rollouts.hosting import CLOSE_DEADLINE_S, call, hosted
 from k2rl.seeds import derive_seed
 from k2rl.training.batch import SupervisedSequence
 from k2rl.training.decontamination import find_overlap
-from k2rl.training.supervised import demonstration_sequence, load_sequences
+from k2rl.training.supervised import Corpus, demonstration_sequence, load_sequences
 from k2rl.types import Message, Split, Task, Trajectory
 from rubrics.base import Rubric
 from rubrics.deadline import MissedDeadlineError, within
@@ -277,7 +277,8 @@ async def _rehearse(prepared: Preflight) -> None:
 async def _warm_start(prepared: Preflight) -> list[list[SupervisedSequence]]:
     """The warm start's batches of demonstrations, drawn from the training tasks of the chosen kinds."""
     config, settings = prepared.config, prepared.config.warm_start
-    size, wanted = settings.demos_per_step, settings.steps * settings.demos_per_step
+    size, needed = settings.demos_per_step, settings.steps * settings.demos_per_step
+    wanted = min(needed, settings.demonstrations or needed)
     if not wanted:
         return []
     draws = DRAWS_PER_DEMONSTRATION * wanted
@@ -290,7 +291,10 @@ async def _warm_start(prepared: Preflight) -> list[list[SupervisedSequence]]:
             "demonstrations, or warm_start=none"
         )
     sequences = [demonstration_sequence(await _demonstrated(prepared, task)) for task in tasks]
-    return [sequences[start : start + size] for start in range(0, len(sequences), size)]
+    if wanted < needed:
+        corpus = Corpus(sequences, size, config.seed)
+        return [corpus.sample(step) for step in range(1, settings.steps + 1)]
+    return [sequences[start : start + size] for start in range(0, needed, size)]
 
 
 async def _demonstrated(prepared: Preflight, task: Task) -> Trajectory:

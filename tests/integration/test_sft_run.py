@@ -16,7 +16,7 @@ from tests.integration.conftest import Command, wait_for
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
-STEPS = 40
+STEPS = 20
 TOOL = {
     "type": "function",
     "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}},
