@@ -17,7 +17,7 @@ from k2rl import sft
 from k2rl.composition import compose
 from k2rl.preflight import preflight
 from tests.conftest import ROOT
-from tests.integration.conftest import MULTIRUN
+from tests.integration.test_tiny_run import MULTIRUN
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

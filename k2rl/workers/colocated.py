@@ -175,11 +175,11 @@ class ColocatedWorker(PushingWorker):
         return learned | switch | self._holdings("training")
 
     async def sft_step(self, sequences: Sequence[SupervisedSequence], lr: float) -> dict[str, float]:
-        """See `TrainEngine.sft_step`."""
-        await self._begin_training()
+        """See `TrainEngine.sft_step`; also `memory/to_training_s` after vLLM's turn."""
+        switch = await self._begin_training()
         learned = await self._train(self._trainer.sft_step, sequences, lr)
         self._note_holdings()
-        return learned
+        return learned | switch
 
     async def nll(self, sequences: Sequence[SupervisedSequence]) -> dict[str, float]:
         """See `TrainEngine.nll`."""
