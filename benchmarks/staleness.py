@@ -59,8 +59,8 @@ SIDES: dict[str, dict[str, Any]] = {
     "synchronous": {"surplus": "drop", "oversample": 1.0},
     "partial": {"surplus": "park", "oversample": 2.0, "max_staleness": 2},
 }
-#: What to imitate in updates that change nothing.
-NOTHING = [SupervisedSequence((0, 1), (False, True))]
+#: What to imitate, and at which learning rate, in updates that change nothing.
+NOTHING, TOO_LITTLE = [SupervisedSequence((0, 1), (False, True))], 1e-30
 #: Of the standard error to either side, for 95 %: of a normal, and of Student's t by degrees of freedom.
 NORMAL, STUDENT = 1.960, (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -92,11 +92,10 @@ async def sampled(run: Run, name: str) -> list[float]:
 async def back_to(run: Run, start: Path) -> None:
     """The trainer has the weights of `start` and a new optimizer; versions go on growing all the same."""
     version = run.worker.version
-    await run.worker.sft_step(NOTHING)  # with which it is the trainer's turn
+    await run.worker.sft_step(NOTHING, TOO_LITTLE)  # with which it is the trainer's turn
     await run.worker.load(start)
-    await run.worker.reset_optimizer(1e-30)
     for _ in range(version + 1):
-        await run.worker.sft_step(NOTHING)
+        await run.worker.sft_step(NOTHING, TOO_LITTLE)
     await run.worker.reset_optimizer(run.config.optimizer.lr)
     await run.worker.publish()
 
