@@ -45,7 +45,14 @@ SETTINGS = (
     *("model=tiny", "env.id=vowels_env:Vowels", "env.max_turns=8", "env.eval_tasks=128"),
     *("rollout.tasks_per_step=8", "rollout.group_size=4", "rollout.max_tokens_per_turn=8"),
     *("budget.default=64", "budget.penalty=0", "temperature=constant", "ptx=none", "warm_start=none"),
-    *("optimizer=adamw", "optimizer.lr=1e-3", "train.checkpoint_every=0", "train.steps=100000"),
+    # Rewards of a group are some 0.1 apart: tau, by which old tokens pull back to old weights, is below that.
+    *(
+        "objective.tau=0.01",
+        "optimizer=adamw",
+        "optimizer.lr=1e-3",
+        "train.checkpoint_every=0",
+        "train.steps=100000",
+    ),
     *("inference.max_model_len=512", "inference.max_num_seqs=32", "inference.kv_cache_gib=0.25"),
     "inference.sleep_while_training=false",
     *(
