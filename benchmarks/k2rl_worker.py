@@ -16,6 +16,7 @@ from k2rl.config import Config
 from k2rl.loop import train
 from k2rl.preflight import Preflight, preflight
 from k2rl.run import Run
+from k2rl.workers.recovery import Recovery
 
 
 def settings(model_path: str, dtype: str) -> Config:
@@ -64,7 +65,8 @@ async def step(run: Run, drop_uniform_groups: bool) -> dict[str, float]:
 
 
 async def serve(prepared: Preflight, run_dir: Path, stream: TextIO) -> None:
-    async with launch.started(prepared, run_dir, None, trains=True) as run:
+    recovery = Recovery(run_dir, max_restarts=0)
+    async with launch.started(prepared, run_dir, None, trains=True, recovery=recovery) as run:
         await run.worker.publish()
         trl_task.say(stream, {"ready": True})
         # In a thread, so that the worker's heartbeats are still answered while it is TRL's turn.

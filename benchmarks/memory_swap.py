@@ -171,7 +171,7 @@ async def play_workers(model: str, rounds: int, sequences: int, workers: int) ->
             for number in range(rounds + 1):
                 row = await group.publish()
                 await generate(group, number, sequences)
-                row |= await group.sft_step([text] * workers)
+                row |= await group.sft_step([text] * workers, 1e-6)
                 held.append({name: value for name, value in row.items() if name.startswith("memory/")})
         finally:
             await group.shutdown()
