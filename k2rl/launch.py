@@ -14,6 +14,7 @@ from typing import TypeVar
 import msgspec
 
 from envs.agents import AgentEnv
+from envs.coding.judging import judges_end
 from k2rl.config import Config
 from k2rl.critic import Critic
 from k2rl.diagnosis import activity
@@ -298,11 +299,12 @@ async def started(
                 run = Run(config, prepared, run_dir, tracker, worker, scheduler, pool, ptx, resume_step or 0)
                 if isinstance(prepared.rubric, SelfCritique):
                     run.critic = Critic(prepared.rubric, prepared.chat, config)
-                try:
-                    async with gateway or nullcontext():
-                        yield run
-                finally:
-                    await pool.close()
+                async with judges_end():
+                    try:
+                        async with gateway or nullcontext():
+                            yield run
+                    finally:
+                        await pool.close()
             finally:
                 await worker.shutdown()
 

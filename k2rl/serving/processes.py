@@ -9,6 +9,7 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Sequence
 
 from envs.base import TextEnv
+from envs.coding.judging import judges_end
 from k2rl.errors import RunError
 from k2rl.serving.server import EnvironmentServer, ServiceOptions
 from sandboxes.serving import ended_by_signal
@@ -41,15 +42,18 @@ async def serve(
         OSError: the address cannot be bound.
     """
     server = EnvironmentServer(id, make_env, options)
-    try:
-        ended = ended_by_signal()
-        if ends_with_stdin:
-            stdin = sys.stdin.fileno()
-            asyncio.get_running_loop().add_reader(stdin, lambda: None if os.read(stdin, 1) else ended.set())
-        say(f"{id} at {await server.start()}")
-        await ended.wait()
-    finally:
-        await server.stop()
+    async with judges_end():
+        try:
+            ended = ended_by_signal()
+            if ends_with_stdin:
+                stdin = sys.stdin.fileno()
+                asyncio.get_running_loop().add_reader(
+                    stdin, lambda: None if os.read(stdin, 1) else ended.set()
+                )
+            say(f"{id} at {await server.start()}")
+            await ended.wait()
+        finally:
+            await server.stop()
 
 
 async def serve_in_processes(commands: Sequence[Sequence[str]], say: Callable[[str], None]) -> None:
