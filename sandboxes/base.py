@@ -81,7 +81,7 @@ class SandboxSpec(msgspec.Struct, frozen=True, kw_only=True):
     #: Variables of every run, on top of PATH, HOME, LANG and TMPDIR. Nothing of the host's environment is
     #: passed on.
     env: dict[str, str] = {}
-    #: Hosts that may be reached, through a proxy that every run finds in its variables (`sandboxes.proxy`): as
+    #: Hosts that may be reached, through a proxy that every run finds in its variables (`sandboxes.proxy`):
     #: `name:port`, `name` (ports 80 and 443), `address:port`, or `name:port=address` for what is not public.
     #: Empty: there is no network at all.
     allow_hosts: tuple[str, ...] = ()

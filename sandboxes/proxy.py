@@ -2,9 +2,10 @@
 
 The sandbox keeps its empty network namespace. Its first process, before any code runs in it, makes a
 listening socket there and hands it out to us; so whoever connects to it inside talks to this process, and
-nothing else has changed: no route, no name server, no socket in its files, no process more. The proxy does `CONNECT` and
-plain `http://` requests to what is allowed, asks name servers itself and connects to the very address that it
-has checked. It takes one request of a connection, exactly as long as its `Content-Length` says.
+nothing else has changed: no route, no name server, no socket in its files, no process more. The proxy does
+`CONNECT` and plain `http://` requests to what is allowed, asks name servers itself and connects to the very
+address that it has checked. It takes one request of a connection, exactly as long as its `Content-Length`
+says.
 
 Bytes, connections at once and their time are bounded. What is behind an allowed host is reachable: a name
 whose address other names share (a CDN) may lead to those, inside TLS, where nobody can look.
@@ -53,8 +54,10 @@ _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?
 _URL = re.compile(r"http://([^/?#]+)([/?][^#]*)?")
 #: Of this connection alone, and so not passed on.
 _HOP_BY_HOP = frozenset(
-    (b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection")
-    + (b"te", b"trailer", b"upgrade")
+    (
+        *(b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection"),
+        *(b"te", b"trailer", b"upgrade"),
+    )
 )
 
 

@@ -196,6 +196,10 @@ class Bench:
         return await asyncio.gather(*self.connections)
 
 
+def descriptors() -> set[str]:
+    return set(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names alone
+
+
 def with_bench(
     work: Callable[[Bench], Awaitable[None]],
     entries: tuple[str, ...] = ("there.test:PORT=127.0.0.1",),
@@ -203,7 +207,7 @@ def with_bench(
     **options: Any,
 ) -> None:
     async def run() -> None:
-        bench, before = Bench(), set(os.listdir("/proc/self/fd"))
+        bench, before, tasks = Bench(), descriptors(), asyncio.all_tasks()
         server = await asyncio.start_server(bench.take, "127.0.0.1", 0)
         bench.there = server.sockets[0].getsockname()[1]
         listener = socket.create_server(("127.0.0.1", 0))
@@ -219,8 +223,8 @@ def with_bench(
             await server.wait_closed()
         await asyncio.sleep(0)
         # Nothing is left: no descriptor and no task.
-        assert set(os.listdir("/proc/self/fd")) <= before
-        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert descriptors() <= before
+        assert asyncio.all_tasks() == tasks
 
     asyncio.run(asyncio.wait_for(run(), 60))
 
