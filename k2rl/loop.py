@@ -6,13 +6,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean
 
+from k2rl.checkpointed import uninterrupted
 from k2rl.config import Config
 from k2rl.errors import RunError
 from k2rl.objective.advantages import group_advantages, is_uniform
 from k2rl.objective.temperature import temperature_at
 from k2rl.rollouts.groups import learnable, rewards_of
 from k2rl.rollouts.scheduler import check_failures
-from k2rl.run import Rollouts, Run, uninterrupted
+from k2rl.run import Rollouts, Run
 from k2rl.seeds import derive_seed
 from k2rl.tracking import phases
 from k2rl.training.batch import BatchTotals, SupervisedSequence, TrainSequence, num_sampled
