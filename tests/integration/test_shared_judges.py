@@ -15,17 +15,17 @@ import sys
 import psutil
 from k2rl.cli import main
 
-code = main(sys.argv[1:])
-keepers = [
-    child.pid for child in psutil.Process().children() if "bubblewrap.keeper" in " ".join(child.cmdline())
-]
-print("ended", code, keepers)
+if __name__ == "__main__":  # Ray and vLLM start processes that import this
+    code = main(sys.argv[1:])
+    children = [" ".join(child.cmdline()) for child in psutil.Process().children()]
+    print("ended", code, [words for words in children if "bubblewrap.keeper" in words])
 """
 
 
 def test_no_sandbox_outlives_a_run(tmp_path: Path) -> None:
     words = ["experiment=tiny", "env=python_math", "warm_start=none", "debug=rollout_only", "train.steps=1"]
     more = ["inference.max_model_len=1024", "rollout.max_tokens_per_turn=8", "env.eval_tasks=2"]
-    command = [sys.executable, "-c", RUN, "train", *words, *more]
+    (tmp_path / "run.py").write_text(RUN)
+    command = [sys.executable, "run.py", "train", *words, *more]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400, check=False)
     assert done.stdout.splitlines()[-1] == "ended 0 []", done.stdout + done.stderr

@@ -222,6 +222,7 @@ time.sleep(100)
         shell = Called(lab, sandbox.shell())
         shell.run("python3 hold.py > said & until grep -q held said; do sleep 0.01; done")
         assert len(descriptors()) >= len(before) + 12
+    shell.close()
     mirror.wait(seen + 4)
     assert descriptors() <= before
 
