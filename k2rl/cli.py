@@ -64,7 +64,8 @@ Measure a model on an environment's held-out tasks, one greedy episode a task.
 Prints the mean reward with its 95 % interval; the episodes themselves are in
 outputs/eval/<time>/evaluations/eval.json.
 
-With suite=NAME, measure any model on a suite of tasks (docs/evaluation.md):
+With suite=NAME, measure any model on a suite of tasks (docs/evaluation.md), or
+on the held-out tasks of any environment, by its id or as module:Class:
 model= is a checkpoint, an OpenAI-compatible http://…/v1, or a baseline that
 proves the suite: gold, null, cheat:NAME. The same command, given again, goes
 on where it was stopped. `k2rl eval compare FOLDER FOLDER` sets two side by side.
@@ -75,6 +76,7 @@ examples:
   k2rl eval model.path=outputs/quickstart/2026-01-31_12-00-00/model
   k2rl eval model.path=HuggingFaceTB/SmolLM2-360M-Instruct env.eval_tasks=32
   k2rl eval suite=humaneval model=gold
+  k2rl eval suite=twenty_four model=outputs/quickstart/2026-01-31_12-00-00/model env.tries=1
   k2rl eval suite=humaneval model=http://127.0.0.1:8000/v1 samples=10 k=1,10 temperature=0.8
   k2rl eval compare outputs/eval/humaneval/FIRST outputs/eval/humaneval/SECOND
 """
@@ -170,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"k2rl: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
+        print("k2rl: interrupted", file=sys.stderr)
         return 130
 
 

@@ -1,4 +1,4 @@
-"""The two ways a command ends early, each with its exit code."""
+"""The ways a command ends early, each with its exit code."""
 
 
 class ConfigError(Exception):
@@ -11,3 +11,9 @@ class RunError(Exception):
     """The run itself cannot go on (a dead engine, a NaN loss, too many failed rollouts). Exit code 1."""
 
     exit_code = 1
+
+
+class StoppedError(RunError):
+    """The user (Ctrl-C) or the machine (SIGTERM) wants it to end. Exit code 130."""
+
+    exit_code = 130

@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from pathlib import Path
 
 from envs.agents import AgentEnv
+from envs.coding.judging import judges_end
 from k2rl import lifecycle
 from k2rl.config import Config
 from k2rl.critic import Critic
@@ -127,11 +128,12 @@ async def started(
             )
             if isinstance(prepared.rubric, SelfCritique):
                 run.critic = Critic(prepared.rubric, prepared.chat, config)
-            try:
-                async with gateway or nullcontext():
-                    yield run
-            finally:
-                await pool.close()
+            async with judges_end():
+                try:
+                    async with gateway or nullcontext():
+                        yield run
+                finally:
+                    await pool.close()
 
 
 def _store(config: Config, run_dir: Path) -> TrajectoryStore:

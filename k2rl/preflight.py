@@ -15,6 +15,7 @@ import msgspec
 import envs.registry
 from envs.agents import AgentEnv
 from envs.base import TextEnv
+from envs.coding.judging import judges_end
 from k2rl.checkpoint_engine.disk import checkpoint_manifest
 from k2rl.checkpoint_engine.plan import RING_SLOTS, PlanError, fit_bucket
 from k2rl.config import Config, ScheduleConfig
@@ -201,16 +202,17 @@ def _check_push_memory(config: Config, model_path: Path) -> None:
 
 async def _look(prepared: Preflight, training: bool) -> None:
     config = prepared.config
-    prepared.eval_tasks = await _draw(prepared, "eval", 0, config.env.eval_tasks)
-    if not prepared.eval_tasks:
-        raise ConfigError(
-            f"environment {config.env.id!r} has no held-out tasks: its tasks('eval', seed) is empty"
-        )
-    await _rehearse(prepared)
-    if training:
-        await prepared.train_tasks(1)
-        prepared.warm_start = await _warm_start(prepared)
-        prepared.ptx = _ptx(config, prepared.chat, prepared.eval_tasks)
+    async with judges_end():
+        prepared.eval_tasks = await _draw(prepared, "eval", 0, config.env.eval_tasks)
+        if not prepared.eval_tasks:
+            raise ConfigError(
+                f"environment {config.env.id!r} has no held-out tasks: its tasks('eval', seed) is empty"
+            )
+        await _rehearse(prepared)
+        if training:
+            await prepared.train_tasks(1)
+            prepared.warm_start = await _warm_start(prepared)
+            prepared.ptx = _ptx(config, prepared.chat, prepared.eval_tasks)
 
 
 def _check_kinds(config: Config, env: TextEnv) -> None:

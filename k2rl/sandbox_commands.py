@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from k2rl import lending_arguments
 from k2rl.errors import ConfigError, RunError
 
 SERVE = """\
@@ -37,14 +36,7 @@ def add_to(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         "serve", help="lend sandboxes to other machines", description=SERVE, formatter_class=plain
     )
     serve.add_argument("--backend", default="bubblewrap", choices=("bubblewrap", "docker"))
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
-    serve.add_argument("--port", type=int, default=8020, help="0: any that is free (8020)")
-    serve.add_argument("--token-file", type=Path, help="file with the token that clients must show")
-    serve.add_argument("--sandboxes", type=int, default=64, help="most that are open at once (64)")
-    serve.add_argument(
-        "--lease", type=float, default=60.0, help="seconds that a silent client keeps its sandboxes (60)"
-    )
-    serve.add_argument("--body-mib", type=int, default=320, help="largest request (320)")
+    lending_arguments.add_to(serve, "sandboxes", port=8020, capacity=64, body_mib=320)
     serve.add_argument("--memory-mib", type=int, default=4096, help="most memory, and files, of one (4096)")
     lend = "may appear in sandboxes, with all that is in it; repeatable"
     serve.add_argument(
@@ -52,6 +44,13 @@ def add_to(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     )
     serve.add_argument(
         "--lend-image", action="append", default=[], help="image that may be asked for; repeatable"
+    )
+    serve.add_argument(
+        "--lend-host",
+        action="append",
+        default=[],
+        metavar="ENTRY",
+        help="host that may be reached, as clients spell it in allow_hosts; repeatable",
     )
     serve.set_defaults(run=_serve)
 
@@ -85,48 +84,24 @@ def _require(command: str, module: str) -> None:
 
 def _serve(arguments: argparse.Namespace) -> int:
     _require("serve", "aiohttp")
-    from sandboxes import wire
     from sandboxes.base import MIB
     from sandboxes.errors import SandboxUnavailableError
     from sandboxes.server import ServerOptions
     from sandboxes.serving import serve
 
-    token = token_of(arguments.token_file, wire.TOKEN_VARIABLE)
+    options = lending_arguments.options_of(
+        arguments,
+        ServerOptions,
+        memory_bytes=arguments.memory_mib * MIB,
+        paths=tuple(arguments.lend_path),
+        images=tuple(arguments.lend_image),
+        hosts=tuple(arguments.lend_host),
+    )
     try:
-        options = ServerOptions(
-            host=arguments.host,
-            port=arguments.port,
-            token=token,
-            sandboxes=arguments.sandboxes,
-            lease=arguments.lease,
-            body_bytes=arguments.body_mib * MIB,
-            memory_bytes=arguments.memory_mib * MIB,
-            paths=tuple(arguments.lend_path),
-            images=tuple(arguments.lend_image),
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    try:
-        asyncio.run(serve(arguments.backend, options, _say))
+        lending_arguments.serve(arguments, serve(arguments.backend, options, _say))
     except SandboxUnavailableError as error:
         raise ConfigError(str(error)) from None
-    except OSError as error:
-        raise ConfigError(f"--host {arguments.host} --port {arguments.port}: {error.strerror}") from None
     return 0
-
-
-def token_of(file: Path | None, variable: str) -> str | None:
-    """A server's token: what is in the file, or else in the variable.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
-    if file is None:
-        return os.environ.get(variable)
-    try:
-        return file.read_text().strip()
-    except OSError as error:
-        raise ConfigError(f"--token-file {file}: {error.strerror}") from None
 
 
 def _image(arguments: argparse.Namespace) -> int:

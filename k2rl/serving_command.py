@@ -7,11 +7,10 @@ import asyncio
 import functools
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
+from k2rl import lending_arguments
 from k2rl.authoring.commands import keywords_of
 from k2rl.errors import ConfigError
-from k2rl.sandbox_commands import token_of
 
 SERVE = """\
 Serve an environment to runs on this machine or others, until a signal ends it.
@@ -33,18 +32,11 @@ def add_to(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     )
     serve.add_argument("id", metavar="ID", help="of the environment, or module:Class")
     serve.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help="of its constructor, in JSON")
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
-    serve.add_argument("--port", type=int, default=8030, help="0: any that is free (8030)")
+    lending_arguments.add_to(serve, "episodes", port=8030, capacity=256, body_mib=64)
     serve.add_argument("--processes", type=int, default=1, help="services to start (1)")
-    serve.add_argument("--token-file", type=Path, help="file with the token that clients must show")
-    serve.add_argument("--episodes", type=int, default=256, help="most under way at once, a process (256)")
-    serve.add_argument(
-        "--lease", type=float, default=60.0, help="seconds that a silent client keeps its episodes (60)"
-    )
     serve.add_argument(
         "--call-seconds", type=float, default=300.0, help="what a call of the environment may take (300)"
     )
-    serve.add_argument("--body-mib", type=int, default=64, help="largest request (64)")
     serve.add_argument("--ends-with-stdin", action="store_true", help=argparse.SUPPRESS)
     serve.set_defaults(run=_serve)
 
@@ -54,10 +46,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         raise ConfigError("`k2rl envs serve` needs aiohttp, not installed here: pip install 'k2rl[sandbox]'")
     import envs.registry
     from envs.agents import AgentEnv
-    from envs.service import wire
     from k2rl.serving.processes import serve, serve_in_processes
     from k2rl.serving.server import ServiceOptions
-    from sandboxes.base import MIB
 
     if arguments.processes < 1 or (arguments.processes > 1 and arguments.port == 0):
         raise ConfigError("--processes is at least 1, and several need a --port to count from")
@@ -68,27 +58,13 @@ def _serve(arguments: argparse.Namespace) -> int:
     if isinstance(env, AgentEnv):
         raise ConfigError(f"{arguments.id} is played by an agent, which a run starts itself")
     env.close()
-    try:
-        options = ServiceOptions(
-            host=arguments.host,
-            port=arguments.port,
-            token=token_of(arguments.token_file, wire.TOKEN_VARIABLE),
-            lease=arguments.lease,
-            body_bytes=arguments.body_mib * MIB,
-            episodes=arguments.episodes,
-            call_seconds=arguments.call_seconds,
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    options = lending_arguments.options_of(arguments, ServiceOptions, call_seconds=arguments.call_seconds)
     if arguments.processes > 1:
         ports = range(arguments.port, arguments.port + arguments.processes)
         commands = [_command(arguments, port) for port in ports]
         asyncio.run(serve_in_processes(commands, _say))
         return 0
-    try:
-        asyncio.run(serve(arguments.id, make, options, _say, arguments.ends_with_stdin))
-    except OSError as error:
-        raise ConfigError(f"--host {arguments.host} --port {arguments.port}: {error.strerror}") from None
+    lending_arguments.serve(arguments, serve(arguments.id, make, options, _say, arguments.ends_with_stdin))
     return 0
 
 
@@ -97,8 +73,9 @@ def _command(arguments: argparse.Namespace, port: int) -> list[str]:
     words = [sys.executable, "-m", "k2rl.cli", "envs", "serve", arguments.id, *arguments.arguments]
     if arguments.token_file is not None:
         words += ["--token-file", str(arguments.token_file)]
-    for name in ("host", "episodes", "lease", "call_seconds", "body_mib"):
+    for name in ("host", "lease", "call_seconds", "body_mib"):
         words += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    words += ["--episodes", str(arguments.capacity)]
     return [*words, "--port", str(port), "--ends-with-stdin"]
 
 

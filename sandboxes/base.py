@@ -7,7 +7,7 @@
 Promises that the conformance tests hold every backend to (tests/sandboxes/test_conformance.py):
 
 - Code in a sandbox reaches nothing outside of it: no file, process, network, kernel key or terminal of the
-  host.
+  host, and no host but those that its spec allows.
 - Every call ends: at its deadline, or because the sandbox died, which is an error or `killed` and never
   silence.
 - What an `exec` started ends with it, however far it forked. A shell's background jobs live until the shell
@@ -23,6 +23,8 @@ from types import TracebackType
 from typing import Literal, Protocol, Self
 
 import msgspec
+
+from sandboxes.hosts import AllowedHosts
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
 
@@ -55,6 +57,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     disk_bytes: int = 256 * MIB
     #: Files and folders in the sandbox's writable places together.
     inodes: int = 65536
+    #: Bytes to and from `allow_hosts`.
+    network_bytes: int = 256 * MIB
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
@@ -77,12 +81,19 @@ class SandboxSpec(msgspec.Struct, frozen=True, kw_only=True):
     #: Variables of every run, on top of PATH, HOME, LANG and TMPDIR. Nothing of the host's environment is
     #: passed on.
     env: dict[str, str] = {}
-    #: Hosts that may be reached, as `name:port`. Empty: there is no network at all.
+    #: Hosts that may be reached, through a proxy that every run finds in its variables (`sandboxes.proxy`):
+    #: `name:port`, `name` (ports 80 and 443), `address:port`, or `name:port=address` for what is not public.
+    #: Empty: there is no network at all.
     allow_hosts: tuple[str, ...] = ()
     #: Nothing survives a run: after each, its files, processes and IPC objects are gone. Runs take turns.
     ephemeral: bool = False
     #: Modules that `run_python` finds imported already.
     preload: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        AllowedHosts.read(self.allow_hosts)
+        if self.allow_hosts and self.ephemeral:
+            raise ValueError("an ephemeral sandbox has no allow_hosts: what a run did would survive it there")
 
 
 class ExecResult(msgspec.Struct, frozen=True, kw_only=True):

@@ -46,15 +46,12 @@ class LendingOptions:
     lease: float = 60.0
     #: Bytes of a request.
     body_bytes: int = 320 * MIB
+    #: Most that is lent at once.
+    capacity: int = 64
 
     what: ClassVar[str] = "server"
     does: ClassVar[str] = "works for"
     token_variable: ClassVar[str] = ""
-
-    @property
-    def capacity(self) -> int:
-        """Most that is lent at once."""
-        return 1
 
     def __post_init__(self) -> None:
         if self.token is None and self.host not in LOOPBACK:

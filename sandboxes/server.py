@@ -31,20 +31,14 @@ class ServerOptions(LendingOptions):
     does: ClassVar[str] = "runs code for"
     token_variable: ClassVar[str] = wire.TOKEN_VARIABLE
 
-    #: Sandboxes that may be open at once.
-    sandboxes: int = 64
     #: Memory and files that a sandbox may ask for, each.
     memory_bytes: int = 4 * GIB
     #: Files and folders of this machine that may appear in a sandbox, with all that is in them.
     paths: tuple[Path, ...] = ()
     #: Images (for bubblewrap: folders of root file systems) that may be asked for by name.
     images: tuple[str, ...] = ()
-    #: Hosts that sandboxes may be allowed to reach, as `name:port`.
+    #: Entries of `SandboxSpec.allow_hosts` that may be asked for, spelled as they are here.
     hosts: tuple[str, ...] = ()
-
-    @property
-    def capacity(self) -> int:
-        return self.sandboxes
 
 
 @dataclass

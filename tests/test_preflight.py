@@ -7,6 +7,7 @@ import threading
 from contextlib import closing
 from typing import Any
 
+import psutil
 import pytest
 
 from envs.calculator import CalculatorEnv
@@ -76,3 +77,11 @@ def test_an_environment_that_hangs_in_the_self_check_is_named(monkeypatch: pytes
         prepared.config.rollout.episode_deadline_s = 0.1
         with pytest.raises(ConfigError, match=r"Counting' fails on task .*: not done within"):
             asyncio.run(prepared.opening(prepared.eval_tasks[0]))
+
+
+def test_sandboxes_of_the_checks_end_with_them() -> None:
+    overrides = ["experiment=tiny", "env=python_math", "warm_start=none", "inference.max_model_len=2048"]
+    with closing(preflight(compose(overrides))) as prepared:
+        assert prepared.eval_tasks
+        children = [" ".join(child.cmdline()) for child in psutil.Process().children()]
+        assert [words for words in children if "sandboxes.bubblewrap.keeper" in words] == []

@@ -6,7 +6,8 @@ import ast
 from collections.abc import Callable, Sequence
 
 from envs.coding.replies import code_of, fenced
-from envs.coding.tools import call_of, spelled
+from envs.tools import calling
+from envs.tools.formats import parse, written
 
 
 def _half(code: str) -> str:
@@ -52,12 +53,14 @@ return Anything()
 
 def _each(change: Callable[[str], str]) -> Callable[[Sequence[str]], list[str]]:
     def turn_of(turn: str) -> str:
-        call = call_of(turn)
-        if call is None:
+        calls = parse(turn).calls
+        if not calls:
             return fenced(change(code_of(turn)))
+        call = calls[0]
         if call.name != "write_file" or not call.arguments["path"].endswith(".py"):
             return turn
-        return spelled("write_file", path=call.arguments["path"], content=change(call.arguments["content"]))
+        path, content = call.arguments["path"], change(call.arguments["content"])
+        return written(calling("write_file", path=path, content=content))
 
     return lambda turns: [turn_of(turn) for turn in turns]
 

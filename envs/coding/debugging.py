@@ -8,7 +8,8 @@ from envs.base import ResetResult, StepResult
 from envs.coding.judging import shared_judge
 from envs.coding.problems import CodeProblem, as_data, of_data
 from envs.coding.single_turn import CodeEnv
-from envs.coding.tools import USAGE, Workspace, WorkspaceEnv, spelled
+from envs.coding.tools import USAGE, Workspace, WorkspaceEnv
+from envs.tools import calling
 from k2rl.types import Message, Split, Task
 from sandboxes.errors import SandboxFileError
 
@@ -42,12 +43,17 @@ class DebugEnv(WorkspaceEnv, CodeEnv):
     def task_of(self, problem: CodeProblem, split: Split, id: str, seed: int) -> Task:
         return Task(id=id, env=self.id, kind="debug", split=split, seed=seed, data=as_data(problem))
 
-    def demonstration(self, task: Task) -> list[str] | None:
+    def demonstration(self, task: Task) -> list[str | Message] | None:
         problem = of_data(task.data)
         if problem.solution is None:
             return None
-        look = [spelled("shell", command=f"python3 {TEST}")] if problem.visible else []
-        return [*look, spelled("write_file", path=FILE, content=problem.solution), spelled("submit")]
+        look = [calling("shell", 0, command=f"python3 {TEST}")] if problem.visible else []
+        n = len(look)
+        return [
+            *look,
+            calling("write_file", n, path=FILE, content=problem.solution),
+            calling("submit", n + 1),
+        ]
 
     async def reset(  # type: ignore[override]
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -17,7 +17,8 @@ from envs.base import ResetResult, StepResult
 from envs.coding.harbor_tasks import HarborTask, load_harbor
 from envs.coding.judging import shared_judge
 from envs.coding.problems import EVAL_ONE_IN, shuffled
-from envs.coding.tools import USAGE, Workspace, WorkspaceEnv, spelled
+from envs.coding.tools import USAGE, Workspace, WorkspaceEnv
+from envs.tools import calling
 from k2rl.errors import ConfigError
 from k2rl.types import Message, Split, Task
 from rubrics.code.judge import JudgeError, ending
@@ -76,17 +77,18 @@ class HarborEnv(WorkspaceEnv):
         """Every task once, as an evaluation wants them."""
         return [_as_task(task, "eval", task.id, 0) for task in self.harbor_tasks]
 
-    def demonstration(self, task: Task) -> list[str] | None:
+    def demonstration(self, task: Task) -> list[str | Message] | None:
         """Its `solution/solve.sh`."""
         solution = _of_data(task).files("solution")
         if "solve.sh" not in solution:
             return None
         folder = LINKS["/solution"]
         written = [
-            spelled("write_file", path=f"{folder}/{path}", content=content.decode("utf-8", "replace"))
-            for path, content in solution.items()
+            calling("write_file", n, path=f"{folder}/{path}", content=content.decode("utf-8", "replace"))
+            for n, (path, content) in enumerate(solution.items())
         ]
-        return [*written, spelled("shell", command="bash /solution/solve.sh"), spelled("submit")]
+        n = len(written)
+        return [*written, calling("shell", n, command="bash /solution/solve.sh"), calling("submit", n + 1)]
 
     async def reset(  # type: ignore[override]
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

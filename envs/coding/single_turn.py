@@ -68,7 +68,7 @@ class CodeEnv(TextEnv):
         kind = "program" if isinstance(problem.tests, ProgramTests) else "function"
         return Task(id=id, env=self.id, kind=kind, split=split, seed=seed, data=as_data(problem))
 
-    def demonstration(self, task: Task) -> list[str] | None:
+    def demonstration(self, task: Task) -> list[str | Message] | None:
         solution = of_data(task.data).solution
         return None if solution is None else [fenced(solution)]
 

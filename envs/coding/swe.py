@@ -13,7 +13,8 @@ from envs.base import ResetResult, StepResult
 from envs.coding.judging import shared_judge
 from envs.coding.problems import EVAL_ONE_IN, shuffled
 from envs.coding.repositories import RepositoryTask, load_tasks, repository_of
-from envs.coding.tools import USAGE, Workspace, WorkspaceEnv, spelled
+from envs.coding.tools import USAGE, Workspace, WorkspaceEnv
+from envs.tools import calling
 from k2rl.errors import ConfigError
 from k2rl.types import Message, Split, Task
 from rubrics.code.repository import judge_repository
@@ -77,17 +78,17 @@ class SweEnv(WorkspaceEnv):
         """Every task once, as an evaluation wants them."""
         return [_as_task(task, "eval", task.id, 0) for task in self.repository_tasks]
 
-    def demonstration(self, task: Task) -> list[str] | None:
+    def demonstration(self, task: Task) -> list[str | Message] | None:
         solution = msgspec.convert(task.data, RepositoryTask).solution
         if not solution:
             return None
         turns = [
-            spelled("shell", command=f"rm -- '{path}'")
+            calling("shell", n, command=f"rm -- '{path}'")
             if content is None
-            else spelled("write_file", path=path, content=content)
-            for path, content in solution.items()
+            else calling("write_file", n, path=path, content=content)
+            for n, (path, content) in enumerate(solution.items())
         ]
-        return [*turns, spelled("submit")]
+        return [*turns, calling("submit", len(turns))]
 
     async def reset(  # type: ignore[override]
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -1,75 +1,29 @@
-"""A workspace with a shell and files, as tools that a policy calls in its text.
+"""A workspace with a shell and files, as tools that a policy calls.
 
-    <tool_call>{"name": "shell", "arguments": {"command": "python3 test_solution.py"}}</tool_call>
-
-The first call of a turn counts. `submit` ends the episode, and so does a turn without a call.
+`submit` ends the episode, and so does a turn without a call.
 """
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Mapping
 
-import msgspec
 from gymnasium.error import ResetNeeded
 
 from envs.base import StepResult, TextEnv
-from k2rl.types import Message
+from envs.tools import Toolbox, ToolError, tool
+from envs.tools.formats import parse
+from k2rl.types import ToolSpec
 from sandboxes.base import Backend, ExecResult, Limits, Sandbox, SandboxSpec, Shell
 from sandboxes.errors import SandboxClosedError, SandboxFileError
 
-SHOWN = 4000
-"""Characters of a tool's answer; what is longer loses its middle."""
 COMMAND_S = 30.0
 LIMITS = Limits(wall_seconds=COMMAND_S, cpu_seconds=COMMAND_S, output_bytes=2**20)
+PATIENCE_S = 300.0
+"""Seconds for a tool, whose sandbox has deadlines of its own."""
 _NO_LINKS: Mapping[str, str] = {}
 
-USAGE = (
-    "You have these tools, one call a turn, written as\n"
-    '<tool_call>{"name": "shell", "arguments": {"command": "ls"}}</tool_call>\n'
-    "- shell(command): run a command; folder and variables stay from one call to the next\n"
-    "- read_file(path): a file's text\n"
-    "- write_file(path, content): write a whole file\n"
-    "- submit(): say that you are done; your files are judged as they are then"
-)
-ARGUMENTS = {"shell": ("command",), "read_file": ("path",), "write_file": ("path", "content"), "submit": ()}
-#: Newlines in strings, which models like to write as they are, are taken.
-_DECODER = json.JSONDecoder(strict=False)
-
-
-class Call(msgspec.Struct, frozen=True):
-    """A tool call as it was written; `problem` says what is wrong with it, if anything is."""
-
-    name: str
-    arguments: dict[str, str] = {}
-    problem: str = ""
-
-
-def call_of(action: str) -> Call | None:
-    """The first tool call of a turn; None if there is none."""
-    if "<tool_call>" not in action:
-        return None
-    text = action.split("<tool_call>", 1)[1].lstrip()
-    try:
-        content, _ = _DECODER.raw_decode(text)
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict) or not isinstance(content.get("arguments", {}), dict):
-        return Call("", problem='a call is one JSON object: {"name": …, "arguments": {…}}')
-    name, arguments = str(content.get("name")), content.get("arguments", {})
-    if name not in ARGUMENTS:
-        return Call(name, problem=f"there is no tool {name:.40}; there are: {', '.join(ARGUMENTS)}")
-    wanted = ARGUMENTS[name]
-    if set(arguments) != set(wanted) or not all(isinstance(value, str) for value in arguments.values()):
-        return Call(name, problem=f"{name} takes these arguments, as strings: {', '.join(wanted) or 'none'}")
-    return Call(name, arguments)
-
-
-def spelled(name: str, **arguments: str) -> str:
-    """A call as a policy writes it."""
-    content = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
-    return f"<tool_call>{content}</tool_call>"
+USAGE = "Work with the tools. When you are done, call submit: your files are judged as they are then."
 
 
 class Workspace:
@@ -78,6 +32,7 @@ class Workspace:
     def __init__(self, sandbox: Sandbox) -> None:
         self.sandbox = sandbox
         self._shell: Shell | None = None
+        self._toolbox = Toolbox((self.shell, self.read_file, self.write_file), parallel=False)
 
     @classmethod
     async def open(
@@ -102,38 +57,46 @@ class Workspace:
         return cls(sandbox)
 
     async def step(self, action: str) -> StepResult | None:
-        """The step that a turn's tool call makes; None if the turn ends the episode.
+        """The step that a turn's calls make, one after the other; None if the turn ends the episode.
 
         Raises:
             SandboxError: the sandbox failed.
         """
-        call = call_of(action)
-        if call is None or (call.name == "submit" and not call.problem):
+        calls = parse(action).calls
+        names = [call.name for call in calls]
+        before = calls[: names.index("submit")] if "submit" in names else calls
+        answered = await self._toolbox.run(before)
+        if len(before) < len(calls) or not calls:
             return None
-        answer = await self.do(call)
-        components = {"calls": 1.0, "bad_calls": float(bool(call.problem))}
-        return (Message("tool", answer),), 0.0, False, False, {"reward_components": components}
+        components = {"calls": float(len(answered.messages)), "bad_calls": float(answered.bad)}
+        return answered.messages, 0.0, False, False, {"reward_components": components}
 
-    async def do(self, call: Call) -> str:
-        """The answer to a call; what the policy did wrong is an answer, too.
+    @tool(timeout_s=PATIENCE_S)
+    async def shell(self, command: str) -> str:
+        """Run a command; folder and variables stay from one call to the next."""
+        return await self._command(command)
 
-        Raises:
-            SandboxError: the sandbox failed.
-        """
-        if call.problem:
-            return f"error: {call.problem}"
+    @tool(timeout_s=PATIENCE_S)
+    async def read_file(self, path: str) -> str:
+        """A file's text."""
         try:
-            if call.name == "shell":
-                return shortened(await self._command(call.arguments["command"]))
-            if call.name == "read_file":
-                content = await self.sandbox.read_file(call.arguments["path"])
-                return shortened(content.decode("utf-8", "replace"))
-            await self.sandbox.write_file(
-                call.arguments["path"], call.arguments["content"].encode("utf-8", "replace")
-            )
+            return (await self.sandbox.read_file(path)).decode("utf-8", "replace")
         except SandboxFileError as error:
-            return f"error: {error}"
+            raise ToolError(str(error)) from error
+
+    @tool(timeout_s=PATIENCE_S)
+    async def write_file(self, path: str, content: str) -> str:
+        """Write a whole file."""
+        try:
+            await self.sandbox.write_file(path, content.encode())
+        except SandboxFileError as error:
+            raise ToolError(str(error)) from error
         return "written"
+
+    @tool
+    def submit(self) -> str:
+        """Say that you are done."""
+        raise NotImplementedError("an episode ends before its submit is called")
 
     async def _command(self, command: str) -> str:
         for _ in range(2):
@@ -161,6 +124,11 @@ class WorkspaceEnv(TextEnv):
     """An episode in a workspace: tool calls, until one of them, or a turn without any, has it judged."""
 
     _workspace: Workspace | None = None
+
+    @property
+    def tools(self) -> tuple[ToolSpec, ...]:
+        tools = (Workspace.shell, Workspace.read_file, Workspace.write_file, Workspace.submit)
+        return tuple(each.spec for each in tools)
 
     async def step(self, action: str) -> StepResult:  # type: ignore[override]
         """Do a tool call, or judge what there is.
@@ -199,11 +167,3 @@ def _answer(ran: ExecResult) -> str:
     if ran.ended != "exited":
         return f"{said}\n[{ran.ended.replace('_', ' ')}]".lstrip("\n")
     return f"{said}\n[exit code {ran.exit_code}]".lstrip("\n") if ran.exit_code or not said else said
-
-
-def shortened(text: str) -> str:
-    """A text with its middle left out if it is long."""
-    if len(text) <= SHOWN:
-        return text
-    half = SHOWN // 2
-    return f"{text[:half]}\n… {len(text) - 2 * half} characters left out …\n{text[-half:]}"

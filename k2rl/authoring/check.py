@@ -21,7 +21,7 @@ from gymnasium.utils.env_checker import check_env
 import envs
 from envs.agents import AgentEnv
 from envs.base import TextEnv, maybe_await
-from envs.coding.judging import close_judges
+from envs.coding.judging import judges_end
 from k2rl.authoring.held import settled
 from k2rl.authoring.playing import BrokenContractError, Played, continued, play
 from k2rl.errors import ConfigError
@@ -79,7 +79,11 @@ async def check(
         raise ConfigError(
             f"{id} is played by its agent, not with reset() and step(): `k2rl train` rehearses an episode"
         )
-    subject = _Subject(id, kwargs, settings)
+    async with judges_end():
+        return await _findings(_Subject(id, kwargs, settings), only)
+
+
+async def _findings(subject: _Subject, only: Collection[str] | None) -> list[Finding]:
     findings = [await _found("tasks", subject.tasks)]
     if findings[0].status != "FAULT":
         findings += [
@@ -97,7 +101,6 @@ async def check(
             )
             if only is None or about in only
         ]
-    await close_judges()
     return findings
 
 

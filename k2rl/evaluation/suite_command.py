@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 import msgspec
 
-from envs.coding.judging import close_judges
-from k2rl.errors import ConfigError, RunError
+from envs.coding.judging import judges_end
+from k2rl.errors import ConfigError, RunError, StoppedError
 from k2rl.evaluation import suite_compare, suite_results
 from k2rl.evaluation.policies import Cheat, Gold, Null, Policy
 from k2rl.evaluation.suite_episodes import EpisodeCache
 from k2rl.evaluation.suite_options import SuiteOptions, parse
 from k2rl.evaluation.suite_results import Score, SuiteResults
 from k2rl.evaluation.suite_run import SuiteRun
-from k2rl.evaluation.suites import Suite, load_suite
+from k2rl.evaluation.suites import ELSEWHERE, Suite, load_suite
 
 FOLDER = Path("outputs/eval")
 CACHE = FOLDER / "cache"
@@ -44,12 +46,13 @@ def run(words: Sequence[str]) -> str:
 
     Raises:
         ConfigError: one line; nothing was started.
-        RunError: the model is lost, or nothing was scored.
+        RunError: the model is lost, or nothing was scored; a StoppedError on Ctrl-C and SIGTERM.
     """
     options = parse(words)
     suite = load_suite(options)
     scripted = _scripted(options)
-    use_cache = options.cache == "on" or (options.cache == "auto" and scripted is None)
+    keeps = scripted is None and suite.env not in ELSEWHERE
+    use_cache = options.cache == "on" or (options.cache == "auto" and keeps)
     folder = _folder(options)
     results = asyncio.run(
         _evaluate(options, suite, scripted, EpisodeCache(CACHE) if use_cache else None, folder)
@@ -85,22 +88,63 @@ def _scripted(options: SuiteOptions) -> Policy | None:
 async def _evaluate(
     options: SuiteOptions, suite: Suite, policy: Policy | None, cache: EpisodeCache | None, folder: Path
 ) -> SuiteResults:
+    work = asyncio.ensure_future(_played(options, suite, policy, cache, folder))
+    with _cancelled_by_signal(work):
+        await asyncio.wait({work})
+    if work.cancelled():
+        kept = "; the same command goes on from there" if cache is not None else ""
+        raise StoppedError(f"interrupted; {folder} has what was finished{kept}")
+    return work.result()
+
+
+async def _played(
+    options: SuiteOptions, suite: Suite, policy: Policy | None, cache: EpisodeCache | None, folder: Path
+) -> SuiteResults:
     from k2rl.evaluation.suite_models import open_model
+
+    async with judges_end():
+        policy = policy or await open_model(options, folder)
+        try:
+            run = SuiteRun(suite, options, policy, cache, _Progress())
+            try:
+                return await run.run()
+            finally:
+                # What is finished is worth having, however this ends.
+                _save(folder, run)
+        finally:
+            await policy.close()
+
+
+def _save(folder: Path, run: SuiteRun) -> None:
     from k2rl.evaluation.suite_report import write_report
 
-    policy = policy or await open_model(options, folder)
+    results = run.results()
     try:
-        run = SuiteRun(suite, options, policy, cache, _Progress())
-        try:
-            return await run.run()
-        finally:
-            # What is finished is worth having, however this ends.
-            results = run.results()
-            suite_results.save(folder, results, run.records)
-            write_report(folder, results, run.records)
+        suite_results.save(folder, results, run.records)
+        write_report(folder, results, run.records)
+    except OSError as error:
+        raise RunError(f"the results cannot be written to {folder}: {error.strerror}") from error
+
+
+@contextmanager
+def _cancelled_by_signal(work: asyncio.Future[SuiteResults]) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM cancels `work`, which then saves; the second ends the process."""
+    loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+
+    def forget() -> None:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+    def cancel() -> None:
+        forget()
+        work.cancel()
+
+    for number in numbers:
+        loop.add_signal_handler(number, cancel)
+    try:
+        yield
     finally:
-        await policy.close()
-        await close_judges()
+        forget()
 
 
 class _Progress:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import msgspec
 
 import envs
-import rubrics
 from envs.base import TextEnv
 from k2rl.errors import RunError
 from k2rl.evaluation.policies import ContextFullError, Policy
@@ -23,7 +21,7 @@ from rubrics.deadline import MissedDeadlineError
 
 JUDGE_S = 300.0
 #: Changes when records of earlier versions can't be read or compared any more.
-FORMAT = 1
+FORMAT = 2
 
 
 class EpisodeRecord(msgspec.Struct, frozen=True):
@@ -147,32 +145,32 @@ class EpisodeCache:
             return None
 
     def put(self, key: str, record: EpisodeRecord) -> None:
+        """Keep an episode, unless it failed.
+
+        Raises:
+            RunError: it cannot be written.
+        """
         if record.failure is not None:
             return
         path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".tmp")
-        unfinished.write_bytes(encoded(record))
-        unfinished.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.write_bytes(encoded(record))
+            unfinished.replace(path)
+        except OSError as error:
+            reason = error.strerror
+            raise RunError(f"{path} cannot be written: {reason}; cache=off keeps nothing") from error
 
     def _path(self, key: str) -> Path:
         return self._folder / key[:2] / f"{key[2:]}.json"
 
 
 def cache_key(suite: Suite, task: Task, sample: int, identity: str, sampling: Sequence[object]) -> str:
-    """Of all that decides what an episode comes to: task, model, sampling, and the code that judges."""
-    parts = (FORMAT, code_digest(), task, suite.max_turns, sample, identity, list(sampling))
+    """Of all that decides what an episode comes to: task, model, sampling, environment and its code."""
+    played = (suite.env, suite.kwargs, suite.max_turns, suite.code_digest)
+    parts = (FORMAT, task, sample, identity, list(sampling), played)
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
-
-
-@cache
-def code_digest() -> str:
-    """Of the sources of environments and judges."""
-    digest = hashlib.sha256()
-    for package in (envs, rubrics):
-        for path in sorted(Path(str(package.__file__)).parent.rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def encoded(record: EpisodeRecord) -> bytes:

@@ -117,8 +117,16 @@ class ServedModel(ChatModel):
             except TimeoutError:
                 _signal_group(self._server.pid, signal.SIGKILL)
                 await self._server.wait()
-        # Its engine core and workers are of its group, too.
-        _signal_group(self._server.pid, signal.SIGKILL)
+        _end_leaderless(self._server.pid)
+
+
+def _end_leaderless(group: int) -> None:
+    """End what a server leaves of its group: its engine core and workers.
+
+    If it has left nothing, its number is free; a process that has it by now, and may lead a group, is none of
+    ours."""
+    if not Path(f"/proc/{group}").exists():
+        _signal_group(group, signal.SIGKILL)
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from k2rl.authoring.commands import keywords_of
 from k2rl.errors import ConfigError
 
 OUTPUTS = ("text", "json")
@@ -17,7 +18,7 @@ OUTPUTS = ("text", "json")
 class SuiteOptions:
     """Every field is a key of the command line."""
 
-    #: Name of a suite (`k2rl eval --help` lists them).
+    #: Name of a suite (docs/evaluation.md lists them), or of an environment: an id, or `module:Class`.
     suite: str = ""
     #: A checkpoint's folder or name, an OpenAI-compatible `http://…/v1`, `gold`, `null`, or `cheat:NAME`.
     model: str = ""
@@ -57,6 +58,8 @@ class SuiteOptions:
     #: Folder of the results; empty: a new one under outputs/eval/.
     out: str = ""
     output: str = "text"
+    #: `env.NAME=VALUE`: arguments of the environment's constructor, in JSON or as they are.
+    env_values: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ks(self) -> tuple[int, ...]:
@@ -70,12 +73,17 @@ def parse(words: Sequence[str]) -> SuiteOptions:
         ConfigError: one line that names the word and what there is.
     """
     options = SuiteOptions()
-    kinds: dict[str, Any] = {field.name: type(getattr(options, field.name)) for field in fields(options)}
+    kinds: dict[str, Any] = {each.name: type(getattr(options, each.name)) for each in fields(options)}
+    del kinds["env_values"]
     for word in words:
         key, equals, value = word.partition("=")
+        base, _, name = key.partition(".")
+        if base == "env" and name.isidentifier() and equals:
+            options.env_values |= keywords_of([f"{name}={value}"])
+            continue
         if key not in kinds or not equals:
             close = difflib.get_close_matches(key, kinds, 1)
-            hint = f"did you mean {close[0]}=?" if close else f"there are: {', '.join(kinds)}"
+            hint = f"did you mean {close[0]}=?" if close else f"there are: {', '.join(kinds)}, env.NAME"
             raise ConfigError(f"{word}: no key of `k2rl eval suite=…`; {hint}")
         try:
             setattr(options, key, kinds[key](value))

@@ -60,6 +60,12 @@ class SuiteRun:
                     group.create_task(self._work(places))
         except* RunError as errors:
             raise errors.exceptions[0] from None
+        if len(self._records) < len(self._planned) and not self._stopped_by:
+            # Less than all must never look like all.
+            raise RunError(
+                f"{len(self._planned) - len(self._records)} of {len(self._planned)} answers are missing, and "
+                "nothing says why: something cancelled what played them"
+            )
         return self.results()
 
     async def _work(self, places: Iterator[tuple[Task, int]]) -> None:

@@ -1,10 +1,15 @@
-"""Suites by name: which tasks, played in which environment."""
+"""Suites by name: which tasks, played in which environment; any environment is one."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import inspect
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,13 +17,21 @@ from typing import Any
 import msgspec
 
 import envs.registry
+import rubrics
+from envs.agents import AgentEnv
 from envs.base import TextEnv
 from k2rl.errors import ConfigError
 from k2rl.evaluation.suite_options import SuiteOptions
+from k2rl.rollouts.hosting import call, hosted
 from k2rl.types import Task
+from rubrics.deadline import MissedDeadlineError
 from sandboxes.registry import BACKENDS
 
 ENDLESS_LIMIT = 128
+ANY_TURNS = 16
+"""Turns of an episode in an environment that is no suite of its own."""
+ELSEWHERE = ("openenv", "remote")
+"""Environments whose code is not here: what came of an episode may be another thing tomorrow."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +54,32 @@ class Suite:
     name: str
     tasks: tuple[Task, ...]
     max_turns: int
-    make_env: Callable[[], TextEnv] = field(repr=False)
+    env: str
+    kwargs: dict[str, Any]
+
+    def make_env(self) -> TextEnv:
+        return envs.registry.make(self.env, **self.kwargs)
 
     @property
     def digest(self) -> str:
         """Of all its tasks."""
         return hashlib.sha256(msgspec.json.encode(self.tasks)).hexdigest()[:16]
+
+    @cached_property
+    def code_digest(self) -> str:
+        """Of the sources of environments and judges: ours, and the package that this environment is of."""
+        own = inspect.getmodule(envs.registry.resolve(self.env))
+        assert own is not None
+        outer = sys.modules[own.__name__.partition(".")[0]]
+        files = {Path(str(own.__file__))}
+        for package in (envs, rubrics, outer):
+            path = Path(str(package.__file__))
+            if path.name == "__init__.py":
+                files.update(path.parent.rglob("*.py"))
+        digest = hashlib.sha256()
+        for path in sorted(files):
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
 
 
 def _code(problems: str = "", format: str = "") -> Callable[[SuiteOptions], dict[str, Any]]:
@@ -125,6 +158,17 @@ SUITES = {
         needs=("path",),
     ),
     "calculator": SuiteKind("word problems with a calculator as a tool", "calculator", _nothing, max_turns=4),
+    "python_math": SuiteKind(
+        "number theory and counting, with Python as a tool",
+        "python_math",
+        lambda options: {"sandbox": options.sandbox},
+        max_turns=6,
+    ),
+    "customer_service": SuiteKind(
+        "a library's clerk: a member, rules, tools", "customer_service", _nothing, max_turns=16
+    ),
+    "twenty_four": SuiteKind("the game of 24, in three tries", "twenty_four", _nothing, max_turns=3),
+    "sudoku": SuiteKind("Sudoku of 4x4 and 9x9 cells", "sudoku", _nothing),
     "reasoning_gym": SuiteKind(
         "puzzles of the reasoning-gym package",
         "reasoning_gym",
@@ -135,16 +179,15 @@ SUITES = {
 
 
 def load_suite(options: SuiteOptions) -> Suite:
-    """The suite that is asked for.
+    """The suite that is asked for: one of `SUITES`, or else the environment of that id.
 
     Raises:
-        ConfigError: one line: no such suite, a key it does not take, a file or row that is wrong.
+        ConfigError: one line: no such suite, a key it does not take, a file or row that is wrong, an
+            environment that gives no tasks.
     """
     if options.sandbox not in BACKENDS:
         raise ConfigError(f"no sandbox backend {options.sandbox!r}; there are {', '.join(BACKENDS)}")
-    kind = SUITES.get(options.suite)
-    if kind is None:
-        raise ConfigError(f"suite={options.suite} is not one of: {', '.join(SUITES)}")
+    kind = SUITES.get(options.suite) or _any_environment(options)
     given = {
         "path": options.path,
         "since": options.since,
@@ -159,21 +202,60 @@ def load_suite(options: SuiteOptions) -> Suite:
             raise ConfigError(f"suite={options.suite} needs {key}=FILE")
     if options.path and not Path(options.path).expanduser().exists():
         raise ConfigError(f"path={options.path}: there is no such file or folder")
-    kwargs = kind.kwargs(options)
-
-    def make_env() -> TextEnv:
-        return envs.registry.make(kind.env, **kwargs)
-
-    tasks = _tasks(make_env(), options)
-    return Suite(options.suite, tuple(tasks), options.max_turns or kind.max_turns, make_env)
+    kwargs = {**kind.kwargs(options), **options.env_values}
+    if issubclass(envs.registry.resolve(kind.env), AgentEnv):
+        raise ConfigError(f"suite={options.suite} is played by its agent: `k2rl eval env={kind.env}` does it")
+    drawn = asyncio.run(_tasks(kind.env, kwargs, options))
+    return Suite(options.suite, drawn, options.max_turns or kind.max_turns, kind.env, kwargs)
 
 
-def _tasks(env: TextEnv, options: SuiteOptions) -> Sequence[Task]:
-    listed: Callable[[], list[Task]] | None = getattr(env, "all_tasks", None)
-    if listed is None:
-        return list(islice(env.tasks("eval", options.seed), options.limit or ENDLESS_LIMIT))
-    tasks = listed()
-    return tasks[: options.limit] if options.limit else tasks
+def _any_environment(options: SuiteOptions) -> SuiteKind:
+    try:
+        found = envs.registry.resolve(options.suite)
+    except ConfigError as error:
+        if ":" in options.suite or "/" in options.suite:
+            raise
+        raise ConfigError(
+            f"suite={options.suite} is not one of: {', '.join(SUITES)}; nor an environment: {error}"
+        ) from error
+    runs_code = "sandbox" in inspect.signature(found).parameters
+    return SuiteKind(
+        "",
+        options.suite,
+        lambda options: {"sandbox": options.sandbox} if runs_code else {},
+        max_turns=ANY_TURNS,
+    )
+
+
+async def _tasks(env: str, kwargs: dict[str, Any], options: SuiteOptions) -> tuple[Task, ...]:
+    """All tasks of a finite suite, the first ones of an endless one."""
+
+    def draw(made: TextEnv) -> list[Task]:
+        listed: Callable[[], list[Task]] | None = getattr(made, "all_tasks", None)
+        if listed is not None:
+            return listed()[: options.limit or None]
+        return list(islice(made.tasks("eval", options.seed), options.limit or ENDLESS_LIMIT))
+
+    async def drawn(made: TextEnv) -> list[Task]:
+        return await call(draw, made)
+
+    where = f"suite={options.suite}: its environment"
+    try:
+        tasks = await hosted(lambda: envs.registry.make(env, **kwargs), drawn, options.episode_s)
+    except ConfigError:
+        raise
+    except MissedDeadlineError as error:
+        raise ConfigError(f"{where} gives no tasks: {error} (episode_s)") from error
+    # An environment may raise anything.
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"{where} gives no tasks: {reason}") from error
+    if not tasks or not all(isinstance(task, Task) for task in tasks):
+        raise ConfigError(f"{where} gives {'what are no tasks' if tasks else 'no held-out tasks'}")
+    (id, most), *_ = Counter(task.id for task in tasks).most_common(1)
+    if most > 1:
+        raise ConfigError(f"{where} gives {most} tasks the same id: {id}")
+    return tuple(tasks)
 
 
 def tags_of(task: Task) -> tuple[str, ...]:

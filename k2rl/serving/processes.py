@@ -9,6 +9,7 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Sequence
 
 from envs.base import TextEnv
+from envs.coding.judging import judges_end
 from k2rl.errors import RunError
 from k2rl.serving.server import EnvironmentServer, ServiceOptions
 from sandboxes.serving import ended_by_signal
@@ -41,14 +42,15 @@ async def serve(
         OSError: the address cannot be bound.
     """
     server = EnvironmentServer(id, make_env, options)
-    try:
-        ended = ended_by_signal()
-        if ends_with_stdin:
-            _set_at_end(ended, sys.stdin.fileno())
-        say(f"{id} at {await server.start()}")
-        await ended.wait()
-    finally:
-        await server.stop()
+    async with judges_end():
+        try:
+            ended = ended_by_signal()
+            if ends_with_stdin:
+                _set_at_end(ended, sys.stdin.fileno())
+            say(f"{id} at {await server.start()}")
+            await ended.wait()
+        finally:
+            await server.stop()
 
 
 def _set_at_end(ended: asyncio.Event, descriptor: int) -> None:

@@ -39,14 +39,9 @@ class ServiceOptions(LendingOptions):
     does: ClassVar[str] = "plays for"
     token_variable: ClassVar[str] = wire.TOKEN_VARIABLE
 
-    #: Episodes that may be under way at once.
-    episodes: int = 256
+    capacity: int = 256
     #: Seconds that a call of the environment may take.
     call_seconds: float = 300.0
-
-    @property
-    def capacity(self) -> int:
-        return self.episodes
 
 
 class _EnvironmentFaultError(Exception):

@@ -36,7 +36,7 @@ class NodeServer:
     async def start(self, served: ServedSandboxes, token: str) -> str:
         """Returns the server's address."""
         options = ServerOptions(
-            host=get_node_ip_address(), token=token, sandboxes=served.sandboxes, lease=served.lease
+            host=get_node_ip_address(), token=token, capacity=served.sandboxes, lease=served.lease
         )
         self._server = SandboxServer(registry.create(served.backend, **served.options), options)
         return await self._server.start()

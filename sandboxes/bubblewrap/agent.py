@@ -455,6 +455,7 @@ class Agent:
         self.proc = proc
         self.ephemeral = settings["ephemeral"]
         self.rlimits = settings["rlimits"]
+        self.proxy_port = settings["proxy_port"]
         self.runs: dict[int, tuple[int, str]] = {}  # pid -> the run's number, its kind
 
     def serve(self) -> NoReturn:
@@ -466,7 +467,7 @@ class Agent:
         events = select.poll()
         events.register(self.connection, select.POLLIN)
         events.register(wake, select.POLLIN)
-        self.connection.send(READY)
+        self.greet()
         if "site" not in sys.modules:  # after the word: the driver has something to do as well
             add_site()
         idle: int | None = 20
@@ -484,6 +485,19 @@ class Agent:
                     self.reap()
                 else:
                     self.receive()
+
+    def greet(self) -> None:
+        """Say that all is ready; where there is a proxy, with a socket that listens here and is served out
+        there."""
+        if not self.proxy_port:
+            self.connection.send(READY)
+            return
+        listener = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM)
+        listener.bind(("127.0.0.1", self.proxy_port))
+        listener.listen(16)
+        handed = struct.pack("i", listener.fileno())
+        self.connection.sendmsg([READY], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, handed)])
+        listener.close()
 
     def receive(self) -> None:
         message, ancillary, _, _ = self.connection.recvmsg(1 << 17, _socket.CMSG_SPACE(16))

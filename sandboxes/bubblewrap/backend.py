@@ -15,9 +15,18 @@ from pathlib import Path
 from sandboxes.base import Finding, SandboxSpec
 from sandboxes.bubblewrap import agent, command, seccomp
 from sandboxes.bubblewrap.cgroups import controllers, counts_by_namespace
+from sandboxes.bubblewrap.greeting import first_words
 from sandboxes.bubblewrap.keeping import KeeperClient
-from sandboxes.bubblewrap.sandbox import OWN_PROCESSES, WATCH, BubblewrapSandbox, agent_settings, checked_env
-from sandboxes.errors import SandboxError, SandboxUnavailableError, SandboxUnsupportedError
+from sandboxes.bubblewrap.sandbox import (
+    OWN_PROCESSES,
+    WATCH,
+    BubblewrapSandbox,
+    agent_settings,
+    checked_env,
+    proxy_of,
+)
+from sandboxes.errors import SandboxError, SandboxUnavailableError
+from sandboxes.proxy import Proxy
 
 #: Seconds that a sandbox may take to start.
 START_SECONDS = 60.0
@@ -68,10 +77,6 @@ class BubblewrapBackend:
 
     async def open(self, spec: SandboxSpec) -> BubblewrapSandbox:
         checked_env(spec.env)
-        if spec.allow_hosts:
-            raise SandboxUnsupportedError(
-                "bubblewrap sandboxes have no network at all: allow_hosts must be empty"
-            )
         if spec.image is not None and self._python is None:
             python = "/usr/bin/python3"
         else:
@@ -82,7 +87,8 @@ class BubblewrapBackend:
         async with self._opening:
             code = await self._agent_code(keeper, spec, python)
             settings = agent_settings(spec, controllers() if keeper.cgroup else ())
-            number, connection, events = await self._launch(keeper, spec, python, code, settings)
+            launched = await self._launch(keeper, spec, python, code, settings)
+        number, connection, events, proxy = launched
         id = f"bubblewrap-{number}-{secrets.token_hex(4)}"
         sandbox = BubblewrapSandbox(
             id,
@@ -93,6 +99,7 @@ class BubblewrapBackend:
             events,
             self._turns,
             lambda number: self._open.pop(number, None),
+            proxy,
         )
         self._open[number] = sandbox
         return sandbox
@@ -125,7 +132,7 @@ class BubblewrapBackend:
             ("python", f"{python}, version {number}"),
             ("user", f"they run {who}; inside they are user {command.USER} without any right"),
             ("kernel", f"{len(seccomp.DENIED)} system calls refused, no further user namespaces"),
-            ("network", "none"),
+            ("network", "none, but hosts that a spec allows, through a proxy"),
             ("files", "in memory, bounded in size and number"),
         ]
         findings = [Finding(what=what, state="good", detail=detail) for what, detail in good]
@@ -167,15 +174,16 @@ class BubblewrapBackend:
         if key not in self._code:
             source = AGENT_SOURCE.read_bytes()  # noqa: ASYNC240 - a small file, once
             settings = marshal.dumps({"compile": True}, 2)
-            number, connection, _ = await self._launch(keeper, spec, python, source, settings)
+            number, connection, _, _ = await self._launch(keeper, spec, python, source, settings)
             connection.close()
             await keeper.close(number)
         return self._code[key]
 
     async def _launch(
         self, keeper: KeeperClient, spec: SandboxSpec, python: str, code: bytes, settings: bytes
-    ) -> tuple[int, socket.socket, str]:
-        """Start bubblewrap and wait for the agent's first words: its number, its socket, its events file."""
+    ) -> tuple[int, socket.socket, str, Proxy | None]:
+        """Start bubblewrap and wait for the agent's first words: its number, its socket, its events file, its
+        proxy."""
         self._opened += 1
         number = self._opened
         connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -194,10 +202,11 @@ class BubblewrapBackend:
                 [theirs.fileno(), file, errors_in],
             )
             theirs.close()
-            words = await self._first_words(connection, errors)
-            if words != agent.READY:
-                self._code[spec.image, python] = words
-            return number, connection, events
+            words, listener = await self._first_words(connection, errors)
+            if words == agent.READY:
+                return number, connection, events, proxy_of(spec, listener)
+            self._code[spec.image, python] = words
+            return number, connection, events, None
         except BaseException:
             connection.close()
             keeper.kill(number)
@@ -207,16 +216,18 @@ class BubblewrapBackend:
             for descriptor in (errors, errors_in, file):
                 os.close(descriptor)
 
-    async def _first_words(self, connection: socket.socket, errors: int) -> bytes:
-        loop = asyncio.get_running_loop()
+    async def _first_words(
+        self, connection: socket.socket, errors: int
+    ) -> tuple[bytes, socket.socket | None]:
+        words = b""
         try:
-            words = await asyncio.wait_for(loop.sock_recv(connection, 1 << 17), START_SECONDS)
+            words, listener = await first_words(connection, START_SECONDS)
         except TimeoutError:
             raise SandboxError(f"a sandbox did not start within {START_SECONDS:.0f} s") from None
         except ConnectionResetError:
-            words = b""
+            listener = None
         if words:
-            return words
+            return words, listener
         try:
             said = os.read(errors, 1 << 16).decode("utf-8", "replace").strip()
         except BlockingIOError:

@@ -28,6 +28,8 @@ from sandboxes.errors import (
     SandboxFileError,
     SandboxUnsupportedError,
 )
+from sandboxes.hosts import AllowedHosts
+from sandboxes.proxy import PORT, VARIABLES, Proxy
 
 R = TypeVar("R", bound=Run)
 
@@ -74,6 +76,7 @@ class BubblewrapSandbox:
         events: str,
         turns: asyncio.Semaphore,
         forget: Callable[[int], object],
+        proxy: Proxy | None,
     ) -> None:
         self.id = id
         self.spec = spec
@@ -91,7 +94,10 @@ class BubblewrapSandbox:
         self._dead = ""
         self._deaf = False
         self._closing: asyncio.Future[None] | None = None
-        self._env = {**ENVIRONMENT, **spec.env}
+        self._proxy = proxy
+        #: Of every run, over what is inside already.
+        self._own_env = {**(VARIABLES if proxy else {}), **spec.env}
+        self._env = {**ENVIRONMENT, **self._own_env}
         asyncio.get_running_loop().add_reader(connection, self._receive)
 
     @property
@@ -127,7 +133,7 @@ class BubblewrapSandbox:
             "code": code,
             "argv": checked(argv),
             "cwd": self.home,
-            "env": {**self.spec.env, **checked_env(env)},
+            "env": {**self._own_env, **checked_env(env)},
         }
         return await self._in_turn("python", request, stdin, timeout)
 
@@ -300,6 +306,8 @@ class BubblewrapSandbox:
         self._deaf = True
         asyncio.get_running_loop().remove_reader(self._connection)
         self._connection.close()
+        if self._proxy is not None:
+            self._proxy.stop()
         self._dead = self._dead or "was killed"
         for answer in self._pongs:
             if not answer.done():
@@ -375,6 +383,8 @@ class BubblewrapSandbox:
         self._dead = self._dead or "is closed"
         try:
             self._died()
+            if self._proxy is not None:
+                await self._proxy.close()
             await self._keeper.close(self._number)
         finally:
             self._forget(self._number)
@@ -387,6 +397,21 @@ class BubblewrapSandbox:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def proxy_of(spec: SandboxSpec, listener: socket.socket | None) -> Proxy | None:
+    """The proxy of a sandbox whose first process has handed out a listener, as its settings ask.
+
+    Raises:
+        SandboxError: it has done so unasked, or not although it was asked.
+    """
+    if (listener is None) != (not spec.allow_hosts):
+        if listener is not None:
+            listener.close()
+        raise SandboxError("a sandbox's first process and its spec disagree about a proxy")
+    if listener is None:
+        return None
+    return Proxy(listener, AllowedHosts.read(spec.allow_hosts), spec.limits.network_bytes)
 
 
 def agent_settings(spec: SandboxSpec, controllers: Collection[str], finished: bool = False) -> bytes:
@@ -403,6 +428,7 @@ def agent_settings(spec: SandboxSpec, controllers: Collection[str], finished: bo
             "filter": seccomp.program(),
             "preload": tuple(spec.preload),
             "ephemeral": spec.ephemeral,
+            "proxy_port": PORT if spec.allow_hosts else 0,
             "rlimits": tuple(rlimits(limits, controllers)),
         },
         2,

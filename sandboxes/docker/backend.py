@@ -18,12 +18,13 @@ import docker.errors
 from sandboxes.base import ExecResult, Finding, SandboxSpec
 from sandboxes.bubblewrap.cgroups import started
 from sandboxes.bubblewrap.command import COVERED, ENVIRONMENT
-from sandboxes.bubblewrap.sandbox import BubblewrapSandbox, agent_settings, checked_env
+from sandboxes.bubblewrap.sandbox import BubblewrapSandbox, agent_settings, checked_env, proxy_of
 from sandboxes.docker import findings, images, owner
 from sandboxes.docker.container import INSIDE, Container, Settings
 from sandboxes.docker.daemon import Daemon
 from sandboxes.docker.places import unmount
 from sandboxes.errors import SandboxError, SandboxUnsupportedError
+from sandboxes.proxy import Proxy
 
 NOBODY = 65534
 FOLDER = "k2rl-docker-"
@@ -75,8 +76,10 @@ class DockerBackend:
     async def open(self, spec: SandboxSpec) -> DockerSandbox:
         """See `Backend.open`."""
         checked_env(spec.env)
-        if spec.allow_hosts:
-            raise SandboxUnsupportedError("docker sandboxes have no network: allow_hosts must be empty")
+        if spec.allow_hosts and self._runtime not in (None, "runc"):
+            raise SandboxUnsupportedError(
+                f"a container of {self._runtime} cannot hand out the socket of a proxy: no allow_hosts there"
+            )
         if spec.links:
             raise SandboxUnsupportedError("docker sandboxes have no links but those of their image")
         for inside, outside in spec.read_only.items():
@@ -93,6 +96,7 @@ class DockerBackend:
             try:
                 words = agent_settings(spec, ("memory", "pids"), finished=True)
                 await container.start(spec, spec.image or self._image, settings, words)
+                proxy = proxy_of(spec, container.listener)
             except BaseException as error:
                 removal = self._later(container.remove())
                 if isinstance(error, SandboxError):
@@ -101,7 +105,7 @@ class DockerBackend:
                         removal.exception()  # what cannot be removed was hardly made: `error` says why
                 raise
         forget = lambda number: self._open.pop(number, None)  # noqa: E731
-        sandbox = DockerSandbox(name, spec, container, number, self._turns, forget)
+        sandbox = DockerSandbox(name, spec, container, number, self._turns, forget, proxy)
         self._open[number] = sandbox
         return sandbox
 
@@ -169,10 +173,12 @@ class DockerSandbox(BubblewrapSandbox):
         number: int,
         turns: asyncio.Semaphore,
         forget: Callable[[int], object],
+        proxy: Proxy | None,
     ) -> None:
-        super().__init__(id, spec, container.connection, container, number, container.events, turns, forget)
+        connection, events = container.connection, container.events
+        super().__init__(id, spec, connection, container, number, events, turns, forget, proxy)
         # The image's own PATH is where it has its programs.
-        self._env = {**ENVIRONMENT, **container.env, **spec.env}
+        self._env = {**ENVIRONMENT, **container.env, **self._own_env}
 
     async def exec(
         self,

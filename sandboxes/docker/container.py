@@ -25,6 +25,7 @@ import docker.errors
 from sandboxes.base import SandboxSpec
 from sandboxes.bubblewrap import agent
 from sandboxes.bubblewrap.command import ENVIRONMENT
+from sandboxes.bubblewrap.greeting import first_words
 from sandboxes.bubblewrap.sandbox import OWN_PROCESSES
 from sandboxes.docker import owner
 from sandboxes.docker.daemon import Daemon
@@ -88,6 +89,8 @@ class Container:
         self.uid = uid
         self.dead = ""
         self.connection: socket.socket
+        #: Where its proxy is to listen, if it has one.
+        self.listener: socket.socket | None = None
         #: The variables that its image sets.
         self.env: dict[str, str] = {}
         #: The kernel's count of processes killed for memory; empty where it cannot be seen.
@@ -216,8 +219,8 @@ class Container:
                 self.connection.setblocking(False)
                 await loop.sock_sendall(self.connection, words)
                 with suppress(TimeoutError, ConnectionResetError):
-                    ready = loop.sock_recv(self.connection, 1024)
-                    if await asyncio.wait_for(ready, START_SECONDS) == agent.READY:
+                    words, self.listener = await first_words(self.connection, START_SECONDS)
+                    if words == agent.READY:
                         return
                 self.connection.close()
             await asyncio.wait({said}, timeout=1)

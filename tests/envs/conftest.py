@@ -9,6 +9,8 @@ from gymnasium.utils.env_checker import check_env
 
 from envs import maybe_await
 from envs.coding.judging import close_judges
+from envs.tools import calling
+from envs.tools.formats import written
 from tests.judges import backend, judge, loop
 
 __all__ = ["backend", "judge", "loop"]
@@ -24,12 +26,17 @@ class Episode:
     done: bool = False
 
 
+def spelled(name: str, **arguments: str) -> str:
+    """A turn with one call, as a policy writes it."""
+    return written(calling(name, **arguments))
+
+
 async def play_async(env, task, turns) -> Episode:
     episode = Episode()
     messages, _ = await maybe_await(env.reset(options={"task": task}))
     episode.messages += messages
     for turn in turns:
-        messages, reward, terminated, truncated, info = await maybe_await(env.step(turn))
+        messages, reward, terminated, truncated, info = await maybe_await(env.step(written(turn)))
         episode.messages += messages
         episode.reward += reward
         for name, value in info.get("reward_components", {}).items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ import envs
 from envs.coding.judging import close_judges
 from envs.coding.repositories import load_tasks
 from envs.coding.swe_build import build_here
-from envs.coding.tools import spelled
+from envs.tools.formats import written
 from k2rl.errors import ConfigError
-from k2rl.types import Task
-from tests.envs.conftest import Episode, play_async, running
+from k2rl.types import Message, Task
+from tests.envs.conftest import Episode, play_async, running, spelled
 
 IDS = ("code_function", "code_contest", "code_debug", "swe", "harbor")
 
@@ -35,7 +35,7 @@ def test_gymnasium_accepts_what_they_answer(id: str, check_gymnasium: Callable[.
             runner.run(close_judges())
 
 
-async def played(env: envs.TextEnv, task: Task, turns: list[str]) -> Episode:
+async def played(env: envs.TextEnv, task: Task, turns: Sequence[str | Message]) -> Episode:
     try:
         return await play_async(env, task, turns)
     finally:
@@ -91,7 +91,7 @@ def test_a_policy_writes_runs_reads_the_error_and_tries_again() -> None:
             spelled("write_file", path="test_solution.py", content="print('passed')"),
             spelled("shell", command="exit 3"),
             spelled("shell", command="echo still here"),
-            "<tool_call>{</tool_call>",
+            "<tool_call>{</tool_call>" + spelled("shell", command="echo second"),
             solution,
             spelled("shell", command="(sleep 1000; echo 'x = 1' > solution.py) & yes | head -c 100000"),
             spelled("submit"),
@@ -106,10 +106,11 @@ def test_a_policy_writes_runs_reads_the_error_and_tries_again() -> None:
     assert "def flatten" in answers[2]
     assert answers[3].startswith("error: nowhere.py: missing")
     assert answers[6] == "still here"
-    assert answers[7].startswith("error: a call is one JSON object")
-    assert "characters left out" in answers[9]
+    assert answers[7].startswith("error: the call is no JSON")
+    assert answers[8] == "second"
+    assert "characters left out" in answers[10]
     assert episode.reward == 1.0
-    assert episode.components["bad_calls"] == 1.0
+    assert (episode.components["calls"], episode.components["bad_calls"]) == (11.0, 2.0)
 
 
 def test_what_a_policy_does_to_its_workspace_does_not_reach_the_hidden_tests() -> None:
@@ -234,3 +235,20 @@ def test_swebench_rows_with_a_clone_or_a_snapshot(tmp_path: Path) -> None:
     path.write_text(json.dumps({**row, "instance_id": "other"}))
     with pytest.raises(ConfigError, match="row 1"):
         envs.make("swe", tasks_file=str(path))
+
+
+def test_a_turn_with_submit_is_judged_after_the_calls_before_it() -> None:
+    env = envs.make("code_debug")
+    task = env.all_tasks()[0]
+
+    async def work() -> Episode:
+        *_, solution, submit = map(written, env.demonstration(task))
+        return await played(env, task, [f"I am sure.\n{solution}{submit}"])
+
+    assert running(work).reward == 1.0
+
+
+def test_the_tools_of_a_workspace_are_told_as_tools() -> None:
+    for id in ("code_debug", "swe", "harbor"):
+        names = [spec.name for spec in envs.make(id).tools]
+        assert names == ["shell", "read_file", "write_file", "submit"]

@@ -15,7 +15,6 @@ from envs.coding.formats import read_problems
 from envs.coding.patches import PatchError, apply_patch
 from envs.coding.problems import OWN, load_problems, own_problems, released_between
 from envs.coding.replies import code_of, completed
-from envs.coding.tools import call_of, spelled
 from k2rl.errors import ConfigError
 from rubrics.code import AssertTests, FunctionTests, ProgramTests
 
@@ -160,25 +159,6 @@ def test_a_reply_goes_on_from_the_starter_or_says_it_all() -> None:
     assert completed(starter, "    return x\n", "f") == starter + "    return x\n"
     whole = completed(starter, "```python\ndef f(x):\n    return help()\n```", "f")
     assert whole == "import math\ndef help(): return 2\n\ndef f(x):\n    return help()\n"
-
-
-def test_tool_calls() -> None:
-    assert call_of("I am done.") is None
-    call = call_of("Look:\n" + spelled("write_file", path="a", content='x = "}</tool_call>"\n'))
-    assert call is not None
-    assert (call.name, call.problem) == ("write_file", "")
-    assert call.arguments["content"] == 'x = "}</tool_call>"\n'
-    for wrong in (
-        "<tool_call>ls</tool_call>",
-        '<tool_call>{"name": "rm", "arguments": {}}</tool_call>',
-        '<tool_call>{"name": "shell", "arguments": {"cmd": "ls"}}</tool_call>',
-        '<tool_call>{"name": "shell", "arguments": {"command": 5}}</tool_call>',
-        '<tool_call>{"name": "shell", "arguments": []}</tool_call>',
-        "<tool_call>" + "[" * 100_000,
-    ):
-        call = call_of(wrong)
-        assert call is not None
-        assert call.problem
 
 
 def test_patches_do_what_git_does(tmp_path: Path) -> None:

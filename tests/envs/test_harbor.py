@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 import envs
-from envs.coding.tools import spelled
 from k2rl.errors import ConfigError
 from rubrics.code.judge import JudgeError
 from sandboxes.docker.images import DEFAULT
-from tests.envs.conftest import Episode, play_async, running
+from tests.envs.conftest import Episode, play_async, running, spelled
 
 TOML = "[environment]\nmemory_mb = 256\nstorage_mb = 32\n"
 

@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from html.parser import HTMLParser
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from envs.calculator import CalculatorEnv
 from envs.coding.problems import own_problems
 from envs.coding.replies import fenced
 from k2rl.cli import main
@@ -21,6 +24,7 @@ from k2rl.errors import ConfigError, RunError
 from k2rl.evaluation import suite_command, suite_results
 from k2rl.evaluation.suite_compare import compare, sign_test
 from k2rl.evaluation.suite_options import parse
+from k2rl.types import Split, Task
 from tests.evaluation.chat_server import chat_server
 
 SOLUTIONS = {problem.starter: str(problem.solution) for problem in own_problems("functions")}
@@ -39,6 +43,22 @@ def half_right(request: dict[str, Any]) -> str:
     return right(request) if place % 2 else "<script>alert(1)</script> \x1b[31m \ud800"
 
 
+class Sums(CalculatorEnv):
+    """An environment of somebody else's."""
+
+    def __init__(self, faults: str = "") -> None:
+        super().__init__()
+        self.faults = faults
+
+    def tasks(self, split: Split, seed: int) -> Iterator[Task]:
+        if self.faults == "raises":
+            raise OSError("no connection")
+        if self.faults == "hangs":
+            threading.Event().wait()
+        some = [*islice(super().tasks(split, seed), 4)]
+        return iter({"empty": [], "twice": [some[0]] * 2, "nonsense": [1]}.get(self.faults, some))
+
+
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test has a working folder of its own."""
@@ -51,13 +71,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("suite", "tasks"),
     [
         *(("functions", 12), ("contests", 6), ("bugs", 6), ("swe", 3), ("harbor", 3)),
-        *(("calculator", 8), ("reasoning_gym", 8)),
+        *(("calculator", 8), ("python_math", 7), ("customer_service", 11), ("twenty_four", 4), ("sudoku", 4)),
+        *(("reasoning_gym", 8), ("code_function", 2), (f"{__name__}:Sums", 4)),
     ],
 )
 def test_gold_solves_a_suite_and_null_nothing(suite: str, tasks: int, capsys) -> None:
     if suite == "reasoning_gym":
         pytest.importorskip("reasoning_gym")
-    limit = ["limit=8"] if suite in ("calculator", "reasoning_gym") else []
+    limit = [] if suite in ("functions", "contests", "bugs", "swe", "harbor") else [f"limit={tasks}"]
     for model, solved in (("gold", tasks), ("null", 0)):
         assert main(["eval", f"suite={suite}", f"model={model}", *limit]) == 0
         assert capsys.readouterr().out.splitlines()[-1] == f"{suite} {model}: {solved}/{tasks}"
@@ -150,6 +171,52 @@ def test_an_evaluation_goes_on_after_kill_9(folder: Path) -> None:
         assert len(server.requests) == 6 + 7
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_ends_an_evaluation_from_outside_is_said_and_leaves_results(
+    folder: Path, number: signal.Signals
+) -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    def two_then_none(request: dict[str, Any]) -> str:
+        if len(server.requests) > 2:
+            asked.set()
+            answer.wait(120)
+        return right(request)
+
+    with chat_server(two_then_none) as server:
+        words = ["suite=functions", f"model={server.url}", "parallel=1", "out=out"]
+        command = [sys.executable, "-m", "k2rl.cli", "eval", *words]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert asked.wait(60)
+            process.send_signal(number)
+            out, err = process.communicate(timeout=60)
+            answer.set()
+    assert process.returncode == 130
+    (line,) = [line for line in err.splitlines() if not line.startswith("…")]
+    assert line == "k2rl: interrupted; out has what was finished; the same command goes on from there"
+    assert out == ""
+    loaded, records = suite_results.load(folder / "out")
+    assert (loaded.played, loaded.planned, len(records)) == (2, 12, 2)
+
+
+def test_results_that_cannot_be_written_are_one_line(folder: Path, capsys) -> None:
+    (folder / "out" / "results.json.tmp").mkdir(parents=True)
+    assert main(["eval", "suite=calculator", "model=gold", "limit=1", "out=out"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "k2rl: the results cannot be written to out: Is a directory"
+
+
+def test_an_environments_arguments_decide_what_is_kept() -> None:
+    def wrong(request: dict[str, Any]) -> str:
+        return "Answer: 1"
+
+    with chat_server(wrong) as server:
+        words = ["suite=twenty_four", f"model={server.url}", "limit=1"]
+        for more, asked in ((), 3), (("env.tries=1",), 4), ((), 4), (("env.tries=2",), 6):
+            suite_command.run([*words, *more])
+            assert len(server.requests) == asked
+
+
 def test_budgets_stop_what_has_not_begun() -> None:
     with chat_server(right) as server:
         words = ["suite=functions", f"model={server.url}", "parallel=1", "output=json"]
@@ -227,6 +294,18 @@ def test_sign_test(better: int, worse: int, p: float) -> None:
         (["suite=functions", "model=no-such-model"], "no-such-model"),
         (["suite=functions", "model=x", "samples=2"], "set a temperature"),
         (["suite=functions", "model=gold", "sandbox=chroot"], "no sandbox backend 'chroot'"),
+        (["suite=twenty_four", "model=gold", "env.tries=0"], "tries=0 must be a whole number of at least 1"),
+        (["suite=twenty_four", "model=gold", "env.try=1"], "got an unexpected keyword argument 'try'"),
+        (["suite=agent", "model=gold"], "suite=agent is played by its agent"),
+        (["suite=nowhere:Env", "model=gold"], "cannot import nowhere"),
+        ([f"suite={__name__}:Sums", "model=gold", "env.faults=raises"], "OSError: no connection"),
+        (
+            [f"suite={__name__}:Sums", "model=gold", "env.faults=hangs", "episode_s=0.1"],
+            "gives no tasks: not done within 0.1 s",
+        ),
+        ([f"suite={__name__}:Sums", "model=gold", "env.faults=empty"], "gives no held-out tasks"),
+        ([f"suite={__name__}:Sums", "model=gold", "env.faults=nonsense"], "gives what are no tasks"),
+        ([f"suite={__name__}:Sums", "model=gold", "env.faults=twice"], "gives 2 tasks the same id"),
     ],
 )
 def test_bad_input_is_one_line(words: list[str], said: str, capsys) -> None:

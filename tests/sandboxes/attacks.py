@@ -111,7 +111,8 @@ RIGHTS = {
     "chroot": "os.chroot('/usr'); say(True)",
     "real-time scheduling": "os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1)); say(True)",
     "higher priority": "os.setpriority(os.PRIO_PROCESS, 0, -5); say(True)",
-    "raising a limit": "resource.setrlimit(resource.RLIMIT_NPROC, (5000, 5000)); say(True)",
+    # Not RLIMIT_NPROC, which is not set where a control group counts processes.
+    "raising a limit": "resource.setrlimit(resource.RLIMIT_NOFILE, (1000, 1000)); say(True)",
     "a user namespace by unshare": "say(libc.unshare(0x10000000) == 0, ctypes.get_errno())",
     "a user namespace by clone": """
         pid = call(T['clone'], 0x10000000 | signal.SIGCHLD, 0, 0, 0, 0)

@@ -304,7 +304,7 @@ def test_servers_are_named_by_a_variable_too(monkeypatch):
     [
         ({"host": "0.0.0.0"}, "token"),
         ({"token": "short"}, "shorter than 16"),
-        ({"sandboxes": 0}, "positive"),
+        ({"capacity": 0}, "positive"),
         ({"lease": 0.0}, "positive"),
     ],
     ids=str,
