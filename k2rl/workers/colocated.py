@@ -174,7 +174,9 @@ class ColocatedWorker(PushingWorker):
         self._note_holdings()
         return learned | switch | self._holdings("training")
 
-    async def sft_step(self, sequences: Sequence[SupervisedSequence], lr: float) -> dict[str, float]:
+    async def sft_step(
+        self, sequences: Sequence[SupervisedSequence], lr: float | None = None
+    ) -> dict[str, float]:
         """See `TrainEngine.sft_step`; also `memory/to_training_s` after vLLM's turn."""
         switch = await self._begin_training()
         learned = await self._train(self._trainer.sft_step, sequences, lr)

@@ -127,7 +127,9 @@ class WorkerGroup:
         batch = (groups, objective, temperature, ptx_sequences, ptx_weight, updates, totals)
         return combined(await self._all("training", "policy_step", "train_s", *batch)) | switch
 
-    async def sft_step(self, sequences: Sequence[SupervisedSequence], lr: float) -> dict[str, float]:
+    async def sft_step(
+        self, sequences: Sequence[SupervisedSequence], lr: float | None = None
+    ) -> dict[str, float]:
         """See `TrainEngine.sft_step`."""
         switch = await self._end_serving()
         return combined(await self._all("supervised step", "sft_step", "train_s", sequences, lr)) | switch
