@@ -48,7 +48,7 @@ class EnvironmentActor:
         options = ServiceOptions(
             host=get_node_ip_address(),
             token=token,
-            episodes=served.episodes,
+            capacity=served.episodes,
             call_seconds=served.call_seconds,
         )
         make = partial(envs.registry.make, served.id, **served.kwargs)
