@@ -59,7 +59,9 @@ BOUNDS = {
     "env.max_turns": FROM_1,
     "rubric.deadline_s": ABOVE_0,
     "rubric.max_tokens": FROM_1,
+    "rubric.critic_examined": FROM_1,
     "rubric.critic_examples": FROM_0,
+    "rubric.critic_updates": FROM_1,
     "rollout.tasks_per_step": FROM_1,
     "rollout.group_size": Bound(2),  # K2's baseline is the group mean
     "rollout.max_concurrent": FROM_1,

@@ -32,6 +32,7 @@ from k2rl.rollouts.store.base import TrajectoryStore, open_store
 from k2rl.run import Run
 from k2rl.tracking import phases
 from k2rl.tracking.live import LiveView
+from k2rl.tracking.metrics import read_metrics
 from k2rl.tracking.report import write_report
 from k2rl.tracking.summary import Summary, write_summary
 from k2rl.tracking.tracker import Tracker
@@ -296,8 +297,7 @@ async def started(
                 store, history = _store(config, run_dir), _history(config, run_dir, resume_step)
                 pool = Pool(config, scheduler, worker, store, prepared.train_tasks, history)
                 run = Run(config, prepared, run_dir, tracker, worker, scheduler, pool, ptx, resume_step or 0)
-                if isinstance(prepared.rubric, SelfCritique):
-                    run.critic = Critic(prepared.rubric, prepared.chat, config)
+                run.critic = _critic(prepared, run_dir)
                 try:
                     async with gateway or nullcontext():
                         yield run
@@ -315,6 +315,15 @@ def _store(config: Config, run_dir: Path) -> TrajectoryStore:
         return open_store(path, "", config.deadlines.store_s)
     name = f"{run_dir.parent.name}/{run_dir.name}"
     return open_store(config.rollout.store, name, config.deadlines.store_s)
+
+
+def _critic(prepared: Preflight, run_dir: Path) -> Critic | None:
+    """The critic, where the policy judges itself, trusted as far as the steps before have found."""
+    if not isinstance(prepared.rubric, SelfCritique):
+        return None
+    critic = Critic(prepared.rubric, prepared.chat, prepared.config)
+    critic.recall(read_metrics(run_dir))
+    return critic
 
 
 def _history(config: Config, run_dir: Path, resume_step: int | None) -> History:

@@ -127,7 +127,7 @@ class WorkerGroup:
 
     async def sft_step(self, sequences: Sequence[SupervisedSequence]) -> dict[str, float]:
         switch = await self._end_serving()
-        return combined(await self._all("warm start", "sft_step", "train_s", sequences)) | switch
+        return combined(await self._all("imitating", "sft_step", "train_s", sequences)) | switch
 
     async def reset_optimizer(self, lr: float) -> None:
         await self._all("resetting the optimizer", "reset_optimizer", "train_s", lr)
