@@ -34,7 +34,8 @@ def group(number, answers):
     task = Task(f"task-{number}", "e", "k", "train", 0)
     return [
         Trajectory(
-            f"{number}-{k}", f"g{number}", task, 1.0, [Segment((1,), False)],
+            f"{number}-{k}", f"g{number}", task, 1.0,
+            [Segment((1,), False), Segment((2,), True, (-0.5,), 0)],
             [Message("user", "Which is it?"), Message("assistant", answer)],
             env_reward=float(answer.startswith("right")),
         )
@@ -233,7 +234,7 @@ def test_a_critic_that_loses_or_regains_its_weight_is_said_once(chat, tmp_path):
     config = Config()
     rubric = rubric_of(prefers("right"))
     critic = Critic(rubric, chat, config)
-    members = rollouts(rubric)
+    members = [t for n in range(16) for t in judged(rubric, group(n, ["right", "wrong"]))]
     tracking = TrackingConfig(live="off", tensorboard=False)
     prepared = Preflight(config, tmp_path, chat, None, rubric, [], [], [])
     with Tracker(tmp_path, tracking, 9) as tracker:
