@@ -1,15 +1,16 @@
-"""Whether the closed loop teaches the critic: agreement with the verifier on held-out pairs, trained and frozen.
+"""Whether the closed loop teaches the critic: its agreement with the verifier on held-out pairs.
 
-A tiny random model, which a warm start has taught to say "even" or "odd" whatever the number, learns which is
-right, and to judge which of two of its own answers is. Tasks of a quarter of all numbers are held out: on pairs
-of its answers to those it is examined in each step, before it trains. A run with the same seed whose critic is
-not trained (its policy is) is the one beside it. Both are `k2rl train`, with the real vLLM.
+A tiny random model, which a warm start has taught to answer a guest with one of eight words, learns which of
+them are polite, and to judge which of two of its own answers is. A quarter of the guests are held out: on pairs
+of its answers to those it is examined in each step, before it trains. The frozen critic is the one that the
+first step examines. Each seed is a `k2rl train`, with the real vLLM.
 
     make bench-critic
-    make bench-critic ARGS="--seeds 1 --steps 12"
+    make bench-critic ARGS="--seeds 0 --steps 12"
+    make bench-critic ARGS="--control"    beside each, the same run with a critic that is not trained
 
-Writes outputs/benchmarks/self_critique-*/result.json; exits with 1 if agreement rose by less than 0.15 over the
-frozen critic's, or over chance, for any seed.
+Writes outputs/benchmarks/self_critique-*/result.json; exits with 1 if agreement rose by less than 0.15 over
+the frozen critic's, or over chance, for any seed.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from k2rl.tracking.metrics import read_metrics
 
 RISE = 0.15
 CHANCE = 0.5
-LAST = 5
+LAST = 3
 """Steps at the end whose pairs count together."""
 SETTINGS = (
-    *("model=tiny", "env.id=parity_env:Parity", "env.max_turns=1", "env.eval_tasks=16"),
+    *("model=tiny", "env.id=polite_env:Polite", "env.max_turns=1", "env.eval_tasks=16"),
     *("rubric=self_critique", "rubric.kwargs.rubrics=[correctness]", "rubric.kwargs.brief=true"),
-    *("rubric.critic_examined=64", "rubric.critic_updates=8"),
+    *("rubric.critic_examined=32", "rubric.critic_updates=8"),
     *("rollout.tasks_per_step=96", "rollout.group_size=4", "rollout.max_tokens_per_turn=4"),
     *("budget.default=4", "budget.penalty=0", "temperature=constant", "ptx=none"),
-    *("optimizer=adamw", "optimizer.lr=1e-3"),
-    *("warm_start.steps=30", "warm_start.demos_per_step=32", "warm_start.lr=3e-3"),
+    *("optimizer=adamw", "optimizer.lr=3e-3", "train.num_threads=1"),
+    *("warm_start.steps=20", "warm_start.demos_per_step=16", "warm_start.lr=3e-3"),
     *("inference.max_model_len=256", "inference.kv_cache_gib=0.25", "train.checkpoint_every=0"),
     *("tracking.live=off", "tracking.tensorboard=false", "tracking.record_rollouts=false"),
 )
@@ -54,11 +55,13 @@ def run(seed: int, steps: int, examples: int, folder: Path) -> dict[str, float]:
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     rows = read_metrics(folder)
-    last = [row for row in rows[-LAST:] if row["critic/examined"]]
+    # Once the policy is right in all of its answers, there are no pairs any more.
+    last = [row for row in rows[1:] if row["critic/examined"]][-LAST:]
     pairs = sum(row["critic/examined"] for row in last)
     biases = sorted({name for row in rows for name in row if name.startswith("critic/bias/")})
     return {
         "agreement_first": rows[0]["critic/agreement"],
+        "pairs_first": rows[0]["critic/examined"],
         "agreement": sum(row["critic/agreement"] * row["critic/examined"] for row in last) / max(1, pairs),
         "pairs": pairs,
         "reward_first": rows[0]["reward/mean"],
@@ -72,32 +75,34 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--examples", type=int, default=128, help="judgements imitated in a step (128)")
+    parser.add_argument("--control", action="store_true", help="also run with a critic that is not trained")
     arguments = parser.parse_args()
     folder = Path("outputs/benchmarks") / f"self_critique-{datetime.now():%Y-%m-%d_%H-%M-%S}"
     found, began, reached = [], time.monotonic(), True
-    for seed in range(arguments.seeds):
-        sides = {
-            name: run(seed, arguments.steps, examples, folder / f"seed-{seed}-{name}")
-            for name, examples in (("frozen", 0), ("trained", arguments.examples))
-        }
-        found.append({"seed": seed, **sides})
-        frozen, trained = sides["frozen"]["agreement"], sides["trained"]["agreement"]
-        rise = trained - max(frozen, CHANCE)
+    for seed in arguments.seeds:
+        trained = run(seed, arguments.steps, arguments.examples, folder / f"seed-{seed}")
+        found.append({"seed": seed, **trained})
+        rise = trained["agreement"] - max(trained["agreement_first"], CHANCE)
         reached &= rise >= RISE
-        print(
-            f"seed {seed}: frozen {frozen:.3f} ({sides['frozen']['pairs']:.0f} pairs), trained {trained:.3f} "
-            f"({sides['trained']['pairs']:.0f}), rise {rise:+.3f}; at its first step "
-            f"{sides['trained']['agreement_first']:.3f}; reward {sides['trained']['reward_first']:.2f} -> "
-            f"{sides['trained']['reward']:.2f}; {sides['frozen']['seconds']:.0f} and "
-            f"{sides['trained']['seconds']:.0f} s",
-            flush=True,
-        )
+        print(f"seed {seed}: {_told(trained)}; rise {rise:+.3f}", flush=True)
+        if arguments.control:
+            control = run(seed, arguments.steps, 0, folder / f"seed-{seed}-control")
+            found.append({"seed": seed, "control": 1, **control})
+            print(f"  not trained: {_told(control)}", flush=True)
+        (folder / "result.json").write_text(json.dumps(found, indent=1))
     print(f"{time.monotonic() - began:.0f} s in all")
-    (folder / "result.json").write_text(json.dumps(found, indent=1))
     return int(not reached)
+
+
+def _told(side: dict[str, float]) -> str:
+    return (
+        f"agreement {side['agreement_first']:.3f} ({side['pairs_first']:.0f} pairs) -> "
+        f"{side['agreement']:.3f} ({side['pairs']:.0f}), reward {side['reward_first']:.2f} -> {side['reward']:.2f}, "
+        f"{side['seconds']:.0f} s"
+    )
 
 
 if __name__ == "__main__":

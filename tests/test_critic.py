@@ -15,8 +15,8 @@ from k2rl.models.hub import resolve_model
 from k2rl.preflight import Preflight
 from k2rl.run import Rollouts, Run
 from k2rl.tracking.tracker import Tracker
-from k2rl.types import Message, Segment, Task, Trajectory, Verdict
 from k2rl.training.supervised import PTXCorpus
+from k2rl.types import Message, Segment, Task, Trajectory, Verdict
 from rubrics.critics.self_critique import SelfCritique
 from rubrics.environment import EnvironmentReward
 from rubrics.groups import judge_group_safely
@@ -157,9 +157,7 @@ def test_every_taught_pair_is_shown_in_both_orders_and_dealt_out_to_the_updates(
     assert max(map(len, batches)) - min(map(len, batches)) <= 1
     shown = [example for batch in batches for example in batch]
     assert sorted(example.id for example in shown) == sorted(f"critic-{task}" for task in taught * 2)
-    said = [
-        chat.decode([t for t, loss in zip(e.token_ids, e.loss_mask, strict=True) if loss]) for e in shown
-    ]
+    said = [chat.decode([t for t, loss in zip(e.token_ids, e.loss_mask, strict=True) if loss]) for e in shown]
     assert said.count("A") == said.count("B") == len(taught)
     config.rubric.critic_updates = 1000  # more than there are judgements
     assert [len(batch) for batch in critic.judgements(pairs, seed=1)] == [1] * len(shown)

@@ -132,7 +132,7 @@ def grouped_charts(run: Run) -> list[Figure]:
         "critic/agreement_smoothed": "over the steps",
         "critic/trust": "share of its weight",
     }
-    agreement = "How often the critic agrees with the verifier (0.5 is chance), and what its reward counts for."
+    agreement = "How often critic and verifier agree (0.5 is chance), and what its reward counts for."
     bias = "How much more often than half the same answer wins with such an addition; 0 is none."
     figures = [
         *([lines_chart(run, "Training reward by task kind", "", kinds)] if len(kinds) > 1 else []),

@@ -42,8 +42,8 @@ class Pairwise(CriteriaRubric):
         field: str = "rubric",
         seed: int = 0,
     ) -> None:
-        """Groups of `full_up_to` play every pair, larger ones a Swiss tournament. A pair that is a tie is shown
-        up to `repeats` times (to a model that gives one answer to one question, that changes nothing).
+        """Groups of `full_up_to` play every pair, larger ones a Swiss tournament. A pair that is a tie is
+        shown up to `repeats` times (to a model that gives one answer to one question, that changes nothing).
 
         `brief`: names of criteria, and a word for a verdict, for models that are too weak to follow
         instructions, give reasons and repeat a token.

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from k2rl.types import Evidence, Trajectory, Verdict
 from rubrics.answers import final_text
 from rubrics.asking import Reply, ask
-from rubrics.critics.base import ModelJudge
 from rubrics.criteria import Criteria, Criterion, check, from_task, load
+from rubrics.critics.base import ModelJudge
 from rubrics.injection import without_injections
 
 OVERALL = ["1", "2", "3", "4", "5", "6", "7", "8", "9", "10"]

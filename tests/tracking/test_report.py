@@ -203,7 +203,11 @@ def test_what_is_known_of_a_critic_is_shown_beside_the_reward(tmp_path: Path) ->
         assert part in text
     assert "Bias probes of the critic" in text
     assert "over the steps" not in text.split("Critic and verifier")[1].split("Bias probes")[0]
-    titles = [title for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL) for title in ET.fromstring(svg).itertext()]
+    titles = [
+        title
+        for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+        for title in ET.fromstring(svg).itertext()
+    ]
     for shown in (
         "held-out pairs of the step, step 3: 0.800",
         "share of its weight, step 3: 1.000",
