@@ -31,10 +31,10 @@ CHANCE = 0.5
 LAST = 3
 """Steps at the end whose pairs count together."""
 SETTINGS = (
-    *("model=tiny", "env.id=polite_env:Polite", "env.max_turns=1", "env.eval_tasks=16"),
+    *("model=tiny", "env.id=polite_env:Polite", "env.max_turns=1", "env.eval_tasks=8"),
     *("rubric=self_critique", "rubric.kwargs.rubrics=[correctness]", "rubric.kwargs.brief=true"),
-    *("rubric.critic_examined=32", "rubric.critic_updates=8"),
-    *("rollout.tasks_per_step=96", "rollout.group_size=4", "rollout.max_tokens_per_turn=4"),
+    *("rubric.critic_examined=32", "rubric.critic_updates=9"),
+    *("rollout.tasks_per_step=120", "rollout.group_size=3", "rollout.max_tokens_per_turn=4"),
     *("budget.default=4", "budget.penalty=0", "temperature=constant", "ptx=none"),
     *("optimizer=adamw", "optimizer.lr=3e-3", "train.num_threads=1"),
     *("warm_start.steps=20", "warm_start.demos_per_step=16", "warm_start.lr=3e-3"),
@@ -76,8 +76,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--examples", type=int, default=128, help="judgements imitated in a step (128)")
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--examples", type=int, default=160, help="judgements imitated in a step (160)")
     parser.add_argument("--control", action="store_true", help="also run with a critic that is not trained")
     arguments = parser.parse_args()
     folder = Path("outputs/benchmarks") / f"self_critique-{datetime.now():%Y-%m-%d_%H-%M-%S}"
@@ -98,11 +98,9 @@ def main() -> int:
 
 
 def _told(side: dict[str, float]) -> str:
-    return (
-        f"agreement {side['agreement_first']:.3f} ({side['pairs_first']:.0f} pairs) -> "
-        f"{side['agreement']:.3f} ({side['pairs']:.0f}), reward {side['reward_first']:.2f} -> {side['reward']:.2f}, "
-        f"{side['seconds']:.0f} s"
-    )
+    first, last = (f"{side[f'agreement{at}']:.3f} ({side[f'pairs{at}']:.0f} pairs)" for at in ("_first", ""))
+    reward = f"{side['reward_first']:.2f} -> {side['reward']:.2f}"
+    return f"agreement {first} -> {last}, reward {reward}, {side['seconds']:.0f} s"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ Names are `group/name`. Those that the live view, the summary and the report loo
 | `qk_clip/layer_<n>/max_logit`, `…/mean_logit` | the same for each layer |
 | `qk_clip/clipped_share` | share of heads that were clipped after the step |
 | `mismatch/mean_abs_gap`, `mismatch/max_abs_gap` | trainer against vLLM log-probs, in nats |
-| `critic/agreement`, `critic/agreement_smoothed` | critic and verifier, on the step's held-out pairs; smoothed |
+| `critic/agreement`, `critic/agreement_smoothed` | with the verifier, on held-out pairs; smoothed |
 | `critic/trust` | share of its weight that the critic's reward has |
 | `critic/bias/<probe>` | how much more often than half an answer wins for what the probe adds |
 | `time/<phase>_s`, `time/step_s` | seconds of each phase and of the step; added by the tracker |
