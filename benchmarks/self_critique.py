@@ -1,9 +1,9 @@
 """Whether the closed loop teaches the critic: its agreement with the verifier on held-out pairs.
 
 A tiny random model, which a warm start has taught to answer a guest with one of eight words, learns which of
-them are polite, and to judge which of two of its own answers is. A quarter of the guests are held out: on pairs
-of its answers to those it is examined in each step, before it trains. The frozen critic is the one that the
-first step examines. Each seed is a `k2rl train`, with the real vLLM.
+them are polite, and to judge which of two of its own answers is. A quarter of the guests are held out: on
+pairs of its answers to those it is examined in each step, before it trains. The frozen critic is the one that
+the first step examines. Each seed is a `k2rl train`, with the real vLLM.
 
     make bench-critic
     make bench-critic ARGS="--seeds 0 --steps 12"
