@@ -54,7 +54,7 @@ class FillCache:
             cache.fill_(0)
 
 
-async def generate(engine: InferenceEngine, seed: int) -> None:
+async def generate(engine: InferenceEngine, seed: int, sequences: int) -> None:
     """As episodes do: batches of every size, from full to empty."""
     rng = random.Random(seed)
 
@@ -62,7 +62,7 @@ async def generate(engine: InferenceEngine, seed: int) -> None:
         prompt = [rng.randrange(5, 200) for _ in range(rng.randint(20, 120))]
         await engine.generate(prompt, Sampling(1.0, rng.randint(1, 24), number))
 
-    await asyncio.gather(*(sample(number) for number in range(128)))
+    await asyncio.gather(*(sample(number) for number in range(sequences)))
 
 
 def memcpy_gbps(nbytes: int) -> float:
@@ -76,7 +76,7 @@ def memcpy_gbps(nbytes: int) -> float:
     return nbytes / median(seconds) / 1e9
 
 
-async def play(model: str, rounds: int, offload: Path | None) -> None:
+async def play(model: str, rounds: int, sequences: int, offload: Path | None) -> None:
     path, dtype = resolve_model(model), fast_dtype(gpu=False)
     config = InferenceConfig(
         kv_cache_gib=KV_GIB, engine_args={"worker_extension_cls": "memory_swap.FillCache"}
@@ -111,7 +111,7 @@ async def play(model: str, rounds: int, offload: Path | None) -> None:
             sender.unload()
             trainer.offload()
             trim()
-            await generate(engine, number)
+            await generate(engine, number, sequences)
             await engine._llm.collective_rpc("fill_cache")
             serving, base = await engine.resident_memory()
             trainer_idle = resident()
@@ -129,6 +129,7 @@ async def play(model: str, rounds: int, offload: Path | None) -> None:
             moved[-1] += time.perf_counter() - began
             trainer.sft_step([text])
             held.append(tuple(value / GIB for value in (base, serving, asleep, trainer_idle, resident())))
+            print(f"round {number}: {' '.join(f'{value:.2f}' for value in held[-1])} GiB", flush=True)
         first, last = held[1], held[-1]
         share = last[3] * GIB / trainer_base
         print(f"trainer before its model {trainer_base / GIB:.2f} GiB; while vLLM serves {share:.2f} of it")
@@ -156,7 +157,7 @@ async def play(model: str, rounds: int, offload: Path | None) -> None:
         engine.shutdown()
 
 
-async def play_workers(model: str, rounds: int, workers: int) -> None:
+async def play_workers(model: str, rounds: int, sequences: int, workers: int) -> None:
     """The same with the workers of a run, which measure themselves; sums over all of them."""
     changes = [f"cluster.workers={workers}", f"inference.kv_cache_gib={KV_GIB}", "optimizer.lr=1e-6"]
     config = compose([f"model.path={model}", *changes])
@@ -169,7 +170,7 @@ async def play_workers(model: str, rounds: int, workers: int) -> None:
             held: list[dict[str, float]] = []
             for number in range(rounds + 1):
                 row = await group.publish()
-                await generate(group, number)
+                await generate(group, number, sequences)
                 row |= await group.sft_step([text] * workers)
                 held.append({name: value for name, value in row.items() if name.startswith("memory/")})
         finally:
@@ -197,18 +198,19 @@ async def play_workers(model: str, rounds: int, workers: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--sequences", type=int, default=32, help="generated in a round")
     start_server()
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--offload", choices=["none", "file"], default="none")
     parser.add_argument("--workers", type=int, default=0, help="of a run, in Ray; default: none, no Ray")
     arguments = parser.parse_args()
     if arguments.workers:
-        asyncio.run(play_workers(arguments.model, arguments.rounds, arguments.workers))
+        asyncio.run(play_workers(arguments.model, arguments.rounds, arguments.sequences, arguments.workers))
         return
     # Beside the other outputs: a temporary folder may be memory.
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         offload = Path(folder) if arguments.offload == "file" else None
-        asyncio.run(play(arguments.model, arguments.rounds, offload))
+        asyncio.run(play(arguments.model, arguments.rounds, arguments.sequences, offload))
 
 
 if __name__ == "__main__":

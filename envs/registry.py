@@ -27,6 +27,7 @@ _REGISTRY: Registry[TextEnv] = Registry(
         "code_contest": "envs.coding.single_turn:ContestEnv",
         "code_debug": "envs.coding.debugging:DebugEnv",
         "code_function": "envs.coding.single_turn:CodeEnv",
+        "comparison": "envs.games.comparison:ComparisonEnv",
         "customer_service": "envs.customer_service.env:ServiceEnv",
         "gymnasium": "envs.adapters.gymnasium:GymnasiumTextEnv",
         "harbor": "envs.coding.harbor:HarborEnv",

@@ -43,6 +43,22 @@ examples:
   k2rl train resume=outputs/quickstart/2026-01-31_12-00-00
 """
 
+SFT = """\
+Train a model to imitate chats: supervised fine-tuning on the assistant's
+tokens, tool calls included. data.path is a JSONL file, a chat a line
+(docs/sft.md), or `curated`. The run's folder, outputs/sft/<time>/, gets
+report.html, summary.json, metrics, checkpoints and the model as a Hugging
+Face folder. Ctrl-C and resume= are as with `k2rl train`.
+"""
+
+SFT_EXAMPLES = """
+examples:
+  k2rl sft data.path=chats.jsonl train.steps=200 sft.lr=2e-4
+  k2rl sft model.path=HuggingFaceTB/SmolLM2-360M-Instruct data.path=chats.jsonl data.held_out=more.jsonl
+  k2rl sft experiment=tiny data.path=curated
+  k2rl sft resume=outputs/sft/2026-01-31_12-00-00
+"""
+
 EVAL = """\
 Measure a model on an environment's held-out tasks, one greedy episode a task.
 Prints the mean reward with its 95 % interval; the episodes themselves are in
@@ -125,6 +141,8 @@ EVAL_GROUPS = (
     "tracking",
 )
 
+SFT_GROUPS = ("cluster", "experiment", "model", "optimizer", "tracking", "train")
+
 PLATFORM = ("hydra", "ray", "torch", "transformers", "vllm")
 """Modules of the training platform, which a plain `pip install k2rl` leaves out."""
 
@@ -137,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.append(str(Path.cwd()))
     arguments, rest = _parser().parse_known_args(argv)
     # Overrides after an option end up in the rest; none of them starts with a dash.
-    takes_overrides = arguments.command in ("train", "eval")
+    takes_overrides = arguments.command in ("train", "sft", "eval")
     unknown = [word for word in rest if word.startswith("-") or not takes_overrides]
     if unknown:
         _parser().error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -178,6 +196,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=OVERRIDE)
     train.set_defaults(run=_train)
+
+    fine_tune = commands.add_parser(
+        "sft",
+        help="train a model to imitate chats",
+        description=SFT,
+        epilog=_choices(SFT_GROUPS) + SFT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    fine_tune.add_argument("-m", "--multirun", action="store_true", help=MULTIRUN)
+    fine_tune.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=OVERRIDE)
+    fine_tune.set_defaults(run=_fine_tune)
 
     evaluate = commands.add_parser(
         "eval",
@@ -281,6 +310,13 @@ def _train(arguments: argparse.Namespace) -> int:
         print(composition.render(arguments.overrides), end="")
         return 0
     return commands.train(arguments.overrides, arguments.multirun)
+
+
+def _fine_tune(arguments: argparse.Namespace) -> int:
+    _require("sft", tuple(module for module in PLATFORM if module != "vllm"))
+    from k2rl import commands
+
+    return commands.fine_tune(arguments.overrides, arguments.multirun)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

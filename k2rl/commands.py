@@ -1,4 +1,4 @@
-"""What `k2rl train` and `k2rl eval` do once their configuration is composed."""
+"""What `k2rl train`, `k2rl sft` and `k2rl eval` do once their configuration is composed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from k2rl import composition
+from k2rl import composition, sft
 from k2rl.config import Config
 from k2rl.errors import ConfigError, RunError
-from k2rl.launch import Interrupted, check_recordings, execute, execute_evaluation, resume_step
+from k2rl.launch import check_recordings, execute, execute_evaluation
+from k2rl.lifecycle import Interrupted, resume_step
 from k2rl.models import hub
 from k2rl.ownership import owned
 from k2rl.preflight import preflight
@@ -37,6 +38,22 @@ def train(overrides: Sequence[str], multirun: bool) -> int:
                 resume_step(prepared)
                 check_recordings(prepared)
     return composition.run_jobs(overrides, multirun, _reporting_errors(_train))
+
+
+def fine_tune(overrides: Sequence[str], multirun: bool) -> int:
+    """As `train`, with chats to imitate in place of rollouts.
+
+    Raises:
+        ConfigError: one line; nothing was started.
+    """
+    _quiet()
+    overrides = composition.resumed(overrides, multirun)
+    if not any(override.startswith("name=") for override in overrides):
+        overrides = ["name=sft", *overrides]
+    with _checking():
+        for job in composition.jobs(overrides, multirun):
+            resume_step(sft.prepare(composition.compose(job)))
+    return composition.run_jobs(overrides, multirun, _reporting_errors(_fine_tune))
 
 
 def evaluate(overrides: Sequence[str]) -> int:
@@ -65,6 +82,16 @@ def _train(config: Config, run_dir: Path) -> None:
     for name, result in (("before RL", summary.eval_before), ("after RL", summary.eval_after)):
         if result is not None and result.reward is not None and result.ci95 is not None:
             _say(f"{name:<10} held-out reward {_estimate(result.reward, result.ci95)}, n={result.n}")
+
+
+def _fine_tune(config: Config, run_dir: Path) -> None:
+    record = partial(composition.record, config, composition.own_overrides(), run_dir)
+    summary = sft.execute(sft.prepare(config), run_dir, record)
+    _say(f"report:  {run_dir / 'report.html'}")
+    _say(f"summary: {run_dir / 'summary.json'}")
+    _say(f"model:   {run_dir / 'model'}")
+    if summary.nll_before is not None and summary.nll_after is not None:
+        _say(f"held-out NLL {summary.nll_before:.3f} -> {summary.nll_after:.3f} nats a token")
 
 
 def _evaluate(config: Config, run_dir: Path) -> None:

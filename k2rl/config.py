@@ -218,6 +218,9 @@ class OptimizerConfig:
     #: QK-Clip's tau (K2: 100): after each update, heads whose attention logits went above it are scaled down.
     #: 0: off. Not for models that normalise queries and keys.
     qk_clip: float = 0.0
+    #: By how much the biases of routers move in a step, towards experts that are less busy (DeepSeek V3:
+    #: 0.001); 0: they stay. For models with `e_score_correction_bias`.
+    router_bias_rate: float = 0.0
 
 
 @dataclass
@@ -226,9 +229,42 @@ class PTXConfig:
     weight: float = 0.1
     #: Curated sequences per step.
     sequences_per_step: int = 4
-    #: JSONL file of chats (`{"messages": [...]}` a line), or `curated` for the shipped set. A chat may have
-    #: `train.micro_batch_tokens` at most.
+    #: JSONL file of chats (docs/sft.md), or `curated` for the shipped set. A chat may have
+    #: `train.micro_batch_tokens` at most, and nothing of an evaluation task in it.
     path: str = "curated"
+
+
+@dataclass
+class ScheduleConfig:
+    #: `constant`, `linear` or `cosine`: how the learning rate falls to its end.
+    name: str = "constant"
+    #: Steps in which it rises from 0.
+    warmup_steps: int = 0
+    #: Share of the steps after which it begins to fall; until then it stays at its peak.
+    decay_from: float = 0.0
+    #: What the last step has of it, as a share.
+    end: float = 0.1
+
+
+@dataclass
+class DataConfig:
+    #: Of `k2rl sft`: JSONL file of chats, `{"messages": [...], "tools": [...]}` a line (docs/sft.md), or
+    #: `curated` for the shipped chats. A chat may have `train.micro_batch_tokens` at most.
+    path: str | None = None
+    #: Another such file, of chats to evaluate on; null: a share of the first one is held out.
+    held_out: str | None = None
+    #: Share of the chats in `data.path` that is held out, below 1; equal chats are on the same side. 0: none.
+    held_out_share: float = 0.1
+
+
+@dataclass
+class SFTConfig:
+    #: Chats of a step.
+    chats_per_step: int = 16
+    #: Peak of the learning rate, for both parts of the optimizer.
+    lr: float = 1e-4
+    #: How it rises and falls.
+    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig("cosine"))
 
 
 @dataclass
@@ -237,15 +273,20 @@ class WarmStartConfig:
     steps: int = 0
     #: Demonstrations per step.
     demos_per_step: int = 16
-    #: Learning rate of the warm start.
+    #: Different demonstrations, gone through as often as the steps need, shuffled anew each time; 0: every
+    #: step has new ones.
+    demonstrations: int = 0
+    #: Learning rate of the warm start, its peak.
     lr: float = 1e-4
+    #: How it rises and falls.
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     #: Task kinds to demonstrate; empty means all.
     kinds: list[str] = field(default_factory=list)
 
 
 @dataclass
 class TrainConfig:
-    #: RL steps (one rollout batch each).
+    #: RL steps (one rollout batch each), or those of `k2rl sft` (`sft.chats_per_step` chats each).
     steps: int = 15
     #: Optimizer updates per rollout batch.
     updates_per_step: int = 1
@@ -256,7 +297,7 @@ class TrainConfig:
     checkpoint_every: int = 5
     #: How many checkpoints are kept: should the newest be damaged on disk, the one before it is resumed.
     keep_checkpoints: int = 2
-    #: Evaluate on the held-out tasks every so many steps; 0: only before and after.
+    #: Evaluate on the held-out tasks, or chats, every so many steps; 0: only before and after.
     eval_every: int = 0
     #: CPU threads of the trainer; 0 means all cores of the machine.
     num_threads: int = 0
@@ -434,6 +475,8 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ptx: PTXConfig = field(default_factory=PTXConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     checkpoint_engine: CheckpointEngineConfig = field(default_factory=CheckpointEngineConfig)

@@ -54,6 +54,8 @@ DEVICE_BOUNDS = {
     "push_ms": FROM_0,
 }
 
+SCHEDULE_BOUNDS = {"warmup_steps": FROM_0, "decay_from": SHARE, "end": SHARE}
+
 BOUNDS = {
     "env.eval_tasks": FROM_1,
     "env.max_turns": FROM_1,
@@ -104,11 +106,18 @@ BOUNDS = {
     "optimizer.eps": ABOVE_0,
     "optimizer.max_grad_norm": FROM_0,
     "optimizer.qk_clip": FROM_0,
+    "optimizer.router_bias_rate": FROM_0,
     "ptx.weight": FROM_0,
     "ptx.sequences_per_step": FROM_1,
     "warm_start.steps": FROM_0,
     "warm_start.demos_per_step": FROM_1,
+    "warm_start.demonstrations": FROM_0,
     "warm_start.lr": ABOVE_0,
+    **{f"warm_start.schedule.{name}": bound for name, bound in SCHEDULE_BOUNDS.items()},
+    "data.held_out_share": Bound(0, 1, open_high=True),
+    "sft.chats_per_step": FROM_1,
+    "sft.lr": ABOVE_0,
+    **{f"sft.schedule.{name}": bound for name, bound in SCHEDULE_BOUNDS.items()},
     "train.steps": FROM_1,
     "train.updates_per_step": FROM_1,
     "train.micro_batch_tokens": FROM_1,
@@ -140,6 +149,8 @@ BOUNDS = {
     "seed": Bound(0, 2**32 - 1),  # what NumPy takes
 }
 
+SCHEDULES = ("constant", "linear", "cosine")
+
 CHOICES = {
     "model.dtype": ("auto", "bfloat16", "float32"),
     "rollout.sampling": ("stream", "prioritised", "curriculum"),
@@ -152,6 +163,8 @@ CHOICES = {
     "objective.average_over": (None, "tokens", "sequences", "sums"),
     "objective.correction": (None, "truncated", "masked"),
     "optimizer.name": ("muon", "adamw"),
+    "warm_start.schedule.name": SCHEDULES,
+    "sft.schedule.name": SCHEDULES,
     "train.offload": ("none", "file", "host"),
     "train.gradients": ("drop", "keep", "offload"),
     "inference.running_requests": ("keep", "abort"),

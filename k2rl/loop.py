@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from statistics import fmean
 
+from k2rl.checkpointed import uninterrupted
 from k2rl.config import Config
 from k2rl.errors import RunError
 from k2rl.objective.advantages import group_advantages, is_uniform
 from k2rl.objective.temperature import temperature_at
 from k2rl.rollouts.groups import learnable, rewards_of
 from k2rl.rollouts.scheduler import check_failures
-from k2rl.run import Rollouts, Run, uninterrupted
+from k2rl.run import Rollouts, Run
 from k2rl.seeds import derive_seed
 from k2rl.tracking import phases
 from k2rl.training.batch import BatchTotals, SupervisedSequence, TrainSequence, num_sampled
@@ -77,7 +78,8 @@ async def _learned(run: Run, step: int, rollouts: Rollouts) -> dict[str, float]:
             ptx, temperature = run.ptx.sample(step), rollouts.trajectories[0].temperature
             learned = await run.worker.policy_step(groups, config, temperature, ptx, totals)
         if judgements:
-            imitated = [await run.worker.sft_step(batch) for batch in judgements]
+            lr = config.optimizer.lr
+            imitated = [await run.worker.sft_step(batch, lr) for batch in judgements]
             learned["critic/loss"] = fmean(each["loss"] for each in imitated)
     if learned:
         published = {}

@@ -17,7 +17,7 @@ from envs.agents import AgentEnv
 from envs.base import TextEnv
 from k2rl.checkpoint_engine.disk import checkpoint_manifest
 from k2rl.checkpoint_engine.plan import RING_SLOTS, PlanError, fit_bucket
-from k2rl.config import Config
+from k2rl.config import Config, ScheduleConfig
 from k2rl.config_check import check
 from k2rl.errors import ConfigError
 from k2rl.hardware import fast_dtype
@@ -32,8 +32,8 @@ from k2rl.rollouts.episode import EpisodeLimits
 from k2rl.rollouts.hosting import CLOSE_DEADLINE_S, call, hosted
 from k2rl.seeds import derive_seed
 from k2rl.training.batch import SupervisedSequence
-from k2rl.training.chats import load_chats
-from k2rl.training.supervised import chat_sequence, demonstration_sequence
+from k2rl.training.decontamination import find_overlap
+from k2rl.training.supervised import Corpus, demonstration_sequence, load_sequences
 from k2rl.types import Message, Split, Task, Trajectory
 from rubrics.base import Rubric
 from rubrics.deadline import MissedDeadlineError, within
@@ -131,6 +131,12 @@ def preflight(config: Config, training: bool = True) -> Preflight:
         ConfigError: one line that says what is wrong and how to mend it.
     """
     check(config)
+    if config.data.path is not None:
+        raise ConfigError(
+            f"data.path={config.data.path} is what `k2rl sft` imitates; `k2rl train` and `k2rl eval` know "
+            "ptx.path and warm_start"
+        )
+    check_warm_up("warm_start", config.warm_start.schedule, config.warm_start.steps)
     check_engine_args(config.inference.engine_args)
     env = envs.registry.make(config.env.id, **config.env.kwargs)
     _check_kinds(config, env)
@@ -143,9 +149,7 @@ def preflight(config: Config, training: bool = True) -> Preflight:
     model_path = resolve_model(config.model.path)
     _check_push_memory(config, model_path)
     if training:
-        model = check_attention_config(model_path)
-        if config.optimizer.qk_clip:
-            head_rows((tensor.name for tensor in checkpoint_manifest(model_path, 1).tensors), model)
+        check_trainable(config, model_path)
     chat = ChatTemplate.from_pretrained(model_path)
     prepared = Preflight(config, model_path, chat, env, rubric, [], [], [])
     try:
@@ -154,6 +158,29 @@ def preflight(config: Config, training: bool = True) -> Preflight:
         prepared.close()
         raise
     return prepared
+
+
+def check_trainable(config: Config, model_path: Path) -> None:
+    """Whether the trainer knows the model's attention.
+
+    Raises:
+        ConfigError: it does not, or QK-Clip does not.
+    """
+    model = check_attention_config(model_path)
+    if config.optimizer.qk_clip:
+        head_rows((tensor.name for tensor in checkpoint_manifest(model_path, 1).tensors), model)
+
+
+def check_warm_up(key: str, schedule: ScheduleConfig, steps: int) -> None:
+    """Whether a learning rate ever reaches its peak.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if 0 < steps < schedule.warmup_steps:
+        raise ConfigError(
+            f"{key}.schedule.warmup_steps={schedule.warmup_steps} is more than there are steps ({steps})"
+        )
 
 
 def _check_push_memory(config: Config, model_path: Path) -> None:
@@ -181,7 +208,7 @@ async def _look(prepared: Preflight, training: bool) -> None:
     if training:
         await prepared.train_tasks(1)
         prepared.warm_start = await _warm_start(prepared)
-        prepared.ptx = _ptx(config, prepared.chat)
+        prepared.ptx = _ptx(config, prepared.chat, prepared.eval_tasks)
 
 
 def _check_kinds(config: Config, env: TextEnv) -> None:
@@ -250,7 +277,8 @@ async def _rehearse(prepared: Preflight) -> None:
 async def _warm_start(prepared: Preflight) -> list[list[SupervisedSequence]]:
     """The warm start's batches of demonstrations, drawn from the training tasks of the chosen kinds."""
     config, settings = prepared.config, prepared.config.warm_start
-    size, wanted = settings.demos_per_step, settings.steps * settings.demos_per_step
+    size, needed = settings.demos_per_step, settings.steps * settings.demos_per_step
+    wanted = min(needed, settings.demonstrations or needed)
     if not wanted:
         return []
     draws = DRAWS_PER_DEMONSTRATION * wanted
@@ -263,7 +291,10 @@ async def _warm_start(prepared: Preflight) -> list[list[SupervisedSequence]]:
             "demonstrations, or warm_start=none"
         )
     sequences = [demonstration_sequence(await _demonstrated(prepared, task)) for task in tasks]
-    return [sequences[start : start + size] for start in range(0, len(sequences), size)]
+    if wanted < needed:
+        corpus = Corpus(sequences, size, config.seed)
+        return [corpus.sample(step) for step in range(1, settings.steps + 1)]
+    return [sequences[start : start + size] for start in range(0, needed, size)]
 
 
 async def _demonstrated(prepared: Preflight, task: Task) -> Trajectory:
@@ -311,17 +342,15 @@ async def _asked(config: Config, what: str, work: Coroutine[Any, Any, T]) -> T:
         raise ConfigError(f"environment {config.env.id!r} fails {what}: {reason}") from error
 
 
-def _ptx(config: Config, chat: ChatTemplate) -> list[SupervisedSequence]:
+def _ptx(config: Config, chat: ChatTemplate, eval_tasks: Sequence[Task]) -> list[SupervisedSequence]:
     if config.ptx.weight == 0:
         return []
-    limit, sequences = config.train.micro_batch_tokens, []
-    for number, messages in enumerate(load_chats(config.ptx.path), start=1):
-        name = f"{config.ptx.path}, chat {number}"
-        sequence = chat_sequence(messages, chat, name)
-        if len(sequence.token_ids) > limit:
-            raise ConfigError(
-                f"{name}: {len(sequence.token_ids)} tokens are more than train.micro_batch_tokens={limit}; "
-                "shorten the chat or raise the limit"
-            )
-        sequences.append(sequence)
+    sequences = load_sequences(config.ptx.path, "ptx.path", chat, config.train.micro_batch_tokens)
+    overlap = find_overlap([chat.decode(sequence.token_ids) for sequence in sequences], eval_tasks)
+    if overlap is not None:
+        index, task, words = overlap
+        raise ConfigError(
+            f"{sequences[index].id} holds a part of evaluation task {task.id}: {words!r}; leave the chat "
+            "out, or what is measured is learned by heart"
+        )
     return sequences

@@ -200,7 +200,8 @@ class Recorder:
         self.calls.append(("policy", len(groups)))
         return {"loss": 1.0}
 
-    async def sft_step(self, batch):
+    async def sft_step(self, batch, lr):
+        assert lr == Config().optimizer.lr
         self.calls.append(("imitated", len(batch)))
         return {"loss": float(len(batch))}
 

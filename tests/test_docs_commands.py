@@ -13,10 +13,11 @@ from shutil import which
 
 import pytest
 
+from k2rl import sft
 from k2rl.composition import compose
 from k2rl.preflight import preflight
 from tests.conftest import ROOT
-from tests.integration.conftest import MULTIRUN
+from tests.integration.test_tiny_run import MULTIRUN
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -49,6 +50,11 @@ QUICK: dict[str, Callable[[Path, str], None]] = {
     "k2rl envs check guess:GuessEnv": _says("guess:GuessEnv: no fault"),
     "k2rl envs new my_envs": _says("k2rl envs check my_envs"),
 }
+#: Train a tiny model for real; tests/integration/test_sft_run.py does more of it. Here their checks are made.
+FINE_TUNED = [
+    "k2rl sft experiment=tiny data.path=curated",
+    "k2rl sft experiment=tiny data.path=chats.jsonl data.held_out_share=0.3",
+]
 #: Run by a fixture, whose folders many tests look at.
 ELSEWHERE = [MULTIRUN]
 #: Whole runs, of which only the start-up checks are made here, with a tiny model: two train a real one for
@@ -101,7 +107,17 @@ def commands() -> list[str]:
 
 
 def test_every_command_is_accounted_for() -> None:
-    listed = [*QUICK, *ELSEWHERE, *WHOLE_RUNS, *OWN_MODEL, *SERVICES, *COMPARED, *MEASURES, *MAKE]
+    listed = [
+        *QUICK,
+        *ELSEWHERE,
+        *FINE_TUNED,
+        *WHOLE_RUNS,
+        *OWN_MODEL,
+        *SERVICES,
+        *COMPARED,
+        *MEASURES,
+        *MAKE,
+    ]
     unknown = [command for command in commands() if command not in listed]
     assert not unknown, "in the docs; run it here, or list it with the reason why not"
     assert not [command for command in listed if command not in commands()], "no longer in the docs"
@@ -160,6 +176,18 @@ def test_whole_run_passes_the_start_up_checks(
     # A byte-level tokenizer makes prompts longer than the real model's context was chosen for.
     config = compose([*overrides, "model=tiny", "inference.max_model_len=4096"])
     assert preflight(config).eval_tasks
+
+
+@pytest.mark.parametrize("command", FINE_TUNED)
+def test_fine_tuning_passes_the_start_up_checks(
+    command: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, action, *overrides = shlex.split(command)
+    assert (program, action) == ("k2rl", "sft")
+    monkeypatch.chdir(folder)
+    texts = sft.prepare(compose(overrides))
+    assert texts.train
+    assert texts.held_out
 
 
 def test_make_targets_exist_and_call_what_is_there() -> None:

@@ -45,6 +45,15 @@ def test_every_environment_that_was_built_is_closed() -> None:
     assert Counting.made == Counting.closed >= 5
 
 
+def test_few_demonstrations_are_gone_through_again() -> None:
+    overrides = ["warm_start.steps=3", "warm_start.demos_per_step=4", "warm_start.demonstrations=6"]
+    with closing(prepare(*overrides)) as prepared:
+        shown = [sequence.id for batch in prepared.warm_start for sequence in batch]
+    assert [len(batch) for batch in prepared.warm_start] == [4, 4, 4]
+    assert set(shown[:6]) == set(shown[6:])
+    assert len(set(shown)) == 6
+
+
 def test_no_environment_stays_open_where_a_check_fails() -> None:
     with pytest.raises(ConfigError, match="do not fit"):
         prepare("budget.default=500")

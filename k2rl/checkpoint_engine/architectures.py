@@ -29,6 +29,8 @@ class Architecture(msgspec.Struct, frozen=True):
     dense_layers: int
     dense_width: int
     experts: int
+    #: Of them, those that a token is given to.
+    active_experts: int
     expert_width: int
     shared_experts: int
     heads: int
@@ -55,23 +57,23 @@ class Architecture(msgspec.Struct, frozen=True):
 ARCHITECTURES = {
     # 1,026.5e9 is what the model's page on Hugging Face counts; the report rounds to 1.04T.
     "kimi_k2": Architecture(
-        hidden=7168, layers=61, dense_layers=1, dense_width=18432, experts=384, expert_width=2048,
-        shared_experts=1, heads=64, vocab=163840, tp=16, published=1026.5e9,
+        hidden=7168, layers=61, dense_layers=1, dense_width=18432, experts=384, active_experts=8,
+        expert_width=2048, shared_experts=1, heads=64, vocab=163840, tp=16, published=1026.5e9,
         q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, value_dim=128,
     ),
     "deepseek_v31": Architecture(
-        hidden=7168, layers=61, dense_layers=3, dense_width=18432, experts=256, expert_width=2048,
-        shared_experts=1, heads=128, vocab=129280, tp=16, published=671e9,
+        hidden=7168, layers=61, dense_layers=3, dense_width=18432, experts=256, active_experts=8,
+        expert_width=2048, shared_experts=1, heads=128, vocab=129280, tp=16, published=671e9,
         q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, value_dim=128, mtp_layers=1,
     ),
     "qwen3_235b_a22b": Architecture(
-        hidden=4096, layers=94, dense_layers=0, dense_width=12288, experts=128, expert_width=1536,
-        shared_experts=0, heads=64, vocab=151936, tp=8, published=235e9,
+        hidden=4096, layers=94, dense_layers=0, dense_width=12288, experts=128, active_experts=8,
+        expert_width=1536, shared_experts=0, heads=64, vocab=151936, tp=8, published=235e9,
         kv_heads=4, head_dim=128, qk_norm=True, router_bias=False,
     ),
     "glm_4_5_air": Architecture(
-        hidden=4096, layers=46, dense_layers=1, dense_width=10944, experts=128, expert_width=1408,
-        shared_experts=1, heads=96, vocab=151552, tp=8, published=106e9,
+        hidden=4096, layers=46, dense_layers=1, dense_width=10944, experts=128, active_experts=8,
+        expert_width=1408, shared_experts=1, heads=96, vocab=151552, tp=8, published=106e9,
         kv_heads=8, head_dim=128, qkv_bias=True, mtp_layers=1,
     ),
 }  # fmt: skip
@@ -80,6 +82,12 @@ ARCHITECTURES = {
 def parameters(model: Architecture, mtp: bool = False) -> int:
     """Number of parameters, scales not counted."""
     return sum(math.prod(spec.shape) for spec in tensors(model, "bf16", mtp))
+
+
+def active_parameters(model: Architecture) -> int:
+    """Parameters that one token is computed with: all but those of the experts that it is not given to."""
+    idle = (model.layers - model.dense_layers) * (model.experts - model.active_experts)
+    return parameters(model) - idle * 3 * model.hidden * model.expert_width
 
 
 def tensors(model: Architecture, dtype: Dtype, mtp: bool = True) -> list[TensorSpec]:

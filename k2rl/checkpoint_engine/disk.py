@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import msgspec
 
-from k2rl.checkpoint_engine.manifest import ITEM_BYTES, Manifest, Shard, TensorSpec
+from k2rl.checkpoint_engine.manifest import FLOAT32_SUFFIX, ITEM_BYTES, Manifest, Shard, TensorSpec
 from k2rl.errors import ConfigError
 from k2rl.models.hub import index_of, weight_files
 
@@ -185,7 +185,9 @@ class CheckpointSource:
 
 def _as_read(stored: Iterable[StoredTensor], dtype: str) -> tuple[TensorSpec, ...]:
     return tuple(
-        msgspec.structs.replace(tensor.spec, dtype=dtype)
+        msgspec.structs.replace(
+            tensor.spec, dtype="float32" if tensor.spec.name.endswith(FLOAT32_SUFFIX) else dtype
+        )
         if dtype and tensor.spec.dtype in CONVERTIBLE
         else tensor.spec
         for tensor in stored

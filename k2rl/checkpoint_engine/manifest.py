@@ -23,6 +23,9 @@ ITEM_BYTES = {
     "float64": 8,
     "int64": 8,
 }
+#: What a checkpoint holds in float32 whatever its dtype: steps of a router's bias are below bfloat16's
+#: resolution.
+FLOAT32_SUFFIX = ".e_score_correction_bias"
 #: How many differences an error spells out.
 SHOWN_DIFFERENCES = 20
 

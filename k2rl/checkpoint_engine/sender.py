@@ -16,7 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from k2rl.checkpoint_engine.arena import ArenaCache
 from k2rl.checkpoint_engine.cells import Cell, CellHashes, digest_of, rows_in
 from k2rl.checkpoint_engine.copying import copies
-from k2rl.checkpoint_engine.manifest import Manifest, Shard, TensorSpec
+from k2rl.checkpoint_engine.manifest import FLOAT32_SUFFIX, Manifest, Shard, TensorSpec
 from k2rl.checkpoint_engine.messages import (
     SENDER,
     Address,
@@ -82,7 +82,7 @@ class TensorSource:
         self._local: dict[str, tuple[Tensor, int]] = {}
         for name, tensor in named_tensors:
             kind = str(tensor.dtype).removeprefix("torch.")
-            if dtype is not None and tensor.is_floating_point():
+            if dtype is not None and tensor.is_floating_point() and not name.endswith(FLOAT32_SUFFIX):
                 kind = dtype
             spec = TensorSpec(name, kind, tuple(tensor.shape))
             local, first = _local_rows(name, tensor.detach())

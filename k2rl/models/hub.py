@@ -43,8 +43,8 @@ def resolve_model(path: str) -> Path:
     """The folder of the checkpoint that `model.path` names, ready for `from_pretrained` and for vLLM.
 
     Args:
-        path: a built-in name (`smollm2-135m`, `tiny-qwen3`, `tiny-llama-untied`, `tiny-deepseek`), a folder,
-            or a hub id `org/name`.
+        path: a built-in name (`smollm2-135m`, `tiny-qwen3`, `tiny-llama-untied`, `tiny-deepseek`, `k2-mini`),
+            a folder, or a hub id `org/name`.
 
     Raises:
         ConfigError: one line that says why there is no model to be had.
@@ -291,4 +291,5 @@ BUILT_IN: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
     "tiny-qwen3": ("tiny-qwen3-r1", _make_tiny("tiny-qwen3")),
     "tiny-llama-untied": ("tiny-llama-untied-r1", _make_tiny("tiny-llama-untied")),
     "tiny-deepseek": ("tiny-deepseek-r1", _make_tiny("tiny-deepseek")),
+    "k2-mini": ("k2-mini-r1", _make_tiny("k2-mini")),
 }

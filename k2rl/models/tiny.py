@@ -82,6 +82,16 @@ DEEPSEEK: dict[str, Any] = {
     "scoring_func": "sigmoid",
 }
 
+# Kimi K2 in miniature: one dense layer, then routed experts of which few work at a time, and a shared one.
+# Its routers' biases begin at zero, as those of a model that is yet to be trained.
+K2_MINI: dict[str, Any] = {
+    **DEEPSEEK,
+    "num_hidden_layers": 4,
+    "n_routed_experts": 16,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+}
+
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of 512 tokens: any text survives the round trip."""
@@ -107,8 +117,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(name: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """The random model of that name, the same at every call: `tiny-qwen3`, `tiny-llama-untied`
-    or `tiny-deepseek`.
+    """The random model of that name, the same at every call: `tiny-qwen3`, `tiny-llama-untied`,
+    `tiny-deepseek` or `k2-mini`.
 
     Raises:
         ValueError: for another name.
@@ -132,6 +142,8 @@ def build_model(name: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMode
                     if name.endswith("e_score_correction_bias"):
                         torch.nn.init.normal_(buffer, std=0.1)  # a checkpoint's is not zero either
                 return model
+            case "k2-mini":
+                return DeepseekV3ForCausalLM(DeepseekV3Config(**shape | K2_MINI, tie_word_embeddings=False))
     raise ValueError(f"no tiny model is called {name!r}")
 
 

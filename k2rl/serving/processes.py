@@ -44,12 +44,23 @@ async def serve(
     try:
         ended = ended_by_signal()
         if ends_with_stdin:
-            stdin = sys.stdin.fileno()
-            asyncio.get_running_loop().add_reader(stdin, lambda: None if os.read(stdin, 1) else ended.set())
+            _set_at_end(ended, sys.stdin.fileno())
         say(f"{id} at {await server.start()}")
         await ended.wait()
     finally:
         await server.stop()
+
+
+def _set_at_end(ended: asyncio.Event, descriptor: int) -> None:
+    loop = asyncio.get_running_loop()
+
+    def read() -> None:
+        if not os.read(descriptor, 1):
+            # What has ended stays readable, and would be read again and again while the service closes.
+            loop.remove_reader(descriptor)
+            ended.set()
+
+    loop.add_reader(descriptor, read)
 
 
 async def serve_in_processes(commands: Sequence[Sequence[str]], say: Callable[[str], None]) -> None:

@@ -195,6 +195,8 @@ def _policy_text(metrics: Metrics) -> str:
             ("mismatch/mean_abs_gap", "log-prob gap", ".4f", " nats"),
             ("rollout/temperature", "temperature", ".2f", ""),
             ("train/loss", "loss", ".4g", ""),
+            ("sft/loss", "NLL", ".3f", ""),
+            ("eval/nll", "held-out NLL", ".3f", ""),
         )
         if name in metrics
     ]
@@ -237,8 +239,13 @@ def step_text(state: PanelState) -> str:
         parts.append(throughput)
     if episodes := _episodes_text(state.metrics):
         parts.append(f"episodes {episodes.plain}")
-    if "mismatch/mean_abs_gap" in state.metrics:
-        parts.append(f"log-prob gap {state.metrics['mismatch/mean_abs_gap']:.4f}")
+    for name, label, spec in (
+        ("mismatch/mean_abs_gap", "log-prob gap", ".4f"),
+        ("sft/loss", "NLL", ".3f"),
+        ("eval/nll", "held-out NLL", ".3f"),
+    ):
+        if name in state.metrics:
+            parts.append(f"{label} {state.metrics[name]:{spec}}")
     parts.append(f"{clock_text(state.elapsed)} elapsed")
     if state.seconds_left is not None:
         parts.append(f"{clock_text(state.seconds_left)} left")

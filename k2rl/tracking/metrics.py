@@ -11,10 +11,13 @@ Names are `group/name`. Those that the live view, the summary and the report loo
 | `rollout/context_share` | share that filled `inference.max_model_len` before it was over |
 | `rollout/tokens_per_second`, `rollout/episodes_per_second` | throughput of the rollouts |
 | `rollout/temperature` | sampling temperature |
+| `sft/loss`, `sft/tokens`, `eval/nll` | of `k2rl sft`: training and held-out NLL (nats), learned tokens |
 | `train/loss`, `train/grad_norm`, `train/lr`, `ptx/loss` | of the optimizer step |
 | `qk_clip/max_logit`, `qk_clip/mean_logit` | largest attention logit of all heads; mean of heads' largest |
 | `qk_clip/layer_<n>/max_logit`, `…/mean_logit` | the same for each layer |
 | `qk_clip/clipped_share` | share of heads that were clipped after the step |
+| `router/max_load`, `router/min_load` | busiest and idlest expert's tokens, as a multiple of an equal share |
+| `router/unused_share` | share of experts that no token has chosen |
 | `mismatch/mean_abs_gap`, `mismatch/max_abs_gap` | trainer against vLLM log-probs, in nats |
 | `critic/agreement`, `critic/agreement_smoothed` | with the verifier, on held-out pairs; smoothed |
 | `critic/trust` | share of its weight that the critic's reward has |

@@ -42,6 +42,7 @@ def render_report(run: Run) -> str:
         status=status_text(run),
         base=run.evaluations.get("base"),
         gain=report_data.rl_gain(run),
+        imitates=report_data.imitates(run),
         headline_chart=report_charts.headline_chart(run),
         tiles=tiles(run),
         reward=report_charts.reward_chart(run),
@@ -83,7 +84,7 @@ def _without_control_characters(value: object) -> object:
 def status_text(run: Run) -> str:
     """How far the run came."""
     done, planned = run.summary.steps, run.planned_steps
-    if "after" in run.evaluations:
+    if "after" in run.evaluations or (report_data.imitates(run) and done == planned):
         return f"finished after {done} steps"
     of = f" of {planned}" if planned else ""
     return f"not finished: {done}{of} steps so far"
@@ -92,12 +93,19 @@ def status_text(run: Run) -> str:
 def tiles(run: Run) -> list[tuple[str, str, str]]:
     """The run at a glance: (value, unit, label)."""
     summary = run.summary
+    imitates = report_data.imitates(run)
     shown = [
-        (f"{summary.steps}", "", "RL steps"),
+        (f"{summary.steps}", "", "supervised steps" if imitates else "RL steps"),
         (seconds_text(summary.wall_seconds), "", "in all"),
-        (f"{summary.samples_per_second:.2f}", "/s", "episodes, training included"),
-        (f"{summary.failed_episodes}", "", "failed episodes"),
     ]
+    if imitates:
+        tokens = sum(row.get("sft/tokens", 0.0) for row in run.rows)
+        shown.append((f"{tokens:,.0f}", "", "tokens learned from"))
+    else:
+        shown += [
+            (f"{summary.samples_per_second:.2f}", "/s", "episodes, training included"),
+            (f"{summary.failed_episodes}", "", "failed episodes"),
+        ]
     for name, spec, unit, label in (
         ("rollout/tokens_per_second", ",.0f", "/s", "sampled tokens in rollouts"),
         ("mismatch/mean_abs_gap", ".4f", " nats", "log-prob gap to vLLM"),

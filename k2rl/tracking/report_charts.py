@@ -104,6 +104,10 @@ _SPECS = (
     _Spec("rollout/tokens_per_second", "Rollout throughput", "Sampled tokens a second.", from_zero=True),
     _Spec("rollout/failed", "Failed episodes", "Left out of the loss and of every mean.", True, whole=True),
     _Spec("train/loss", "Policy loss", ""),
+    _Spec("sft/loss", "NLL of the chats it learns from", "Nats a token of the assistant's, in each step."),
+    _Spec("eval/nll", "Held-out NLL", "Nats a token: on chats that it never sees. It rises if it overfits."),
+    _Spec("sft/grad_norm", "Gradient norm", "Before clipping.", from_zero=True),
+    _Spec("sft/lr", "Learning rate", "As scheduled.", from_zero=True),
     _Spec("train/grad_norm", "Gradient norm", "Before clipping.", from_zero=True),
     _Spec("ptx/loss", "PTX loss", "Next-token loss on curated text: it rises if the policy forgets."),
 )

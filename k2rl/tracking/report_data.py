@@ -102,6 +102,11 @@ def evaluation_color(result: EvaluationResult) -> str:
     return f"c-{result.name}" if result.name in ("base", "before") else "c-after"
 
 
+def imitates(run: Run) -> bool:
+    """Whether it is one of `k2rl sft`, which has no rewards."""
+    return run.config.get("data", {}).get("path") is not None
+
+
 @dataclass(frozen=True)
 class Gain:
     """`after` minus `before`; `clear` if the interval leaves out 0."""

@@ -57,6 +57,9 @@ class Summary(msgspec.Struct, frozen=True, omit_defaults=False):
     env: str | None = None
     seed: int | None = None
     restarts: int = 0
+    #: Of `k2rl sft`: held-out negative log-likelihood (nats a token) of the untouched model, and the last.
+    nll_before: float | None = None
+    nll_after: float | None = None
 
 
 def summarise_run(run_dir: Path) -> Summary:
@@ -81,6 +84,10 @@ def summarise_run(run_dir: Path) -> Summary:
         env=config.get("env", {}).get("id"),
         seed=config.get("seed"),
         restarts=len(read_restarts(run_dir)),
+        nll_before=next((row["eval/nll"] for row in rows if row["step"] == 0 and "eval/nll" in row), None),
+        nll_after=next(
+            (row["eval/nll"] for row in reversed(rows) if row["step"] and "eval/nll" in row), None
+        ),
     )
 
 

@@ -88,10 +88,13 @@ class Tracker:
         self.live.progress(done, total)
 
     def step(self, step: int, metrics: Metrics) -> dict[str, float]:
-        """Record a finished step; returns its metrics with the seconds of its phases added."""
-        phases = self.timeline.of_step(step)
+        """Record a finished step; returns its metrics with the seconds of its phases added.
+
+        Those of step 0, where a run has any, are of the model before training, and take no time.
+        """
+        phases = self.timeline.of_step(step) if step else []
         times = {f"time/{name}_s": seconds for name, seconds in sum_per_phase(phases).items()}
-        complete = {**metrics, **times, "time/step_s": span(phases)}
+        complete = {**metrics, **times, **({"time/step_s": span(phases)} if step else {})}
         self._log.write(step, complete, self.timeline.elapsed)
         for sink in self._sinks:
             sink.write(step, complete)

@@ -23,8 +23,10 @@ from k2rl.objective.mismatch import Mismatch
 from k2rl.optim.muon import MuonAdamW, build_optimizer
 from k2rl.optim.qk_clip import QKClip
 from k2rl.optim.qk_rules import head_rows
+from k2rl.optim.router_balance import RouterBalance
 from k2rl.training.batch import BatchTotals, SupervisedSequence, TrainSequence
 from k2rl.training.checkpoint import FORMAT, About, read_about
+from k2rl.training.experts import unstacked
 from k2rl.training.export import export
 from k2rl.training.group import DistributedGroup, Group
 from k2rl.training.loading import check_packing, checkpoint_activations, load_causal_lm
@@ -120,6 +122,7 @@ class TrainEngine:
         self._weights = MasterWeights(self._model, self._dtype, self._group, keep_gradients)
         self._model.config.dtype = self._dtype
         self._qk_clip = self._make_qk_clip()
+        self._balance = RouterBalance(self._model, self._optimizer_config.router_bias_rate)
         self._saver = Saver(self._group)
         self._optimizer = self._fresh_optimizer(self._optimizer_config.lr)
         self._settle_state()
@@ -276,8 +279,12 @@ class TrainEngine:
             **longest(part[4] for part in parts),
         }
 
-    def sft_step(self, sequences: Sequence[SupervisedSequence]) -> dict[str, float]:
+    def sft_step(self, sequences: Sequence[SupervisedSequence], lr: float | None = None) -> dict[str, float]:
         """One supervised update on the mean negative log-likelihood of all loss tokens.
+
+        Args:
+            sequences: texts to imitate.
+            lr: learning rate from here on; None: as it was.
 
         Returns:
             `loss`, `grad_norm`, `update_rms`, `tokens`, `sequences`, `lr`, `forward_backward_s`,
@@ -289,6 +296,9 @@ class TrainEngine:
         """
         with self._step(), self._group.call():
             tokens = self._group.agreed(lambda: _loss_tokens(sequences, "loss"))
+            if lr is not None:
+                for group in self._optimizer.param_groups:
+                    group["lr"] = lr
             clock = Clock()
             batches = self._passes.pack([[sequence] for sequence in sequences])
             loss = self._passes.nll_backward(batches, sequences, 1.0, "loss", self._where)
@@ -304,6 +314,25 @@ class TrainEngine:
             "lr": self._lr,
             **longest(part[1] for part in parts),
         }
+
+    @torch.no_grad()
+    def nll(self, sequences: Sequence[SupervisedSequence]) -> dict[str, float]:
+        """How well texts are predicted; nothing is learned.
+
+        Returns:
+            `nll`, the mean negative log-likelihood of their loss tokens (nats), and `tokens`.
+
+        Raises:
+            ValueError: if there is no loss token.
+        """
+        with self._group.call():
+            tokens = self._group.agreed(lambda: _loss_tokens(sequences, "nll"))
+            self._residence.need()
+            total = 0.0
+            for batch in self._passes.pack([[sequence] for sequence in sequences]):
+                total -= float(self._passes.score(batch, 1.0).logprobs.double().sum())
+            parts = self._group.gather(total)
+        return {"nll": sum(parts) / tokens, "tokens": float(tokens)}
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[list[float]]:
@@ -328,14 +357,16 @@ class TrainEngine:
         return [everything[index] for index in range(len(sequences))]
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights to publish, or this rank's rows of them: checkpoint names, tied weights once.
+        """The weights to publish, or this rank's rows of them: checkpoint names, tied ones once, and biases.
 
         They are in the compute dtype; those of several ranks are the masters, which round to it. They can be
         read while the state is offloaded.
         """
         for name, weight in self._weights.named_weights():
             away = self._residence.away
-            yield name, on_host(weight, self._group, self._residence.readable) if away else weight
+            held = on_host(weight, self._group, self._residence.readable) if away else weight
+            yield from unstacked(self._model, name, held)
+        yield from self._balance.biases.items()
 
     def weights_source(self) -> TensorSource:
         """What this rank sends in a push; not a collective."""
@@ -376,6 +407,8 @@ class TrainEngine:
             yield f"masters/{name}", master
             for key, value in self._optimizer.state.get(master, {}).items():
                 yield f"optimizer/{name}/{key}", value
+        for name, bias in self._balance.biases.items():
+            yield f"buffers/{name}", bias
         yield "step_count", torch.tensor(self.step_count)
         yield "rng", torch.get_rng_state()
 
@@ -452,6 +485,7 @@ class TrainEngine:
         self._weights.clear_gradients()
         if self._probe:
             self._probe.take()
+        self._balance.take()
         try:
             yield
         except Exception:
@@ -480,10 +514,12 @@ class TrainEngine:
         if self._probe and self._qk_clip:
             maxima = self._group.largest(self._probe.take().cpu())
             clipped = self._qk_clip.clip(maxima.to(self._device))
+        counts = self._balance.take()
+        balanced = self._balance.update(self._group.sum(counts)) if counts.numel() else {}
         self._weights.clear_gradients()
         self._weights.publish()
         self.step_count += 1
-        return {"grad_norm": norm, "update_rms": rms, **clipped}
+        return {"grad_norm": norm, "update_rms": rms, **clipped, **balanced}
 
 
 def compute_with(threads: int) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from k2rl.checkpoint_engine.manifest import FLOAT32_SUFFIX
 from k2rl.training.checkpoint import replaced_folder
 from k2rl.training.group import Group
 from k2rl.training.loading import copy_companions
@@ -59,7 +60,7 @@ def export(
             index |= dict.fromkeys((weight for weight, _ in part), name)
             whole = {}
             for weight, tensor in part:
-                gathered = tensor.to(dtype)
+                gathered = tensor if weight.endswith(FLOAT32_SUFFIX) else tensor.to(dtype)
                 if isinstance(gathered, DTensor):
                     gathered = gathered.full_tensor()
                 if target:

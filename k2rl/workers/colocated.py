@@ -174,12 +174,18 @@ class ColocatedWorker(PushingWorker):
         self._note_holdings()
         return learned | switch | self._holdings("training")
 
-    async def sft_step(self, sequences: Sequence[SupervisedSequence]) -> dict[str, float]:
-        """See `TrainEngine.sft_step`."""
-        await self._begin_training()
-        learned = await self._train(self._trainer.sft_step, sequences)
+    async def sft_step(self, sequences: Sequence[SupervisedSequence], lr: float) -> dict[str, float]:
+        """See `TrainEngine.sft_step`; also `memory/to_training_s` after vLLM's turn."""
+        switch = await self._begin_training()
+        learned = await self._train(self._trainer.sft_step, sequences, lr)
         self._note_holdings()
-        return learned
+        return learned | switch
+
+    async def nll(self, sequences: Sequence[SupervisedSequence]) -> dict[str, float]:
+        """See `TrainEngine.nll`."""
+        scored = await self._train(self._trainer.nll, sequences)
+        await self._rest_unless_training()
+        return scored
 
     async def _begin_training(self) -> dict[str, float]:
         """Take the trainer's memory again.

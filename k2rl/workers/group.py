@@ -39,7 +39,10 @@ class WorkerGroup:
     started again, as often as `Recovery` allows; then `EngineLostError`.
     """
 
-    def __init__(self, workers: Sequence[Worker], config: Config, recovery: Recovery) -> None:
+    def __init__(
+        self, workers: Sequence[Worker], config: Config, recovery: Recovery, serves: bool = True
+    ) -> None:
+        """`serves`: whether the workers have vLLMs."""
         self._workers = list(workers)
         self._config = config
         self._recovery = recovery
@@ -48,7 +51,6 @@ class WorkerGroup:
         self.dtype = ""
         #: Whether the trainers can be asked nothing more.
         self.lost = False
-        serves = config.debug.mode != "train_only"
         leaders = workers[:: config.inference.tensor_parallel] if serves else []
         self._replicas = Replicas(
             {worker.rank: worker for worker in leaders}, config.deadlines, recovery, self._bring_up
@@ -68,7 +70,7 @@ class WorkerGroup:
         workers = [
             Worker(actor, rank, folder / log_name(rank), deadlines) for rank, actor in enumerate(actors)
         ]
-        group = cls(workers, config, recovery)
+        group = cls(workers, config, recovery, spec.serves)
         group._reserved = reserved
         try:
             await group._start(spec)
@@ -125,9 +127,14 @@ class WorkerGroup:
         batch = (groups, objective, temperature, ptx_sequences, ptx_weight, updates, totals)
         return combined(await self._all("training", "policy_step", "train_s", *batch)) | switch
 
-    async def sft_step(self, sequences: Sequence[SupervisedSequence]) -> dict[str, float]:
+    async def sft_step(self, sequences: Sequence[SupervisedSequence], lr: float) -> dict[str, float]:
+        """See `TrainEngine.sft_step`."""
         switch = await self._end_serving()
-        return combined(await self._all("imitating", "sft_step", "train_s", sequences)) | switch
+        return combined(await self._all("supervised step", "sft_step", "train_s", sequences, lr)) | switch
+
+    async def nll(self, sequences: Sequence[SupervisedSequence]) -> dict[str, float]:
+        """See `TrainEngine.nll`."""
+        return combined(await self._all("scoring held-out texts", "nll", "train_s", sequences))
 
     async def reset_optimizer(self, lr: float) -> None:
         await self._all("resetting the optimizer", "reset_optimizer", "train_s", lr)

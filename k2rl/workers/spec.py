@@ -30,7 +30,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     collective_s: float = 1800.0
     #: Without a trainer the workers serve the checkpoint as it is (evaluation alone).
     trains: bool = True
-    #: Without vLLM they train on what they are given, and publish nothing (`debug=train_only`).
+    #: Without vLLM they train on what they are given, and publish nothing (`debug=train_only`, `k2rl sft`).
     serves: bool = True
     #: Where the trainer's weights and optimizer state are while vLLM serves, see `TrainEngine`; files are
     #: beside the log.
@@ -41,10 +41,22 @@ class WorkerSpec(msgspec.Struct, frozen=True):
 
 
 def worker_spec(
-    config: Config, model_path: Path, stop_token_ids: tuple[int, ...], run_dir: Path, trains: bool = True
+    config: Config,
+    model_path: Path,
+    stop_token_ids: tuple[int, ...],
+    run_dir: Path,
+    trains: bool = True,
+    serves: bool = True,
 ) -> WorkerSpec:
-    """What a configuration says of the workers of a run in this folder; `trains`: whether it is not only
-    evaluated.
+    """What a configuration says of the workers of a run in this folder.
+
+    Args:
+        config: of the run.
+        model_path: its model.
+        stop_token_ids: that end a turn.
+        run_dir: its folder.
+        trains: False where it is only evaluated.
+        serves: False where nothing is sampled.
     """
     return WorkerSpec(
         model_path=str(model_path),
@@ -61,7 +73,7 @@ def worker_spec(
         # Ranks that wait for one that hangs name it before the driver's own deadline has passed.
         collective_s=0.9 * config.deadlines.train_s,
         trains=trains and config.debug.mode != "rollout_only",
-        serves=config.debug.mode != "train_only",
+        serves=serves and config.debug.mode != "train_only",
         offload=config.train.offload,
         gradients=config.train.gradients,
         activation_checkpointing=config.train.activation_checkpointing,

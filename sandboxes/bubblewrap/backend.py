@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sandboxes.base import Finding, SandboxSpec
 from sandboxes.bubblewrap import agent, command, seccomp
-from sandboxes.bubblewrap.cgroups import counts_by_namespace
+from sandboxes.bubblewrap.cgroups import controllers, counts_by_namespace
 from sandboxes.bubblewrap.keeping import KeeperClient
 from sandboxes.bubblewrap.sandbox import OWN_PROCESSES, WATCH, BubblewrapSandbox, agent_settings, checked_env
 from sandboxes.errors import SandboxError, SandboxUnavailableError, SandboxUnsupportedError
@@ -81,7 +81,7 @@ class BubblewrapBackend:
             self._check_count()
         async with self._opening:
             code = await self._agent_code(keeper, spec, python)
-            settings = agent_settings(spec, cgroup=keeper.cgroup > 0)
+            settings = agent_settings(spec, controllers() if keeper.cgroup else ())
             number, connection, events = await self._launch(keeper, spec, python, code, settings)
         id = f"bubblewrap-{number}-{secrets.token_hex(4)}"
         sandbox = BubblewrapSandbox(

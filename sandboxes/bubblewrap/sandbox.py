@@ -9,7 +9,7 @@ import os
 import resource
 import socket
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -389,8 +389,8 @@ class BubblewrapSandbox:
         await self.close()
 
 
-def agent_settings(spec: SandboxSpec, cgroup: bool, finished: bool = False) -> bytes:
-    """The first packet an agent reads."""
+def agent_settings(spec: SandboxSpec, controllers: Collection[str], finished: bool = False) -> bytes:
+    """The first packet an agent reads; `controllers` are those of the sandbox's own control group."""
     limits = spec.limits
     return marshal.dumps(
         {
@@ -403,27 +403,31 @@ def agent_settings(spec: SandboxSpec, cgroup: bool, finished: bool = False) -> b
             "filter": seccomp.program(),
             "preload": tuple(spec.preload),
             "ephemeral": spec.ephemeral,
-            "rlimits": tuple(rlimits(limits, cgroup)),
+            "rlimits": tuple(rlimits(limits, controllers)),
         },
         2,
     )
 
 
-def rlimits(limits: Limits, cgroup: bool) -> list[tuple[int, int]]:
+def rlimits(limits: Limits, controllers: Collection[str]) -> list[tuple[int, int]]:
     """What each process is bound to by itself.
 
     Without a control group a look at the tree every now and then bounds its memory; twice as much for one
-    process is what it cannot pass between two looks."""
+    process is what it cannot pass between two looks. Where a group counts processes, RLIMIT_NPROC must not:
+    it may count all that one user runs on this machine, which for containers is all sandboxes together."""
     bounds = [
         (resource.RLIMIT_CPU, math.ceil(limits.cpu_seconds)),
         (resource.RLIMIT_FSIZE, limits.file_bytes),
         (resource.RLIMIT_NOFILE, limits.open_files),
-        (resource.RLIMIT_NPROC, limits.pids + OWN_PROCESSES),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_MEMLOCK, 1 << 16),
         (12, 0),  # RLIMIT_MSGQUEUE, which the module does not name
     ]
-    return bounds if cgroup else [*bounds, (resource.RLIMIT_DATA, 2 * limits.memory_bytes)]
+    if "pids" not in controllers:
+        bounds.append((resource.RLIMIT_NPROC, limits.pids + OWN_PROCESSES))
+    if "memory" not in controllers:
+        bounds.append((resource.RLIMIT_DATA, 2 * limits.memory_bytes))
+    return bounds
 
 
 def checked(words: Sequence[str]) -> list[str]:

@@ -91,7 +91,7 @@ class DockerBackend:
         container = Container(self._daemon, name, self._uid)
         async with self._opening:
             try:
-                words = agent_settings(spec, cgroup=True, finished=True)
+                words = agent_settings(spec, ("memory", "pids"), finished=True)
                 await container.start(spec, spec.image or self._image, settings, words)
             except BaseException as error:
                 removal = self._later(container.remove())

@@ -7,7 +7,14 @@ from itertools import pairwise
 
 import pytest
 
-from k2rl.checkpoint_engine.architectures import ARCHITECTURES, DTYPES, manifest, parameters, tensors
+from k2rl.checkpoint_engine.architectures import (
+    ARCHITECTURES,
+    DTYPES,
+    active_parameters,
+    manifest,
+    parameters,
+    tensors,
+)
 from k2rl.checkpoint_engine.sharding import Layout
 
 #: With the multi-token-prediction layer, as the models' pages on Hugging Face count.
@@ -24,6 +31,17 @@ def test_parameter_totals_are_within_1_percent_of_the_published_ones(name: str) 
     model = ARCHITECTURES[name]
     assert parameters(model) == pytest.approx(model.published, rel=0.01)
     assert parameters(model, mtp=True) == pytest.approx(WHOLE_CHECKPOINTS[name], rel=0.01)
+
+
+#: Billions, as the models' reports say.
+ACTIVE = {"kimi_k2": 32.6, "deepseek_v31": 37, "qwen3_235b_a22b": 22, "glm_4_5_air": 12}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_active_parameters_are_the_published_ones(name: str) -> None:
+    """Reports count embeddings or leave them out; K2's, to the digit that it gives, is within 1 percent."""
+    rel = 0.01 if name == "kimi_k2" else 0.1
+    assert active_parameters(ARCHITECTURES[name]) == pytest.approx(1e9 * ACTIVE[name], rel=rel)
 
 
 def test_k2_is_a_terabyte_in_fp8_and_two_in_bf16() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import envs
 from k2rl import composition
 from k2rl.choices import config_groups
 from k2rl.cli import main
@@ -64,6 +65,22 @@ def test_one_line_and_exit_code_2(
     assert error.startswith("k2rl: ")
     assert "\n" not in error
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_ptx_chat_that_gives_an_evaluation_task_away(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    task = next(envs.make("calculator").tasks("eval", 0))
+    messages = [
+        {"role": "user", "content": f"A riddle: {task.data['question']}"},
+        {"role": "assistant", "content": str(task.data["answer"])},
+    ]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}))
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "experiment=tiny", "ptx.path=chats.jsonl"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert f"chats.jsonl, chat 1 holds a part of evaluation task {task.id}: " in error
+    assert "\n" not in error
 
 
 def test_a_judge_that_raises(

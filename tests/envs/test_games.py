@@ -121,3 +121,23 @@ def test_sudoku_answers(play: Any) -> None:
     assert nearly.components["cells_right"] == pytest.approx(1 - 1 / task.data["puzzle"].count(0))
     assert play(env, task, [shown(task.data["solution"])]).components == {"cells_right": 0.0, "readable": 0.0}
     assert read("Answer: " + "1 2 3 4 " * 5, 4) is None
+
+
+def test_comparison_wants_one_word() -> None:
+    env = envs.make("comparison")
+    train, held_out = (list(islice(env.tasks(split, 3), 400)) for split in ("train", "eval"))  # type: ignore[arg-type]
+    pairs = [{tuple(sorted(task.data["numbers"])) for task in tasks} for tasks in (train, held_out)]
+    assert not pairs[0] & pairs[1]
+    for task in train[:40]:
+        first, second = task.data["numbers"]
+        right = "first" if (max if task.kind == "larger" else min)(first, second) == first else "second"
+        assert env.demonstration(task) == [right]
+        for said, reward in (
+            (right, 1.0),
+            (f" {right.upper()}\n", 1.0),
+            (f"{right}.", 0.0),
+            ("first second", 0.0),
+        ):
+            env.reset(seed=0, options={"task": task})
+            _, got, ended, *_ = env.step(said)  # type: ignore[misc]
+            assert (got, ended) == (reward, True)

@@ -115,30 +115,24 @@ def start() -> Iterator[Callable[..., Command]]:
         command.process.wait()
 
 
-MULTIRUN = "k2rl train --multirun experiment=tiny seed=1,2"
-"""As the README has it."""
+STEPS = 4
+"""Of the tiny run."""
 
 
 @pytest.fixture(scope="session")
-def tiny_runs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The folders of the finished runs of `MULTIRUN`: of an installed wheel, started in an empty folder."""
+def tiny_run(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of `experiment=tiny`, of an installed wheel, in an empty folder."""
     scratch = tmp_path_factory.mktemp("tiny")
     binaries, cwd = install(wheel, scratch / "venv", everything()), scratch / "elsewhere"
     cwd.mkdir()
     _require_the_wheel(binaries, cwd)
-    program, *arguments = MULTIRUN.split()
-    command = Command(*arguments, cwd=cwd, program=[binaries / program], env=environment())
+    arguments = ("train", "experiment=tiny", "seed=1", f"train.steps={STEPS}")
+    command = Command(*arguments, cwd=cwd, program=[binaries / "k2rl"], env=environment())
     code, out, err = command.finish()
     assert code == 0, f"{out}\n{err}"
-    wait_for(lambda: not command.descendants(), "all processes of the runs end", 90)
-    (sweep,) = (cwd / "outputs" / "tiny").iterdir()
-    return sorted(path for path in sweep.iterdir() if path.is_dir())
-
-
-@pytest.fixture(scope="session")
-def tiny_run(tiny_runs: list[Path]) -> Path:
-    """The folder of a finished run of `experiment=tiny`."""
-    return tiny_runs[0]
+    wait_for(lambda: not command.descendants(), "all processes of the run end", 90)
+    (run,) = (cwd / "outputs" / "tiny").iterdir()
+    return run
 
 
 def _require_the_wheel(binaries: Path, cwd: Path) -> None:

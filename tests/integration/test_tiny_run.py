@@ -16,6 +16,7 @@ from k2rl.evaluation.results import EvaluationResult
 from k2rl.tracking import phases
 from k2rl.tracking.metrics import read_metrics
 from k2rl.tracking.timeline import read_timeline
+from tests.integration.conftest import STEPS, Command
 
 # One command serves all of these, so they belong to one test process.
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("tiny_run")]
@@ -27,16 +28,27 @@ def test_summary_has_what_is_promised(tiny_run: Path) -> None:
         assert summary[name]["n"] == 8
         low, high = summary[name]["ci95"]
         assert low <= summary[name]["reward"] <= high
-    assert summary["steps"] == 2
+    assert summary["steps"] == STEPS
     assert summary["wall_seconds"] > 0
     assert summary["samples_per_second"] > 0
     assert summary["failed_episodes"] == 0
 
 
-def test_each_job_of_a_multirun_has_a_folder_of_its_own(tiny_runs: list[Path]) -> None:
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in tiny_runs]
+MULTIRUN = "k2rl train --multirun experiment=tiny seed=1,2"
+"""As the README has it."""
+
+
+@pytest.mark.slow
+def test_each_job_of_a_multirun_has_a_folder_of_its_own(
+    start: Callable[..., Command], tmp_path: Path
+) -> None:
+    code, out, err = start(*MULTIRUN.split()[1:], cwd=tmp_path).finish()
+    assert code == 0, f"{out}\n{err}"
+    (sweep,) = (tmp_path / "outputs" / "tiny").iterdir()
+    runs = sorted(path for path in sweep.iterdir() if path.is_dir())
+    summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
     assert [(summary["seed"], summary["steps"]) for summary in summaries] == [(1, 2), (2, 2)]
-    assert all((folder / "model" / "model.safetensors").stat().st_size > 0 for folder in tiny_runs)
+    assert all((run / "model" / "model.safetensors").stat().st_size > 0 for run in runs)
 
 
 def test_run_leaves_its_files(tiny_run: Path) -> None:
@@ -60,7 +72,7 @@ def test_every_phase_is_one_that_the_report_knows(tiny_run: Path) -> None:
 
 def test_trainer_and_vllm_agree_in_float32(tiny_run: Path) -> None:
     rows = read_metrics(tiny_run)
-    assert [row["step"] for row in rows] == [1, 2]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for row in rows:
         assert row["mismatch/mean_abs_gap"] < 1e-4
         assert abs(row["mismatch/ratio_max"] - 1) < 1e-2
@@ -80,7 +92,7 @@ def test_every_token_knows_its_weight_version(tiny_run: Path) -> None:
     before = msgspec.json.decode(
         (tiny_run / "evaluations" / "before.json").read_bytes(), type=EvaluationResult
     )
-    for result, version in ((before, 0), (after, 2)):
+    for result, version in ((before, 0), (after, STEPS)):
         for trajectory in result.examples:
             sampled = [
                 v for v, s in zip(trajectory.weight_versions, trajectory.sampled_mask, strict=True) if s

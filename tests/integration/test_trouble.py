@@ -172,6 +172,7 @@ def test_vllm_that_cannot_start_is_reported_with_its_log(start: Start, tmp_path:
     wait_for(lambda: not command.descendants(), "all processes end", 90)
 
 
+@pytest.mark.slow
 def test_a_failing_job_of_a_multirun_ends_it_with_its_exit_code(start: Start, tmp_path: Path) -> None:
     command = start(
         "train",
@@ -189,6 +190,7 @@ def test_a_failing_job_of_a_multirun_ends_it_with_its_exit_code(start: Start, tm
     wait_for(lambda: not command.descendants(), "all processes end", 90)
 
 
+@pytest.mark.slow
 def test_all_failed_rollouts_stop_the_run_with_the_reason(start: Start, tmp_path: Path) -> None:
     (tmp_path / "broken_env.py").write_text(
         "from envs.calculator import CalculatorEnv\n"

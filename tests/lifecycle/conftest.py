@@ -18,13 +18,21 @@ import pytest
 
 from k2rl import composition, launch
 from k2rl.errors import RunError
+from k2rl.models.hub import shapes_fingerprint
 from k2rl.preflight import Preflight, preflight
 from k2rl.rollouts.episode import Attempt, Episode
 from k2rl.rollouts.pool import Pool
 from k2rl.run import Run
 from k2rl.tracking.tracker import Tracker
-from k2rl.training.checkpoint import FORMAT, About, file_records, replaced_folder, write_about
-from k2rl.training.supervised import PTXCorpus
+from k2rl.training.checkpoint import (
+    FORMAT,
+    About,
+    checkpoints,
+    file_records,
+    replaced_folder,
+    write_about,
+)
+from k2rl.training.supervised import Corpus
 from k2rl.types import Segment, Trajectory, Verdict
 from k2rl.workers.handle import WorkerLostError
 from k2rl.workers.recovery import Recovery
@@ -91,10 +99,14 @@ class FakeWorker:
         self.weights += 1
         return {"loss": 0.5}
 
-    async def sft_step(self, batch: object) -> dict[str, float]:
+    async def sft_step(self, batch: object, lr: float) -> dict[str, float]:
         await self.happen("sft_step")
         self.weights += WARM_START_GAIN
         return {"loss": 0.5}
+
+    async def nll(self, texts: object) -> dict[str, float]:
+        await self.happen("nll")
+        return {"nll": 1.0 / (1 + self.weights), "tokens": 9.0}
 
     async def reset_optimizer(self, lr: float) -> None:
         await self.happen("reset_optimizer")
@@ -213,7 +225,7 @@ class Story:
         prepared.config.train.keep_checkpoints = keep
         prepared.config.recovery.max_restarts = restarts
         prepared.config.resume = str(self.run_dir) if resume else None
-        shapes = launch.shapes_fingerprint(prepared.model_path)
+        shapes = shapes_fingerprint(prepared.model_path)
         about, left = About(FORMAT, {}, "muon", "tiny", shapes), dict(trouble or {})
         self.workers = []
 
@@ -227,14 +239,14 @@ class Story:
             with Tracker(self.run_dir, config.tracking, config.train.steps, step) as tracker:
                 run = Run(
                     config,
-                    prepared,
                     self.run_dir,
                     tracker,
                     self.worker,  # type: ignore[arg-type]
+                    prepared,
                     scheduler,  # type: ignore[arg-type]
                     pool,
-                    PTXCorpus(prepared.ptx, config.ptx.sequences_per_step, config.seed),
-                    step or 0,
+                    Corpus(prepared.ptx, config.ptx.sequences_per_step, config.seed),
+                    finished_steps=step or 0,
                 )
                 with recovery.begun(tracker.note, lambda: run.finished_steps):
                     try:
@@ -256,9 +268,7 @@ class Story:
     @property
     def saved(self) -> dict[int, int]:
         """The weights in each whole checkpoint, by step."""
-        return {
-            step: int((folder / STATE_FILE).read_text()) for step, folder in launch.checkpoints(self.run_dir)
-        }
+        return {step: int((folder / STATE_FILE).read_text()) for step, folder in checkpoints(self.run_dir)}
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from k2rl.errors import ConfigError, RunError
-from k2rl.launch import Interrupted, resume_step
+from k2rl.lifecycle import Interrupted, resume_step
 from k2rl.tracking.metrics import read_metrics
 from k2rl.tracking.timeline import read_timeline
 from k2rl.training.checkpoint import (

@@ -10,7 +10,7 @@ import traceback
 import pytest
 
 from k2rl.errors import ConfigError, RunError
-from k2rl.launch import Interrupted
+from k2rl.lifecycle import Interrupted
 from k2rl.tracking.metrics import read_metrics
 from k2rl.tracking.restarts import read_restarts
 from k2rl.workers.handle import WorkerLostError

@@ -100,6 +100,25 @@ def test_each_sandbox_is_a_new_container_warm_or_not(client):
     assert ours(client) == set()
 
 
+def test_a_sandbox_has_its_processes_whatever_others_run():
+    """They all run as one user of the host, whose processes the kernel counts together."""
+    limits = Limits(pids=12)
+
+    async def scenario(backend):
+        sandboxes = [await backend.open(SandboxSpec(limits=limits)) for _ in range(4)]
+        eight = "for _ in 1 2 3 4 5 6 7 8; do sleep 1000 & done; echo begun; wait"
+        runs = [asyncio.create_task(each.exec(["sh", "-c", eight], timeout=1000)) for each in sandboxes]
+        for each in sandboxes:
+            count = ["sh", "-c", "cat /proc/[0-9]*/comm | grep -c sleep"]
+            while (await each.exec(count)).text != "8\n":
+                assert not any(run.done() for run in runs)
+        for run in runs:
+            run.cancel()
+        await asyncio.wait(runs)
+
+    run(scenario)
+
+
 def test_a_container_killed_from_outside(client):
     async def scenario(backend):
         sandbox = await backend.open(SandboxSpec())

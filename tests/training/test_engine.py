@@ -137,6 +137,23 @@ def test_sft_step_equals_plain_autograd(model_path: Path, monkeypatch: pytest.Mo
         torch.testing.assert_close(captured[name], parameter.grad, rtol=1e-4, atol=1e-5)
 
 
+def test_nll_is_the_loss_of_an_sft_step_and_changes_nothing(llama_path: Path) -> None:
+    engine, texts = make_engine(llama_path), random_texts(3, count=6)
+    before = {name: weight.clone() for name, weight in engine.named_weights()}
+    scored = engine.nll(texts)
+    assert all(torch.equal(weight, before[name]) for name, weight in engine.named_weights())
+    assert scored["tokens"] == sum(sum(text.loss_mask) for text in texts)
+    assert scored["nll"] == pytest.approx(engine.sft_step(texts)["loss"], rel=1e-6)
+
+
+def test_an_sft_step_takes_the_learning_rate_that_it_is_given(llama_path: Path) -> None:
+    engine, texts = make_engine(llama_path), random_texts(4)
+    moved = [engine.sft_step(texts, lr) for lr in (1e-3, 1e-5)]
+    assert [row["lr"] for row in moved] == [1e-3, 1e-5]
+    assert moved[1]["update_rms"] < 0.1 * moved[0]["update_rms"]
+    assert engine.sft_step(texts)["lr"] == 1e-5
+
+
 def test_sft_learns(llama_path: Path) -> None:
     engine = make_engine(llama_path, "bfloat16")
     texts = random_texts(4)

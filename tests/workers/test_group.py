@@ -81,7 +81,7 @@ def test_answers_come_by_rank(play: Callable[..., None]) -> None:
     async def script(workers: WorkerGroup, parts: list[FakeWorker]) -> None:
         parts[0].answers["sft_step"] = [{"loss": 0.5, "memory/a_gib": 1.0, "memory/b_s": 1.0}]
         parts[1].answers["sft_step"] = [{"loss": 0.5, "memory/a_gib": 2.0, "memory/b_s": 0.5}]
-        assert await workers.sft_step([]) == {"loss": 0.5, "memory/a_gib": 3.0, "memory/b_s": 1.0}
+        assert await workers.sft_step([], 1e-4) == {"loss": 0.5, "memory/a_gib": 3.0, "memory/b_s": 1.0}
 
     play(script)
 
@@ -102,7 +102,7 @@ def test_a_death_is_told_before_what_comes_of_it(play: Callable[..., None], know
             parts[1].answers["sft_step"] = [forever]
             parts[1].answers["heartbeat"] = [death]
         with pytest.raises(WorkerLostError, match="worker 1 died"):
-            await workers.sft_step([])
+            await workers.sft_step([], 1e-4)
         assert workers.lost
 
     play(script)
@@ -114,7 +114,7 @@ def test_what_fails_for_all_leaves_them_where_they_are(play: Callable[..., None]
             part.answers["sft_step"] = [RunError("loss is nan")]
             part.answers["load"] = [ConfigError("of another model")]
         with pytest.raises(RunError, match="loss is nan"):
-            await workers.sft_step([])
+            await workers.sft_step([], 1e-4)
         with pytest.raises(ConfigError, match="of another model"):
             await workers.load(Path())
         assert not workers.lost
@@ -127,7 +127,7 @@ def test_one_that_hangs_when_others_have_failed_is_lost(play: Callable[..., None
         parts[0].answers["sft_step"] = [RunError("rank 1 does not come")]
         parts[1].answers["sft_step"] = [forever]
         with pytest.raises(WorkerLostError, match="worker 1 hangs, after rank 1 does not come"):
-            await workers.sft_step([])
+            await workers.sft_step([], 1e-4)
         assert workers.lost
 
     play(script)
