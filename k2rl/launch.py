@@ -26,32 +26,11 @@ from k2rl.rollouts.scheduler import RolloutScheduler
 from k2rl.rollouts.store.base import TrajectoryStore, open_store
 from k2rl.run import Run
 from k2rl.tracking import phases
-<<<<<<< HEAD
-from k2rl.tracking.live import LiveView
 from k2rl.tracking.metrics import read_metrics
-from k2rl.tracking.report import write_report
-from k2rl.tracking.summary import Summary, write_summary
-from k2rl.tracking.tracker import Tracker
-from k2rl.training.checkpoint import (
-    FORMAT,
-    checkpoint_folder,
-    checkpoints,
-    is_sound,
-    read_about,
-    remove_leftovers,
-    set_aside,
-)
-from k2rl.training.supervised import PTXCorpus
-from k2rl.workers.cluster import ray_cluster
-from k2rl.workers.group import WorkerGroup
-from k2rl.workers.handle import WorkerLostError
-from k2rl.workers.process import end_at_once_on
-=======
 from k2rl.tracking.summary import Summary
 from k2rl.training.checkpoint import checkpoint_folder
 from k2rl.training.schedule import learning_rate
 from k2rl.training.supervised import Corpus
->>>>>>> main
 from k2rl.workers.recovery import Recovery
 from k2rl.workers.spec import worker_spec
 from rubrics.critics.self_critique import SelfCritique
@@ -142,24 +121,11 @@ async def started(
                 pool,
                 ptx,
                 finished_steps=resume_step or 0,
+                critic=_critic(prepared, run_dir),
             )
-            if isinstance(prepared.rubric, SelfCritique):
-                run.critic = Critic(prepared.rubric, prepared.chat, config)
             try:
-<<<<<<< HEAD
-                store, history = _store(config, run_dir), _history(config, run_dir, resume_step)
-                pool = Pool(config, scheduler, worker, store, prepared.train_tasks, history)
-                run = Run(config, prepared, run_dir, tracker, worker, scheduler, pool, ptx, resume_step or 0)
-                run.critic = _critic(prepared, run_dir)
-                try:
-                    async with gateway or nullcontext():
-                        yield run
-                finally:
-                    await pool.close()
-=======
                 async with gateway or nullcontext():
                     yield run
->>>>>>> main
             finally:
                 await pool.close()
 

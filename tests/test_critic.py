@@ -15,7 +15,7 @@ from k2rl.models.hub import resolve_model
 from k2rl.preflight import Preflight
 from k2rl.run import Rollouts, Run
 from k2rl.tracking.tracker import Tracker
-from k2rl.training.supervised import PTXCorpus
+from k2rl.training.supervised import Corpus
 from k2rl.types import Message, Segment, Task, Trajectory, Verdict
 from rubrics.critics.self_critique import SelfCritique
 from rubrics.environment import EnvironmentReward
@@ -220,7 +220,7 @@ def test_the_critic_learns_after_the_policy_whatever_ptx_weighs(chat, tmp_path, 
     prepared = Preflight(config, tmp_path, chat, None, rubric, [], [], [])
     with Tracker(tmp_path, tracking, 1) as tracker:
         run = Run(
-            config, prepared, tmp_path, tracker, worker, None, None, PTXCorpus([], 0, 0),
+            config, tmp_path, tracker, worker, prepared, None, None, Corpus([], 0, 0),
             critic=Critic(rubric, chat, config),
         )  # fmt: skip
         metrics = asyncio.run(loop._learned(run, 1, Rollouts(rollouts(rubric), 0)))
@@ -237,7 +237,7 @@ def test_a_critic_that_loses_or_regains_its_weight_is_said_once(chat, tmp_path):
     tracking = TrackingConfig(live="off", tensorboard=False)
     prepared = Preflight(config, tmp_path, chat, None, rubric, [], [], [])
     with Tracker(tmp_path, tracking, 9) as tracker:
-        run = Run(config, prepared, tmp_path, tracker, None, None, None, None, critic=critic)
+        run = Run(config, tmp_path, tracker, None, prepared, None, None, None, critic=critic)
         for step, word in enumerate(("right", "right", "wrong", "wrong", "right", "right", "right"), 1):
             bind_run_model(rubric, prefers(word))
             asyncio.run(loop._critic(run, step, members))
