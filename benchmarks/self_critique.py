@@ -37,7 +37,7 @@ SETTINGS = (
     *("rollout.tasks_per_step=120", "rollout.group_size=3", "rollout.max_tokens_per_turn=4"),
     *("budget.default=4", "budget.penalty=0", "temperature=constant", "ptx=none"),
     *("optimizer=adamw", "optimizer.lr=3e-3", "train.num_threads=1"),
-    *("warm_start.steps=20", "warm_start.demos_per_step=16", "warm_start.lr=3e-3"),
+    *("warm_start.steps=50", "warm_start.demos_per_step=16", "warm_start.lr=3e-3"),
     *("inference.max_model_len=256", "inference.kv_cache_gib=0.25", "train.checkpoint_every=0"),
     *("tracking.live=off", "tracking.tensorboard=false", "tracking.record_rollouts=false"),
 )

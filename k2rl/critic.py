@@ -19,7 +19,7 @@ import msgspec
 from k2rl.config import Config
 from k2rl.models.chat import ChatTemplate
 from k2rl.training.batch import SupervisedSequence
-from k2rl.training.supervised import chat_sequence
+from k2rl.training.supervised import chat_sequence, demonstration_sequence
 from k2rl.types import Trajectory
 from rubrics.answers import whole_response
 from rubrics.critics.self_critique import VERIFIER, SelfCritique
@@ -125,8 +125,8 @@ class Critic:
                 metrics[f"critic/bias/{name}"] = fmean(preferred) - 0.5
         return metrics
 
-    def judgements(self, pairs: Sequence[Pair], seed: int) -> list[list[SupervisedSequence]]:
-        """Judgements to imitate, a batch for each update: of pairs that are not held out, in both orders."""
+    def judgements(self, pairs: Sequence[Pair], seed: int) -> list[SupervisedSequence]:
+        """Judgements to imitate: of pairs that are not held out, in both orders."""
         settings = self._config.rubric
         draw = random.Random(f"critic {seed}")
         taught = [(pair, first) for pair in pairs if not pair.held_out for first in (True, False)]
@@ -137,5 +137,15 @@ class Critic:
             sequence = chat_sequence(chat, self._chat, f"critic-{pair.task}")
             if len(sequence.token_ids) <= self._config.train.micro_batch_tokens:
                 made.append(sequence)
-        batches = [made[number :: settings.critic_updates] for number in range(settings.critic_updates)]
-        return [batch for batch in batches if batch]
+        return made
+
+    def batches(
+        self, judgements: Sequence[SupervisedSequence], trajectories: Sequence[Trajectory], seed: int
+    ) -> list[list[SupervisedSequence]]:
+        """A batch for each update: its share of the judgements, and of the policy's own responses."""
+        settings, most = self._config.rubric, self._config.train.micro_batch_tokens
+        own = [t for t in trajectories if not t.failed and t.num_sampled and len(t.token_ids) <= most]
+        replayed = min(len(own), settings.critic_replay * len(judgements))
+        texts = [demonstration_sequence(t) for t in random.Random(f"replay {seed}").sample(own, replayed)]
+        updates = range(min(settings.critic_updates, len(judgements)))
+        return [[*judgements[n :: len(updates)], *texts[n :: len(updates)]] for n in updates]

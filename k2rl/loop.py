@@ -103,8 +103,9 @@ async def _critic(
     if run.critic is None:
         return {}, []
     pairs = run.critic.pairs(trajectories, run.config.seed)
-    judgements = run.critic.judgements(pairs, derive_seed(run.config.seed, step))
-    metrics = {"critic/pairs": float(len(pairs)), "critic/examples": float(sum(map(len, judgements)))}
+    seed = derive_seed(run.config.seed, step)
+    judgements = run.critic.judgements(pairs, seed)
+    metrics = {"critic/pairs": float(len(pairs)), "critic/examples": float(len(judgements))}
     if run.serves:
         before = run.critic.standing
         with run.tracker.phase(phases.ROLLOUT, step):
@@ -114,7 +115,7 @@ async def _critic(
                 f"step {step}: the critic agrees with the verifier on {run.critic.agreement:.0%} of "
                 f"held-out pairs; its reward counts for {metrics['critic/trust']:.0%} of its weight"
             )
-    return metrics, judgements
+    return metrics, run.critic.batches(judgements, trajectories, seed)
 
 
 def policy_batch(

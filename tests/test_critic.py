@@ -126,7 +126,7 @@ def test_judgements_to_imitate_are_those_of_the_verifier_and_none_is_held_out(ch
     rubric = rubric_of(prefers("right"))
     critic = Critic(rubric, chat, config)
     pairs = critic.pairs(rollouts(rubric), seed=0)
-    (examples,) = critic.judgements(pairs, seed=1)
+    examples = critic.judgements(pairs, seed=1)
     assert len(examples) == 5
     held_out = {pair.task for pair in pairs if pair.held_out}
     assert not {example.id.removeprefix("critic-") for example in examples} & held_out
@@ -139,7 +139,7 @@ def test_judgements_to_imitate_are_those_of_the_verifier_and_none_is_held_out(ch
         assert block.startswith("right")
         winners.add(winner)
     assert winners == {"A", "B"}
-    assert critic.judgements(pairs, seed=1) == [examples]
+    assert critic.judgements(pairs, seed=1) == examples
     assert critic.pairs(group(0, ["right", "wrong"]), seed=0) == []  # without a verdict nothing is known
     config.rubric.critic_examples = 0
     assert critic.judgements(pairs, seed=1) == []
@@ -152,15 +152,35 @@ def test_every_taught_pair_is_shown_in_both_orders_and_dealt_out_to_the_updates(
     critic = Critic(rubric, chat, config)
     pairs = critic.pairs(rollouts(rubric), seed=0)
     taught = [pair.task for pair in pairs if not pair.held_out]
-    batches = critic.judgements(pairs, seed=1)
+    shown = critic.judgements(pairs, seed=1)
+    batches = critic.batches(shown, [], seed=1)
     assert len(batches) == 4
     assert max(map(len, batches)) - min(map(len, batches)) <= 1
-    shown = [example for batch in batches for example in batch]
+    assert sorted(e.id for batch in batches for e in batch) == sorted(e.id for e in shown)
     assert sorted(example.id for example in shown) == sorted(f"critic-{task}" for task in taught * 2)
     said = [chat.decode([t for t, loss in zip(e.token_ids, e.loss_mask, strict=True) if loss]) for e in shown]
     assert said.count("A") == said.count("B") == len(taught)
     config.rubric.critic_updates = 1000  # more than there are judgements
-    assert [len(batch) for batch in critic.judgements(pairs, seed=1)] == [1] * len(shown)
+    assert [len(batch) for batch in critic.batches(shown, [], seed=1)] == [1] * len(shown)
+    assert critic.batches([], rollouts(rubric), seed=1) == []
+
+
+def test_the_policys_own_responses_are_imitated_beside_judgements(chat):
+    config = Config()
+    config.rubric.critic_updates, config.rubric.critic_replay = 2, 2
+    rubric = rubric_of(prefers("right"))
+    critic = Critic(rubric, chat, config)
+    members = rollouts(rubric)
+    members[0].verdict = Verdict.failed("lost")
+    config.rubric.critic_examples = 6
+    judgements = critic.judgements(critic.pairs(members, seed=0), seed=1)
+    for batch in critic.batches(judgements, members, seed=1):
+        own = [text for text in batch if text not in judgements]
+        assert (len(batch), len(own)) == (9, 6)
+        assert {text.loss_mask for text in own} == {(False, True)}
+        assert members[0].id not in {text.id for text in own}
+    config.rubric.critic_replay = 1000
+    assert len(critic.batches(judgements, members, seed=1)[0]) == 3 + 32
 
 
 def test_failed_episodes_are_in_no_pair(chat):
@@ -215,6 +235,7 @@ def test_the_critic_learns_after_the_policy_whatever_ptx_weighs(chat, tmp_path, 
     config = Config()
     config.ptx.weight = ptx_weight
     config.rubric.critic_examples, config.rubric.critic_updates = 6, 2
+    config.rubric.critic_replay = 0
     rubric = rubric_of(prefers("right"))
     worker, tracking = Recorder(), TrackingConfig(live="off", tensorboard=False)
     prepared = Preflight(config, tmp_path, chat, None, rubric, [], [], [])
