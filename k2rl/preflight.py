@@ -22,7 +22,7 @@ from k2rl.config_check import check
 from k2rl.errors import ConfigError
 from k2rl.hardware import fast_dtype
 from k2rl.inference.arguments import check_engine_args
-from k2rl.models.attention import check_attention_config
+from k2rl.models.attention import check_attention_config, says_full_attention
 from k2rl.models.chat import ChatTemplate
 from k2rl.models.hub import resolve_model
 from k2rl.objective.budget import budget_for
@@ -166,7 +166,8 @@ def check_trainable(config: Config, model_path: Path) -> None:
     Raises:
         ConfigError: it does not, or QK-Clip does not.
     """
-    model = check_attention_config(model_path)
+    if config.optimizer.qk_clip or not says_full_attention(model_path):
+        model = check_attention_config(model_path)
     if config.optimizer.qk_clip:
         head_rows((tensor.name for tensor in checkpoint_manifest(model_path, 1).tensors), model)
 

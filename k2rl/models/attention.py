@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from k2rl.errors import ConfigError
+
+#: Families whose layers all have full attention unless their config.json names another.
+_FULL_UNLESS_SAID = frozenset({"deepseek_v3", "llama", "qwen2", "qwen3", "qwen3_moe"})
+
+
+def says_full_attention(path: Path) -> bool:
+    """Whether the config.json in `path` is enough to know; False: ask `check_attention_config`.
+
+    That one imports torch and transformers' models, which takes seconds; this one takes none."""
+    try:
+        said = json.loads((path / "config.json").read_text())
+        if said["model_type"] not in _FULL_UNLESS_SAID:
+            return False
+        if said.get("layer_types") is not None:
+            return set(said["layer_types"]) == {"full_attention"}
+        switched_off = said["model_type"].startswith("qwen") and said.get("use_sliding_window") is False
+        return said.get("sliding_window") is None or switched_off
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def check_attention_config(path: Path) -> Any:
