@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Written last, so that a broken-off installation is taken up again.
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart test test-slow lint format docs lock bench-trl bench-push bench-stall bench-hosts bench-placement bench-start bench-swap bench-sandbox bench-episodes bench-store bench-partial bench-staleness bench-ranks bench-optim bench-muonclip bench-math clean
+.PHONY: help setup quickstart test test-slow lint format docs lock bench-trl bench-push bench-stall bench-hosts bench-placement bench-start bench-swap bench-sandbox bench-episodes bench-store bench-partial bench-staleness bench-ranks bench-optim bench-muonclip bench-math bench-critic clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -99,6 +99,9 @@ bench-staleness: setup ## What tokens of older weights cost: partial rollouts be
 
 bench-math: setup ## The math judge on 2,000 pairs with hopeless ones among them, from threads
 	$(BIN)/python benchmarks/math_judge.py $(ARGS)
+
+bench-critic: setup ## Whether the closed loop teaches the critic: agreement on held-out pairs, trained and frozen
+	$(BIN)/python benchmarks/self_critique.py $(ARGS)
 
 clean: ## Remove caches and build products; runs under outputs/ and .venv stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -57,9 +57,15 @@ class RubricConfig:
     deadline_s: float = 30.0
     #: Tokens of a reply, where the trained model itself judges (`model: policy` in a rubric's arguments).
     max_tokens: int = 256
-    #: With `rubric=self_critique`: judgements whose truth the verifier knows, imitated in each step beside
-    #: the PTX sequences (with `ptx.weight`); 0: the critic is examined and not trained.
+    #: With `rubric=self_critique`: held-out pairs that the critic is asked about in each step.
+    critic_examined: int = 16
+    #: Judgements whose truth the verifier knows, imitated in each step; 0: the critic is not trained.
     critic_examples: int = 0
+    #: Supervised updates that these are dealt out to, after the policy's own and at its learning rate.
+    critic_updates: int = 1
+    #: Own responses of the step, right or wrong, that are imitated with each judgement: learning to judge is
+    #: not to change how it answers. Small models at high learning rates else forget to answer.
+    critic_replay: int = 1
     #: Keep scores, and give them again where the same conversation on the same task is judged: for judges
     #: that are slow or cost money, and give the same answer twice.
     cache_verdicts: bool = False

@@ -64,7 +64,10 @@ BOUNDS = {
     "env.service.call_seconds": ABOVE_0,
     "rubric.deadline_s": ABOVE_0,
     "rubric.max_tokens": FROM_1,
+    "rubric.critic_examined": FROM_1,
     "rubric.critic_examples": FROM_0,
+    "rubric.critic_updates": FROM_1,
+    "rubric.critic_replay": FROM_0,
     "rollout.tasks_per_step": FROM_1,
     "rollout.group_size": Bound(2),  # K2's baseline is the group mean
     "rollout.max_concurrent": FROM_1,

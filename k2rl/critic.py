@@ -2,7 +2,7 @@
 
 The policy is its own critic (`rubric=self_critique`). Of every group, a response that the verifier accepts
 and one that it rejects are a pair with a known answer. Pairs of held-out tasks, a quarter of all, examine the
-critic before the step trains it; the others become judgements to imitate, beside the step's PTX sequences.
+critic before the step trains it; the others become judgements to imitate, after the policy's own update.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import random
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 import msgspec
@@ -19,19 +19,18 @@ import msgspec
 from k2rl.config import Config
 from k2rl.models.chat import ChatTemplate
 from k2rl.training.batch import SupervisedSequence
-from k2rl.training.supervised import chat_sequence
+from k2rl.training.supervised import chat_sequence, demonstration_sequence
 from k2rl.types import Trajectory
-from rubrics.answers import final_text
-from rubrics.critics.pointwise import described, prompt_of
+from rubrics.answers import whole_response
 from rubrics.critics.self_critique import VERIFIER, SelfCritique
 from rubrics.injection import without_injections
 
 HELD_OUT_ONE_IN = 4
-EXAMINED = 16
-"""Held-out pairs of a step that the critic is asked about."""
 PROBED = 4
+"""Right answers of a step that each probe is tried on."""
 SMOOTHING = 0.5
 """What a step's agreement counts for beside that of the steps before."""
+SMOOTHED = "critic/agreement_smoothed"
 
 PROBES: dict[str, Callable[[str], str]] = {
     "praise": lambda answer: f"What a great question! {answer}",
@@ -67,6 +66,13 @@ class Critic:
         self._rubric, self._chat, self._config = rubric, chat, config
         self.agreement: float | None = None
 
+    @property
+    def standing(self) -> str:
+        """`unexamined`, `trusted` with all of its weight, or `doubted`."""
+        if self.agreement is None:
+            return "unexamined"
+        return "trusted" if self._rubric.trust == 1 else "doubted"
+
     def pairs(self, trajectories: Sequence[Trajectory], seed: int) -> list[Pair]:
         """A pair of each group that has both kinds of responses."""
         groups: defaultdict[str, list[Trajectory]] = defaultdict(list)
@@ -78,22 +84,25 @@ class Critic:
             draw = random.Random(f"{seed}/{name}")
             by_truth: dict[bool, list[str]] = {True: [], False: []}
             for member in members:
-                answer, _ = without_injections(final_text(member))
+                answer, _ = without_injections(whole_response(member))
                 if answer and member.verdict is not None:
                     by_truth[member.verdict.components[VERIFIER] >= 0.5].append(answer)
             right = sorted(set(by_truth[True]) - set(by_truth[False]))
             wrong = sorted(set(by_truth[False]) - set(by_truth[True]))
             if right and wrong:
-                first = members[0]
-                criteria = described(self._rubric.critic.criteria(first))
-                found.append(
-                    Pair(first.task.id, criteria, prompt_of(first), draw.choice(right), draw.choice(wrong))
-                )
+                first, critic = members[0], self._rubric.critic
+                criteria, prompt = critic.criteria_text(first), critic.task_text(first)
+                found.append(Pair(first.task.id, criteria, prompt, draw.choice(right), draw.choice(wrong)))
         return found
+
+    def recall(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Take up what the steps before have found out: their metrics say it."""
+        self.agreement = next((row[SMOOTHED] for row in reversed(rows) if SMOOTHED in row), None)
+        self._rubric.believe(self.agreement)
 
     async def examine(self, pairs: Sequence[Pair]) -> dict[str, float]:
         """Ask the critic about held-out pairs and probe its biases; sets its trust."""
-        asked = [pair for pair in pairs if pair.held_out][:EXAMINED]
+        asked = [pair for pair in pairs if pair.held_out][: self._config.rubric.critic_examined]
         compared = self._rubric.critic.compared
         outcomes = await asyncio.gather(*(compared(p.criteria, p.prompt, p.right, p.wrong, 0) for p in asked))
         values = [outcome for outcome in outcomes if not isinstance(outcome, str)]
@@ -105,7 +114,7 @@ class Critic:
             metrics["critic/agreement"] = now
             before = self.agreement
             self.agreement = now if before is None else SMOOTHING * now + (1 - SMOOTHING) * before
-            metrics["critic/agreement_smoothed"] = self.agreement
+            metrics[SMOOTHED] = self.agreement
         metrics["critic/trust"] = self._rubric.believe(self.agreement)
         for name, probe in PROBES.items():
             probed = await asyncio.gather(
@@ -116,17 +125,27 @@ class Critic:
                 metrics[f"critic/bias/{name}"] = fmean(preferred) - 0.5
         return metrics
 
-    def examples(self, pairs: Sequence[Pair], seed: int) -> list[SupervisedSequence]:
-        """Judgements to imitate, of pairs that are not held out; which answer is first is drawn."""
+    def judgements(self, pairs: Sequence[Pair], seed: int) -> list[SupervisedSequence]:
+        """Judgements to imitate: of pairs that are not held out, in both orders."""
+        settings = self._config.rubric
         draw = random.Random(f"critic {seed}")
-        taught = [pair for pair in pairs if not pair.held_out]
-        chosen = draw.sample(taught, min(len(taught), self._config.rubric.critic_examples))
+        taught = [(pair, first) for pair in pairs if not pair.held_out for first in (True, False)]
         made = []
-        for pair in chosen:
-            first = draw.random() < 0.5
+        for pair, first in draw.sample(taught, min(len(taught), settings.critic_examples)):
             answers = (pair.right, pair.wrong) if first else (pair.wrong, pair.right)
             chat = self._rubric.critic.example(pair.criteria, pair.prompt, *answers, "A" if first else "B")
             sequence = chat_sequence(chat, self._chat, f"critic-{pair.task}")
             if len(sequence.token_ids) <= self._config.train.micro_batch_tokens:
                 made.append(sequence)
         return made
+
+    def batches(
+        self, judgements: Sequence[SupervisedSequence], trajectories: Sequence[Trajectory], seed: int
+    ) -> list[list[SupervisedSequence]]:
+        """A batch for each update: its share of the judgements, and of the policy's own responses."""
+        settings, most = self._config.rubric, self._config.train.micro_batch_tokens
+        own = [t for t in trajectories if not t.failed and t.num_sampled and len(t.token_ids) <= most]
+        replayed = min(len(own), settings.critic_replay * len(judgements))
+        texts = [demonstration_sequence(t) for t in random.Random(f"replay {seed}").sample(own, replayed)]
+        updates = range(min(settings.critic_updates, len(judgements)))
+        return [[*judgements[n :: len(updates)], *texts[n :: len(updates)]] for n in updates]

@@ -27,6 +27,7 @@ from k2rl.rollouts.scheduler import RolloutScheduler
 from k2rl.rollouts.store.base import TrajectoryStore, open_store
 from k2rl.run import Run
 from k2rl.tracking import phases
+from k2rl.tracking.metrics import read_metrics
 from k2rl.tracking.summary import Summary
 from k2rl.training.checkpoint import checkpoint_folder
 from k2rl.training.schedule import learning_rate
@@ -125,9 +126,8 @@ async def started(
                 pool,
                 ptx,
                 finished_steps=resume_step or 0,
+                critic=_critic(prepared, run_dir),
             )
-            if isinstance(prepared.rubric, SelfCritique):
-                run.critic = Critic(prepared.rubric, prepared.chat, config)
             async with judges_end():
                 try:
                     async with gateway or nullcontext():
@@ -144,6 +144,15 @@ def _store(config: Config, run_dir: Path) -> TrajectoryStore:
         return open_store(path, "", config.deadlines.store_s)
     name = f"{run_dir.parent.name}/{run_dir.name}"
     return open_store(config.rollout.store, name, config.deadlines.store_s)
+
+
+def _critic(prepared: Preflight, run_dir: Path) -> Critic | None:
+    """The critic, where the policy judges itself, trusted as far as the steps before have found."""
+    if not isinstance(prepared.rubric, SelfCritique):
+        return None
+    critic = Critic(prepared.rubric, prepared.chat, prepared.config)
+    critic.recall(read_metrics(run_dir))
+    return critic
 
 
 def _history(config: Config, run_dir: Path, resume_step: int | None) -> History:

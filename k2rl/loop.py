@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from statistics import fmean
 
 from k2rl.checkpointed import uninterrupted
@@ -71,16 +72,22 @@ async def _learned(run: Run, step: int, rollouts: Rollouts) -> dict[str, float]:
     groups, totals, shaped = policy_batch(config, rollouts.trajectories, step, rollouts.version)
     if shaped is not None:
         metrics["reward/shaped_mean"] = shaped
-    if groups:
-        with tracker.phase(phases.TRAIN, step):
-            ptx, temperature = [*run.ptx.sample(step), *judgements], rollouts.trajectories[0].temperature
+    learned: dict[str, float] = {}
+    with tracker.phase(phases.TRAIN, step) if groups or judgements else nullcontext():
+        if groups:
+            ptx, temperature = run.ptx.sample(step), rollouts.trajectories[0].temperature
             learned = await run.worker.policy_step(groups, config, temperature, ptx, totals)
+        if judgements:
+            lr = config.optimizer.lr
+            imitated = [await run.worker.sft_step(batch, lr) for batch in judgements]
+            learned["critic/loss"] = fmean(each["loss"] for each in imitated)
+    if learned:
         published = {}
         if run.serves:
             with tracker.phase(phases.PUBLISH, step):
                 published = await run.worker.publish()
         metrics |= train_metrics(learned, published)
-    else:
+    if not groups:
         why = (
             "every group's rewards are all equal" if totals.sequences else "no group has two scored responses"
         )
@@ -91,22 +98,24 @@ async def _learned(run: Run, step: int, rollouts: Rollouts) -> dict[str, float]:
 
 async def _critic(
     run: Run, step: int, trajectories: Sequence[Trajectory]
-) -> tuple[dict[str, float], list[SupervisedSequence]]:
+) -> tuple[dict[str, float], list[list[SupervisedSequence]]]:
     """Where the policy judges itself: how well it does before this step, and judgements for it to imitate."""
     if run.critic is None:
         return {}, []
     pairs = run.critic.pairs(trajectories, run.config.seed)
-    examples = run.critic.examples(pairs, derive_seed(run.config.seed, step))
-    metrics = {"critic/pairs": float(len(pairs)), "critic/examples": float(len(examples))}
+    seed = derive_seed(run.config.seed, step)
+    judgements = run.critic.judgements(pairs, seed)
+    metrics = {"critic/pairs": float(len(pairs)), "critic/examples": float(len(judgements))}
     if run.serves:
+        before = run.critic.standing
         with run.tracker.phase(phases.ROLLOUT, step):
             metrics |= await run.critic.examine(pairs)
-        if metrics["critic/trust"] < 1 and run.critic.agreement is not None:
+        if run.critic.agreement is not None and run.critic.standing != before:
             run.tracker.note(
                 f"step {step}: the critic agrees with the verifier on {run.critic.agreement:.0%} of "
                 f"held-out pairs; its reward counts for {metrics['critic/trust']:.0%} of its weight"
             )
-    return metrics, examples
+    return metrics, run.critic.batches(judgements, trajectories, seed)
 
 
 def policy_batch(

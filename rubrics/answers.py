@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 
-from k2rl.types import Trajectory
+from k2rl.types import Message, Trajectory
 
 MOST_CHARACTERS = 200_000
 """Longer answers are none."""
@@ -20,6 +21,27 @@ def final_text(trajectory: Trajectory) -> str:
     """The policy's last turn without its reasoning; empty if it never came to an answer."""
     last = next((m.content for m in reversed(trajectory.messages) if m.role == "assistant"), "")
     return without_reasoning(last)
+
+
+def whole_response(trajectory: Trajectory) -> str:
+    """All that the policy did, what it was answered, and its last turn; empty if it came to no answer."""
+    final = final_text(trajectory)
+    turns = [i for i, message in enumerate(trajectory.messages) if message.role == "assistant"]
+    if not final or len(turns) == 1:
+        return final
+    return "\n".join([*map(_said, trajectory.messages[turns[0] : turns[-1]]), final])
+
+
+def opening(trajectory: Trajectory) -> list[Message]:
+    """The conversation before the policy's first turn, the same for all responses to a task."""
+    roles = [message.role for message in trajectory.messages]
+    return trajectory.messages[: roles.index("assistant") if "assistant" in roles else None]
+
+
+def _said(message: Message) -> str:
+    text = without_reasoning(message.content) if message.role == "assistant" else message.content
+    calls = [f"{call.name}({json.dumps(call.arguments)})" for call in message.tool_calls]
+    return f"{message.role}: {' '.join([text, *calls]).strip()}"
 
 
 def without_reasoning(text: str) -> str:

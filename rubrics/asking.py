@@ -3,6 +3,9 @@
 Material stands between marks that carry a token, and the verdict must carry it, too: the token is a hash of
 the seed and the material, so no answer can know it. A reply that quotes an answer with a verdict in it is not
 taken for one.
+
+Models that are too weak for that are asked briefly: the material a line each, so that no answer can begin
+another line, and one word for a verdict, which an engine can be held to.
 """
 
 from __future__ import annotations
@@ -39,12 +42,16 @@ class Prompt(msgspec.Struct, frozen=True):
     """A question to a judge, and how its verdict is spelled."""
 
     messages: tuple[Message, ...]
-    #: What the verdict must carry; empty: nothing, for models that are too weak to repeat it.
+    #: What the verdict must carry; empty: it is one word, and nothing else.
     token: str
+    #: Of a reply, for servers and engines that can be held to one.
+    schema: dict[str, Any]
 
     def verdict(self, choices: Mapping[str, str]) -> str:
-        """The line that ends a reply with these choices."""
-        return " ".join(["VERDICT", *([self.token] if self.token else []), json.dumps(dict(choices))])
+        """What ends a reply with these choices."""
+        if not self.token:
+            return next(iter(choices.values()))
+        return f"VERDICT {self.token} {json.dumps(dict(choices))}"
 
 
 def prompt(
@@ -52,21 +59,27 @@ def prompt(
     material: Mapping[str, str],
     choices: Mapping[str, Sequence[str]],
     seed: int,
-    with_token: bool = True,
 ) -> Prompt:
     """The messages that ask for a choice for each name in `choices`, on this material."""
-    mark = _token(seed, question, material)
-    token = mark if with_token else ""
+    token = _token(seed, question, material)
     form = json.dumps({name: "|".join(options) for name, options in choices.items()}, ensure_ascii=False)
-    blocks = [f"<<<{name.upper()} {mark}>>>\n{text}\n<<<END {mark}>>>" for name, text in material.items()]
-    line = " ".join(["VERDICT", *([token] if token else []), form])
+    blocks = [f"<<<{name.upper()} {token}>>>\n{text}\n<<<END {token}>>>" for name, text in material.items()]
+    line = f"VERDICT {token} {form}"
     return Prompt(
         (
-            Message("system", SYSTEM.format(token=mark, line=line)),
+            Message("system", SYSTEM.format(token=token, line=line)),
             Message("user", "\n\n".join([*blocks, question, f"End with: {line}"])),
         ),
         token,
+        _schema(token, choices),
     )
+
+
+def brief_prompt(question: str, material: Mapping[str, str], options: Sequence[str]) -> Prompt:
+    """The message that asks for one of these words, on this material."""
+    lines = [f"{name}: {' '.join(text.split())}" for name, text in material.items()]
+    text = "\n".join([*lines, f"{question} {', '.join(options)}?"])
+    return Prompt((Message("user", text),), "", {"enum": list(options)})
 
 
 async def ask(
@@ -75,16 +88,31 @@ async def ask(
     material: Mapping[str, str],
     choices: Mapping[str, Sequence[str]],
     seed: int,
-    with_token: bool = True,
 ) -> Reply:
     """A model's choice for each name in `choices`, on this material.
 
     Raises:
         JudgeError: there is no reply, or none that can be understood.
     """
-    made = prompt(question, material, choices, seed, with_token)
-    text = await model.reply(made.messages, seed=seed, schema=_schema(made.token, choices))
+    made = prompt(question, material, choices, seed)
+    text = await model.reply(made.messages, seed=seed, schema=made.schema)
     return understood(text, made.token, choices)
+
+
+async def ask_briefly(
+    model: JudgeModel, question: str, material: Mapping[str, str], options: Sequence[str], seed: int
+) -> str:
+    """A model's choice of one of these words, on this material.
+
+    Raises:
+        JudgeError: as `ask`.
+    """
+    made = brief_prompt(question, material, options)
+    text = await model.reply(made.messages, seed=seed, schema=made.schema)
+    said = [option for option in options if _plain(option) == _plain(text)]
+    if len(said) != 1:
+        raise JudgeError(f"the verdict is {text[:120]!r}, none of: {', '.join(options)}")
+    return said[0]
 
 
 def understood(text: str, token: str, choices: Mapping[str, Sequence[str]]) -> Reply:
@@ -95,8 +123,7 @@ def understood(text: str, token: str, choices: Mapping[str, Sequence[str]]) -> R
     """
     given, reasoning = _constrained(text, token)
     if given is None:
-        mark = rf"verdict\W{{0,6}}{token}\b[\s:*`]*" if token else r"\bverdict\b[\s:*`]*"
-        marks = list(re.finditer(mark, text, re.IGNORECASE))
+        marks = list(re.finditer(rf"verdict\W{{0,6}}{token}\b[\s:*`]*", text, re.IGNORECASE))
         if not marks:
             raise JudgeError(f"no verdict with its token in the reply: …{text[-120:]!r}")
         reasoning, tail = text[: marks[-1].start()].strip(), text[marks[-1].end() :]

@@ -36,7 +36,7 @@ class JudgeModel(Protocol):
     async def reply(
         self, messages: Sequence[Message], *, seed: int, schema: Mapping[str, Any] | None = None
     ) -> str:
-        """The reply, of this JSON schema if the model can be held to it.
+        """The reply, of this JSON schema if the model can be held to it; `{"enum": …}` stands for bare words.
 
         Raises:
             JudgeError: there is none.

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 
-from k2rl.config import Config
+from k2rl import launch, loop
+from k2rl.config import Config, TrackingConfig
 from k2rl.critic import PROBES, Critic
 from k2rl.models.chat import ChatTemplate
 from k2rl.models.hub import resolve_model
+from k2rl.preflight import Preflight
+from k2rl.run import Rollouts, Run
+from k2rl.tracking.tracker import Tracker
+from k2rl.training.supervised import Corpus
 from k2rl.types import Message, Segment, Task, Trajectory, Verdict
 from rubrics.critics.self_critique import SelfCritique
+from rubrics.environment import EnvironmentReward
 from rubrics.groups import judge_group_safely
 from rubrics.models import bind_run_model
 from tests.rubrics.critics import critic as scripted
@@ -27,7 +34,8 @@ def group(number, answers):
     task = Task(f"task-{number}", "e", "k", "train", 0)
     return [
         Trajectory(
-            f"{number}-{k}", f"g{number}", task, 1.0, [Segment((1,), False)],
+            f"{number}-{k}", f"g{number}", task, 1.0,
+            [Segment((1,), False), Segment((2,), True, (-0.5,), 0)],
             [Message("user", "Which is it?"), Message("assistant", answer)],
             env_reward=float(answer.startswith("right")),
         )
@@ -118,7 +126,7 @@ def test_judgements_to_imitate_are_those_of_the_verifier_and_none_is_held_out(ch
     rubric = rubric_of(prefers("right"))
     critic = Critic(rubric, chat, config)
     pairs = critic.pairs(rollouts(rubric), seed=0)
-    examples = critic.examples(pairs, seed=1)
+    examples = critic.judgements(pairs, seed=1)
     assert len(examples) == 5
     held_out = {pair.task for pair in pairs if pair.held_out}
     assert not {example.id.removeprefix("critic-") for example in examples} & held_out
@@ -131,10 +139,48 @@ def test_judgements_to_imitate_are_those_of_the_verifier_and_none_is_held_out(ch
         assert block.startswith("right")
         winners.add(winner)
     assert winners == {"A", "B"}
-    assert critic.examples(pairs, seed=1) == examples
+    assert critic.judgements(pairs, seed=1) == examples
     assert critic.pairs(group(0, ["right", "wrong"]), seed=0) == []  # without a verdict nothing is known
     config.rubric.critic_examples = 0
-    assert critic.examples(pairs, seed=1) == []
+    assert critic.judgements(pairs, seed=1) == []
+
+
+def test_every_taught_pair_is_shown_in_both_orders_and_dealt_out_to_the_updates(chat):
+    config = Config()
+    config.rubric.critic_examples, config.rubric.critic_updates = 1000, 4
+    rubric = rubric_of(prefers("right"), brief=True)
+    critic = Critic(rubric, chat, config)
+    pairs = critic.pairs(rollouts(rubric), seed=0)
+    taught = [pair.task for pair in pairs if not pair.held_out]
+    shown = critic.judgements(pairs, seed=1)
+    batches = critic.batches(shown, [], seed=1)
+    assert len(batches) == 4
+    assert max(map(len, batches)) - min(map(len, batches)) <= 1
+    assert sorted(e.id for batch in batches for e in batch) == sorted(e.id for e in shown)
+    assert sorted(example.id for example in shown) == sorted(f"critic-{task}" for task in taught * 2)
+    said = [chat.decode([t for t, loss in zip(e.token_ids, e.loss_mask, strict=True) if loss]) for e in shown]
+    assert said.count("A") == said.count("B") == len(taught)
+    config.rubric.critic_updates = 1000  # more than there are judgements
+    assert [len(batch) for batch in critic.batches(shown, [], seed=1)] == [1] * len(shown)
+    assert critic.batches([], rollouts(rubric), seed=1) == []
+
+
+def test_the_policys_own_responses_are_imitated_beside_judgements(chat):
+    config = Config()
+    config.rubric.critic_updates, config.rubric.critic_replay = 2, 2
+    rubric = rubric_of(prefers("right"))
+    critic = Critic(rubric, chat, config)
+    members = rollouts(rubric)
+    members[0].verdict = Verdict.failed("lost")
+    config.rubric.critic_examples = 6
+    judgements = critic.judgements(critic.pairs(members, seed=0), seed=1)
+    for batch in critic.batches(judgements, members, seed=1):
+        own = [text for text in batch if text not in judgements]
+        assert (len(batch), len(own)) == (9, 6)
+        assert {text.loss_mask for text in own} == {(False, True)}
+        assert members[0].id not in {text.id for text in own}
+    config.rubric.critic_replay = 1000
+    assert len(critic.batches(judgements, members, seed=1)[0]) == 3 + 32
 
 
 def test_failed_episodes_are_in_no_pair(chat):
@@ -142,3 +188,80 @@ def test_failed_episodes_are_in_no_pair(chat):
     members = judged(rubric, group(0, ["right", "wrong"]))
     members[1].verdict = Verdict.failed("lost")
     assert Critic(rubric, chat, Config()).pairs(members, seed=0) == []
+
+
+def test_what_is_known_of_the_critic_survives_a_resumption(chat, tmp_path):
+    rubric = rubric_of(prefers("right"))
+    config = Config(tracking=TrackingConfig(live="off", tensorboard=False))
+    prepared = Preflight(config, tmp_path, chat, None, rubric, [], [], [])
+    with Tracker(tmp_path, config.tracking, 4) as tracker:
+        for step, agreement in ((1, 0.55), (2, 0.6), (4, 1.0)):
+            tracker.step(step, {"critic/agreement_smoothed": agreement})
+        tracker.step(3, {"reward/mean": 1.0})  # no held-out pair in it
+    rubric.believe(1.0)  # as it is where workers died and are started again
+    with Tracker(tmp_path, config.tracking, 4, resume_step=3):
+        critic = launch._critic(prepared, tmp_path)
+    assert critic.agreement == 0.6
+    assert rubric.trust == pytest.approx(0.5)
+    assert critic.standing == "doubted"
+    fresh = launch._critic(prepared, tmp_path / "new")
+    assert (fresh.agreement, rubric.trust, fresh.standing) == (None, 0, "unexamined")
+    prepared.rubric = EnvironmentReward()
+    assert launch._critic(prepared, tmp_path) is None
+
+
+class Recorder:
+    """A worker and tracker that write down what they are asked for."""
+
+    def __init__(self):
+        self.calls, self.notes = [], []
+
+    async def policy_step(self, groups, *rest):
+        self.calls.append(("policy", len(groups)))
+        return {"loss": 1.0}
+
+    async def sft_step(self, batch, lr):
+        assert lr == Config().optimizer.lr
+        self.calls.append(("imitated", len(batch)))
+        return {"loss": float(len(batch))}
+
+    async def publish(self):
+        self.calls.append(("published", 0))
+        return {}
+
+
+@pytest.mark.parametrize("ptx_weight", [0.0, 0.1])
+def test_the_critic_learns_after_the_policy_whatever_ptx_weighs(chat, tmp_path, ptx_weight):
+    config = Config()
+    config.ptx.weight = ptx_weight
+    config.rubric.critic_examples, config.rubric.critic_updates = 6, 2
+    config.rubric.critic_replay = 0
+    rubric = rubric_of(prefers("right"))
+    worker, tracking = Recorder(), TrackingConfig(live="off", tensorboard=False)
+    prepared = Preflight(config, tmp_path, chat, None, rubric, [], [], [])
+    with Tracker(tmp_path, tracking, 1) as tracker:
+        run = Run(
+            config, tmp_path, tracker, worker, prepared, None, None, Corpus([], 0, 0),
+            critic=Critic(rubric, chat, config),
+        )  # fmt: skip
+        metrics = asyncio.run(loop._learned(run, 1, Rollouts(rollouts(rubric), 0)))
+    assert worker.calls == [("policy", 16), ("imitated", 3), ("imitated", 3), ("published", 0)]
+    assert metrics["critic/loss"] == 3
+    assert metrics["critic/examples"] == 6
+
+
+def test_a_critic_that_loses_or_regains_its_weight_is_said_once(chat, tmp_path):
+    config = Config()
+    rubric = rubric_of(prefers("right"))
+    critic = Critic(rubric, chat, config)
+    members = [t for n in range(16) for t in judged(rubric, group(n, ["right", "wrong"]))]
+    tracking = TrackingConfig(live="off", tensorboard=False)
+    prepared = Preflight(config, tmp_path, chat, None, rubric, [], [], [])
+    with Tracker(tmp_path, tracking, 9) as tracker:
+        run = Run(config, tmp_path, tracker, None, prepared, None, None, None, critic=critic)
+        for step, word in enumerate(("right", "right", "wrong", "wrong", "right", "right", "right"), 1):
+            bind_run_model(rubric, prefers(word))
+            asyncio.run(loop._critic(run, step, members))
+    notes = [json.loads(line)["text"] for line in (tmp_path / "notes.jsonl").read_text().splitlines()]
+    assert [note.split(":")[0] for note in notes] == ["step 1", "step 3", "step 6"]
+    assert "on 50% of held-out pairs; its reward counts for 0% of its weight" in notes[1]

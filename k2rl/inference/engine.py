@@ -19,6 +19,8 @@ class Sampling(msgspec.Struct, frozen=True):
     #: End a turn in which a pattern of up to so many tokens comes `repeat_count` times in a row; 0: never.
     repeat_size: int = 0
     repeat_count: int = 0
+    #: Nothing but these tokens; empty: all that there are.
+    allowed: tuple[int, ...] = ()
 
 
 class Generation(msgspec.Struct, frozen=True):

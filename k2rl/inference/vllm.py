@@ -190,6 +190,7 @@ class VLLMEngine:
             logprobs=0,
             detokenize=False,
             stop_token_ids=self._stop_token_ids,
+            allowed_token_ids=list(sampling.allowed) or None,
             output_kind=RequestOutputKind.FINAL_ONLY,
             repetition_detection=RepetitionDetectionParams(sampling.repeat_size, 0, sampling.repeat_count)
             if sampling.repeat_size

@@ -13,7 +13,10 @@ from rubrics.models import JudgeError, Usage
 
 
 class EngineModel:
-    """A `JudgeModel`: greedy replies of the weights that the engine has at the time."""
+    """A `JudgeModel`: greedy replies of the weights that the engine has at the time.
+
+    It is held to a schema that is a choice of words, by their first tokens, and to no other.
+    """
 
     def __init__(self, engine: InferenceEngine, chat: ChatTemplate, config: Config) -> None:
         self._engine, self._chat = engine, chat
@@ -30,7 +33,7 @@ class EngineModel:
     async def reply(
         self, messages: Sequence[Message], *, seed: int, schema: Mapping[str, Any] | None = None
     ) -> str:
-        prompt = self._chat.prompt_ids(messages)
+        prompt, words = self._chat.prompt_ids(messages), self._words(schema)
         room = self._context - len(prompt)
         if room <= 0:
             raise JudgeError(
@@ -38,11 +41,21 @@ class EngineModel:
                 f"inference.max_model_len={self._context}"
             )
         try:
-            made = await self._engine.generate(prompt, Sampling(0.0, min(room, self._most), seed))
+            most = 1 if words else min(room, self._most)
+            made = await self._engine.generate(prompt, Sampling(0.0, most, seed, allowed=tuple(words)))
         except GenerationError as error:
             raise JudgeError(f"the engine gave no reply: {error}") from error
         self.version = made.weight_spans[-1][1] if made.weight_spans else self.version
         self.usage.requests += 1
         self.usage.prompt_tokens += len(prompt)
         self.usage.completion_tokens += len(made.token_ids)
-        return self._chat.decode(made.token_ids)
+        return words[made.token_ids[0]] if words else self._chat.decode(made.token_ids)
+
+    def _words(self, schema: Mapping[str, Any] | None) -> dict[int, str]:
+        """The words that a schema lets choose from, by the token that each begins with.
+
+        Empty, if it is another schema, or two words begin alike.
+        """
+        words = (schema or {}).get("enum", ())
+        first = {self._chat.turn_ids(word)[0]: word for word in words}
+        return first if len(first) == len(words) else {}

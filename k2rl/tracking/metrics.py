@@ -19,6 +19,9 @@ Names are `group/name`. Those that the live view, the summary and the report loo
 | `router/max_load`, `router/min_load` | busiest and idlest expert's tokens, as a multiple of an equal share |
 | `router/unused_share` | share of experts that no token has chosen |
 | `mismatch/mean_abs_gap`, `mismatch/max_abs_gap` | trainer against vLLM log-probs, in nats |
+| `critic/agreement`, `critic/agreement_smoothed` | with the verifier, on held-out pairs; smoothed |
+| `critic/trust` | share of its weight that the critic's reward has |
+| `critic/bias/<probe>` | how much more often than half an answer wins for what the probe adds |
 | `time/<phase>_s`, `time/step_s` | seconds of each phase and of the step; added by the tracker |
 
 A run may add any others; a name that is missing leaves out its row or chart.

@@ -113,21 +113,43 @@ _SPECS = (
 )
 
 
-def kind_chart(run: Run) -> Figure:
-    """Training reward by task kind; empty if there is only one kind."""
-    prefix = "reward/kind/"
-    kinds = sorted({name.removeprefix(prefix) for row in run.rows for name in row if name.startswith(prefix)})
-    colors = {kind: f"p{number % 11}" for number, kind in enumerate(kinds)}
-    lines = [charts.Series(kind, series(run.rows, prefix + kind), colors[kind]) for kind in kinds]
-    title = "Training reward by task kind"
-    svg = charts.line_chart(lines, title=title, from_zero=True, form=reward_text) if len(kinds) > 1 else ""
-    return Figure(title, "", svg, tuple((color, kind) for kind, color in colors.items()))
+def lines_chart(run: Run, title: str, note: str, metrics: dict[str, str]) -> Figure:
+    """Several metrics, given with their labels, in one chart; empty if none was recorded."""
+    points = {label: series(run.rows, metric) for metric, label in metrics.items()}
+    colors = {label: f"p{number % 11}" for number, label in enumerate(points) if points[label]}
+    lines = [charts.Series(label, points[label], color) for label, color in colors.items()]
+    svg = charts.line_chart(lines, title=title, from_zero=True, form=reward_text)
+    return Figure(title, note, svg, tuple((color, label) for label, color in colors.items()))
+
+
+def _named(run: Run, prefix: str) -> dict[str, str]:
+    """The metrics that begin so, with the rest of their names as labels."""
+    names = sorted({name for row in run.rows for name in row if name.startswith(prefix)})
+    return {name: name.removeprefix(prefix) for name in names}
+
+
+def grouped_charts(run: Run) -> list[Figure]:
+    """Charts of several lines: reward by kind and by judge, and what is known of the critic."""
+    kinds, judges = _named(run, "reward/kind/"), _named(run, "reward/component/")
+    critic = {
+        "critic/agreement": "held-out pairs of the step",
+        "critic/agreement_smoothed": "over the steps",
+        "critic/trust": "share of its weight",
+    }
+    agreement = "How often critic and verifier agree (0.5 is chance), and what its reward counts for."
+    bias = "How much more often than half the same answer wins with such an addition; 0 is none."
+    figures = [
+        *([lines_chart(run, "Training reward by task kind", "", kinds)] if len(kinds) > 1 else []),
+        lines_chart(run, "Reward by component", "What the judges name, unweighted.", judges),
+        lines_chart(run, "Critic and verifier", agreement, critic),
+        lines_chart(run, "Bias probes of the critic", bias, _named(run, "critic/bias/")),
+    ]
+    return [figure for figure in figures if figure.svg]
 
 
 def metric_charts(run: Run) -> list[Figure]:
     """The small charts, for those metrics that the run recorded."""
-    by_kind = kind_chart(run)
-    figures = [by_kind] if by_kind.svg else []
+    figures = grouped_charts(run)
     for spec in _SPECS:
         points = series(run.rows, spec.metric)
         svg = charts.line_chart(

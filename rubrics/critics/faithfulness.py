@@ -8,9 +8,8 @@ from typing import Any
 from k2rl.types import Evidence, Trajectory, Verdict
 from rubrics.answers import final_text
 from rubrics.asking import ask
-from rubrics.base import Rubric
+from rubrics.critics.base import ModelJudge
 from rubrics.injection import without_injections
-from rubrics.models import model_from
 from rubrics.verifiers.base import TaskError
 from rubrics.verifiers.instructions.text import sentences
 
@@ -21,22 +20,20 @@ _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _QUOTED = re.compile(r"[\"“«]([^\"”»\n]{4,})[\"”»]")
 
 
-class Faithfulness(Rubric):
+class Faithfulness(ModelJudge):
     """The share of an answer's sentences that `task.data["source"]` supports; each that it does not is named.
 
     Numbers and quotations that are not in the source are unsupported, whatever the model thinks of them. A
     sentence without a claim counts for nothing, and an answer without one is worth nothing.
     """
 
-    idempotent = True
-
     def __init__(self, model: Any, field: str = "source", seed: int = 0) -> None:
-        self.model = model_from(model)
-        self.field, self.seed = field, seed
+        super().__init__(model, seed)
+        self.field = field
 
     @property
     def identity(self) -> str:
-        return f"Faithfulness({self.model.identity}, {self.field}, {self.seed})"
+        return f"{super().identity} {self.field}"
 
     def content(self, trajectory: Trajectory) -> object:
         return [final_text(trajectory), trajectory.task.data.get(self.field)]
@@ -61,9 +58,9 @@ class Faithfulness(Rubric):
         )
         if not claims:
             none = Evidence("no sentence with a claim", passed=False)
-            return Verdict.scored(0.0, evidence=[*evidence, none], judge=self.model.identity)
+            return self.worthless([*evidence, none])
         share = 1 - wrong / claims
-        return Verdict.scored(share, {"supported": share}, evidence=evidence, judge=self.model.identity)
+        return Verdict.scored(share, {"supported": share}, evidence=evidence, judge=self.judge_name)
 
     async def _support(self, source: str, texts: list[str]) -> list[str]:
         material = {"source": source} | {f"sentence {i}": text for i, text in enumerate(texts, 1)}

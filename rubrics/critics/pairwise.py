@@ -8,21 +8,25 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from k2rl.types import Evidence, Message, Trajectory, Verdict
-from rubrics.answers import final_text
-from rubrics.asking import ask
+from rubrics.answers import opening, whole_response
+from rubrics.asking import ask, ask_briefly, brief_prompt
 from rubrics.asking import prompt as asking_prompt
-from rubrics.critics.pointwise import CriteriaRubric, described, prompt_of
+from rubrics.critics.pointwise import CriteriaRubric, described
 from rubrics.critics.ranking import Outcomes, Pair, bradley_terry, round_robin, swiss_round, win_rates
 from rubrics.injection import without_injections
 from rubrics.models import JudgeError
 
-WINNERS = {"A": 1.0, "tie": 0.5, "B": 0.0}
+TIE = 0.5
+WINNERS = {"A": 1.0, "tie": TIE, "B": 0.0}
+ROUNDS = 1000
+"""More than any tournament has, so that a repeated question has a seed of its own."""
 
 
 class Pairwise(CriteriaRubric):
     """A model compares the responses to a task by criteria; the reward is the share of comparisons won.
 
-    Each pair is shown in both orders: only who wins in both has won, all else is a tie.
+    Each pair is shown in both orders: only who wins in both has won, all else is a tie. A judge that mostly
+    takes whichever stands first makes ties of most: with `repeats` those are shown again.
     """
 
     needs_group = True
@@ -34,13 +38,15 @@ class Pairwise(CriteriaRubric):
         reward: Literal["win_rate", "bradley_terry"] = "win_rate",
         full_up_to: int = 8,
         repeats: int = 1,
-        token: bool = True,
+        brief: bool = False,
         field: str = "rubric",
         seed: int = 0,
     ) -> None:
-        """Groups of `full_up_to` play every pair, larger ones a Swiss tournament, `repeats` times.
+        """Groups of `full_up_to` play every pair, larger ones a Swiss tournament. A pair that is a tie is
+        shown up to `repeats` times (to a model that gives one answer to one question, that changes nothing).
 
-        Without `token` a verdict need not repeat one, which small models fail at.
+        `brief`: names of criteria, and a word for a verdict, for models that are too weak to follow
+        instructions, give reasons and repeat a token.
 
         Raises:
             ValueError, ConfigError: one line, about what is wrong.
@@ -51,36 +57,36 @@ class Pairwise(CriteriaRubric):
         if full_up_to < 2 or repeats < 1:
             raise ValueError("full_up_to must be 2 or more, repeats 1 or more")
         self.reward, self.full_up_to, self.repeats = reward, full_up_to, repeats
-        self.token = token
+        self.brief = brief
 
     async def judge(self, trajectory: Trajectory) -> Verdict:
         raise JudgeError("it compares the responses of a group, and was given one alone")
 
     async def judge_group(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
-        criteria = described(self.criteria(trajectories[0]))
-        cleaned = [without_injections(final_text(trajectory)) for trajectory in trajectories]
+        criteria, prompt = self.criteria_text(trajectories[0]), self.task_text(trajectories[0])
+        cleaned = [without_injections(whole_response(trajectory)) for trajectory in trajectories]
         answers = [answer for answer, _ in cleaned]
-        prompt = prompt_of(trajectories[0])
         outcomes: Outcomes = []
         problems: list[str] = []
 
-        async def play(pairs: Sequence[Pair], number: int) -> None:
-            results = await asyncio.gather(
-                *(self.compared(criteria, prompt, answers[i], answers[j], number) for i, j in pairs)
-            )
-            for (i, j), result in zip(pairs, results, strict=True):
+        async def play(pairs: Sequence[Pair], round: int) -> None:
+            # Equal answers make equal questions: each is asked once.
+            texts = dict.fromkeys(tuple(sorted((answers[i], answers[j]))) for i, j in pairs)
+            asked = (self._settled(criteria, prompt, one, other, round) for one, other in texts)
+            results = dict(zip(texts, await asyncio.gather(*asked), strict=True))
+            for i, j in pairs:
+                result = results[tuple(sorted((answers[i], answers[j])))]
                 if isinstance(result, str):
                     problems.append(result)
                 else:
-                    outcomes.append((i, j, result))
+                    outcomes.append((i, j, result if answers[i] <= answers[j] else 1 - result))
 
         count = len(trajectories)
-        for repeat in range(self.repeats):
-            if count <= self.full_up_to:
-                await play(round_robin(count, self.seed + repeat), repeat)
-            else:
-                for round in range(math.ceil(math.log2(count)) + 2):
-                    await play(swiss_round(count, outcomes, self.seed), repeat * 1000 + round)
+        if count <= self.full_up_to:
+            await play(round_robin(count, self.seed), 0)
+        else:
+            for round in range(math.ceil(math.log2(count)) + 2):
+                await play(swiss_round(count, outcomes, self.seed), round)
         to_rewards = win_rates if self.reward == "win_rate" else bradley_terry
         rewards = to_rewards(count, outcomes)
         ties = sum(outcome == 0.5 for _, _, outcome in outcomes) / len(outcomes) if outcomes else 0.0
@@ -97,11 +103,34 @@ class Pairwise(CriteriaRubric):
             reward, components, {"preferred": 1.0, "ties": 0.0}, injections, self.judge_name
         )
 
+    def criteria_text(self, trajectory: Trajectory) -> str:
+        """The criteria for a task, as this judge is told them."""
+        criteria = self.criteria(trajectory)
+        return ", ".join(criterion.name for criterion in criteria) if self.brief else described(criteria)
+
+    def task_text(self, trajectory: Trajectory) -> str:
+        """A task, as this judge is told it."""
+        messages = opening(trajectory)
+        if self.brief:
+            return "\n".join(message.content for message in messages if message.role != "system")
+        return "\n\n".join(f"{message.role}: {message.content}" for message in messages)
+
+    async def _settled(self, criteria: str, prompt: str, one: str, other: str, round: int) -> float | str:
+        """As `compared`, again as long as it is a tie."""
+        found: float | str = ""
+        for repeat in range(self.repeats):
+            result = await self.compared(criteria, prompt, one, other, round + ROUNDS * repeat)
+            if not isinstance(result, str) or isinstance(found, str):
+                found = result
+            if not isinstance(found, str) and found != TIE:
+                break
+        return found
+
     async def compared(self, criteria: str, prompt: str, one: str, other: str, number: int) -> float | str:
         """The first one's outcome over both orders; why there is none, if there is none."""
         if one == other or not (one and other):
             # Without asking: equal ones are equal, and no answer is worse than any.
-            return 0.5 if bool(one) == bool(other) else float(bool(one))
+            return TIE if bool(one) == bool(other) else float(bool(one))
         try:
             first, second = await asyncio.gather(
                 self._shown(criteria, prompt, one, other, number),
@@ -109,24 +138,33 @@ class Pairwise(CriteriaRubric):
             )
         except JudgeError as error:
             return str(error)
-        return first if first == 1 - second else 0.5
+        return first if first == 1 - second else TIE
 
     async def _shown(self, criteria: str, prompt: str, first: str, second: str, number: int) -> float:
-        question, material = _question(criteria, prompt, first, second)
-        choices = {"winner": list(WINNERS)}
-        reply = await ask(self.model, question, material, choices, self.seed + number, self.token)
+        question, material, options = self._question(criteria, prompt, first, second)
+        seed = self.seed + number
+        if self.brief:
+            return WINNERS[await ask_briefly(self.model, question, material, options, seed)]
+        reply = await ask(self.model, question, material, {"winner": options}, seed)
         return WINNERS[reply.choices["winner"]]
 
     def example(self, criteria: str, prompt: str, first: str, second: str, winner: str) -> list[Message]:
         """A comparison as this judge is asked for it, with the reply that is right: something to imitate."""
-        question, material = _question(criteria, prompt, first, second)
-        made = asking_prompt(question, material, {"winner": list(WINNERS)}, self.seed, self.token)
+        question, material, options = self._question(criteria, prompt, first, second)
+        if self.brief:
+            made = brief_prompt(question, material, options)
+        else:
+            made = asking_prompt(question, material, {"winner": options}, self.seed)
         return [*made.messages, Message("assistant", made.verdict({"winner": winner}))]
 
-
-def _question(criteria: str, prompt: str, first: str, second: str) -> tuple[str, dict[str, str]]:
-    question = (
-        f"{criteria}\n\nWhich answer is better by these criteria? What is mandatory comes first; the others "
-        "you may weigh. The order in which the answers stand means nothing."
-    )
-    return question, {"task": prompt, "answer A": first, "answer B": second}
+    def _question(
+        self, criteria: str, prompt: str, first: str, second: str
+    ) -> tuple[str, dict[str, str], list[str]]:
+        """The question, the material and the choices."""
+        if self.brief:
+            return f"Better ({criteria}):", {"task": prompt, "A": first, "B": second}, list(WINNERS)
+        question = (
+            f"{criteria}\n\nWhich answer is better by these criteria? What is mandatory comes first; the "
+            "others you may weigh. The order in which the answers stand means nothing."
+        )
+        return question, {"task": prompt, "answer A": first, "answer B": second}, list(WINNERS)

@@ -10,18 +10,15 @@ from typing import Any, Literal
 from k2rl.types import Evidence, Trajectory, Verdict
 from rubrics.answers import final_text
 from rubrics.asking import Reply, ask
-from rubrics.base import Rubric
 from rubrics.criteria import Criteria, Criterion, check, from_task, load
+from rubrics.critics.base import ModelJudge
 from rubrics.injection import without_injections
-from rubrics.models import model_from
 
 OVERALL = ["1", "2", "3", "4", "5", "6", "7", "8", "9", "10"]
 
 
-class CriteriaRubric(Rubric):
+class CriteriaRubric(ModelJudge):
     """What judges by criteria have in common: rubrics by name or file, and those of a task."""
-
-    idempotent = True
 
     def __init__(
         self,
@@ -35,21 +32,16 @@ class CriteriaRubric(Rubric):
         Raises:
             ValueError, ConfigError: one line, about the model or a rubric.
         """
-        self.model = model_from(model)
+        super().__init__(model, seed)
         self.rubrics: list[Criteria] = [load(name) for name in rubrics]
-        self.field, self.seed = field, seed
+        self.field = field
         if self.rubrics:
             check([criterion for rubric in self.rubrics for criterion in rubric.criteria])
 
     @property
     def identity(self) -> str:
         texts = "; ".join(f"{rubric.identity} {rubric!r}" for rubric in self.rubrics)
-        return f"{type(self).__name__}({self.model.identity}, {texts}, seed {self.seed})"
-
-    @property
-    def judge_name(self) -> str:
-        """Who judges, in verdicts."""
-        return self.model.identity
+        return f"{super().identity} {texts}"
 
     def criteria(self, trajectory: Trajectory) -> list[Criterion]:
         """The criteria for a task.
@@ -65,11 +57,6 @@ class CriteriaRubric(Rubric):
 
     def content(self, trajectory: Trajectory) -> object:
         return [prompt_of(trajectory), final_text(trajectory), trajectory.task.data.get(self.field)]
-
-    async def close(self) -> None:
-        close = getattr(self.model, "close", None)
-        if close is not None:
-            await close()
 
 
 class Pointwise(CriteriaRubric):
@@ -96,8 +83,7 @@ class Pointwise(CriteriaRubric):
         criteria = self.criteria(trajectory)
         answer, injections = without_injections(final_text(trajectory))
         if not answer:
-            evidence = [*injections, Evidence("no answer", passed=False)]
-            return Verdict.scored(0.0, evidence=evidence, judge=self.judge_name)
+            return self.worthless([*injections, Evidence("no answer", passed=False)])
         # In another order for each answer, so that none profits from its place.
         order = random.Random(f"{self.seed}/{trajectory.id}").sample(criteria, len(criteria))
         material = {"task": prompt_of(trajectory), "answer": answer}

@@ -29,18 +29,19 @@ class SelfCritique(WeightedSum):
         rubrics: Sequence[str] = ("correctness", "core", "prescriptive"),
         weight: float = 0.5,
         threshold: float = 0.7,
-        token: bool = True,
+        brief: bool = False,
         deadline_s: float = 600.0,
         seed: int = 0,
     ) -> None:
-        """`weight` of the critic beside the verifier's 1; `threshold`: agreement from which it has all of it.
+        """`weight` of the critic beside the verifier's 1; `threshold`: agreement from which it has all of it;
+        `brief`: see `Pairwise`.
 
         Raises:
             ValueError, ConfigError: one line, about what is wrong.
         """
         if not (math.isfinite(weight) and weight >= 0) or not CHANCE < threshold <= 1:
             raise ValueError(f"weight={weight} must be 0 or more, threshold={threshold} above 0.5, at most 1")
-        self.critic = Pairwise(model, rubrics, token=token, seed=seed)
+        self.critic = Pairwise(model, rubrics, brief=brief, seed=seed)
         self.weight, self.threshold, self.trust = weight, threshold, 0.0
         super().__init__([part_from(VERIFIER, verifier), Part(CRITIC, self.critic, weight, deadline_s)])
 

@@ -15,13 +15,21 @@ from k2rl.types import Verdict
 from rubrics.children import Children
 from rubrics.verifiers.base import TaskError, Verifier, decided
 from rubrics.verifiers.plain import number
+from sandboxes.arithmetic import ExpressionError, evaluate
 
 MOST_CHARACTERS = 1000
 """Of an answer: what is longer is none."""
+MOST_PLAIN = 100
+"""Of what is computed without math-verify."""
 MOST_DIGITS = 400
 MOST_EXPONENT = 10_000
 
-_QUOTIENT = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
+_FRACTION = re.compile(r"\\[dt]?frac\{([^{}\\]*)\}\{([^{}\\]*)\}")
+_ASSIGNED = re.compile(r"[abckmnpqrstuvwxyz] *= *")
+_SPELLED = {"\\cdot": "*", "\\times": "*", "\\div": "/", "^": "**", "{": "(", "}": ")"}
+_SPELLINGS = re.compile("|".join(map(re.escape, _SPELLED)))
+_ARITHMETIC = re.compile(r"[-+*/^(){}0-9. ]+")
+_NOT_LATEX = ("//", "**")
 _DIGITS = re.compile(rf"\d{{{MOST_DIGITS}}}")
 _TOWER = re.compile(r"\^\s*\{?\s*\(?\s*(\d+)\s*\^\s*\{?\s*\(?\s*(\d+)")
 _EXPONENT = re.compile(r"\^\s*\{?\s*\(?\s*(\d{5,})")
@@ -84,20 +92,36 @@ def outcome(found: dict[str, Any]) -> Verdict:
 
 
 def decided_plainly(answer: str, truth: str) -> Verdict | None:
-    """The verdict where it needs no algebra: on equal numbers, different integers, and what is refused."""
+    """The verdict where it needs no algebra: on numbers that can be computed exactly, and what is refused.
+
+    A decimal may be a rounded value, so that it is left to math-verify where it is another number.
+    """
     if refused := refusal(answer, truth):
         return decided(False, refused)
-    given, right = _number(answer), _number(truth)
+    given, right = _number(_ASSIGNED.sub("", answer.strip(), count=1)), _number(truth)
     if given is None or right is None:
         return None
-    if given == right or (given.denominator == right.denominator == 1):
+    whole = given.denominator == right.denominator == 1
+    if given == right or whole or "." not in answer + truth:
         return decided(given == right, f"{answer} beside {truth}")
     return None
 
 
 def _number(text: str) -> Fraction | None:
-    quotient = _QUOTIENT.fullmatch(text.strip())
-    return number(f"{quotient[1]}/{quotient[2]}" if quotient else text)
+    """The number that a text is, or that its arithmetic comes to; None if it is anything else."""
+    plain = number(text)
+    if plain is not None or len(text) > MOST_PLAIN:
+        return plain
+    spelled, fractions = text, 1
+    while fractions:
+        spelled, fractions = _FRACTION.subn(r"((\1)/(\2))", spelled)
+    bare = _SPELLINGS.sub(lambda found: _SPELLED[found[0]] if found[0][0] == "\\" else found[0], spelled)
+    if not _ARITHMETIC.fullmatch(bare) or any(other in spelled for other in _NOT_LATEX):
+        return None
+    try:
+        return Fraction(evaluate(_SPELLINGS.sub(lambda found: _SPELLED[found[0]], bare)))
+    except ExpressionError:
+        return None
 
 
 def refusal(answer: str, truth: str) -> str:

@@ -10,6 +10,7 @@ import sympy
 from math_verify import parse, verify
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import BooleanAtom, BooleanFunction
+from sympy.polys.polyerrors import BasePolynomialError
 
 logging.disable(logging.WARNING)
 
@@ -25,6 +26,8 @@ WARMING = [
     ("x>2", "x<2"),
     ("\\text{a}", "\\log_2 8"),
 ]
+PLAIN_TYPES = (sympy.Add, sympy.Mul, sympy.Pow, sympy.Integer, sympy.Rational)
+DIGITS, APART = 20, 1e-6
 STATEMENTS = (Relational, BooleanAtom, BooleanFunction)
 
 
@@ -37,7 +40,10 @@ def compare(pair: list[str]) -> dict[str, Any]:
         right = ()
     found = {"truth": _text(right), "answer": _text(read), "same": False, "why": "not mathematics"}
     if right and read and not _evades(right[0], read[0]):
-        found["same"] = bool(verify(list(right), list(read), timeout_seconds=None, raise_on_error=True))
+        same = _decided(right[0], read[0])
+        if same is None:
+            same = bool(verify(list(right), list(read), timeout_seconds=None, raise_on_error=True))
+        found["same"] = same
     return found
 
 
@@ -54,6 +60,29 @@ def _parsed(text: str) -> tuple[Any, ...]:
 
 def _text(parsed: tuple[Any, ...]) -> str | None:
     return None if not parsed else str(parsed[-1])[:200]
+
+
+def _decided(right: Any, read: Any) -> bool | None:
+    """Whether they are the same, where a look at their difference is a proof; None: it takes math-verify.
+
+    Polynomials with rational coefficients are the same if they cancel out, and constants are not if they are
+    far apart. What math-verify is lenient in (decimals, percentages, names run together) is left to it.
+    """
+    if not all(type(value) in PLAIN_TYPES for value in (right, read)):
+        return None
+    if any(value.has(sympy.Float, sympy.UnevaluatedExpr, sympy.zoo, sympy.nan) for value in (right, read)):
+        return None
+    symbols = right.free_symbols | read.free_symbols
+    if any(len(symbol.name) > 1 for symbol in symbols):
+        return None
+    difference = right.doit() - read.doit()
+    if symbols:
+        try:
+            return bool(sympy.Poly(difference, *sorted(symbols, key=str), domain="QQ").is_zero)
+        except BasePolynomialError:  # it is none, or has other coefficients
+            return None
+    value = difference.evalf(DIGITS)
+    return False if value.is_Float and value.is_finite and abs(value) > APART else None
 
 
 def _evades(right: Any, read: Any) -> bool:

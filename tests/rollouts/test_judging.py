@@ -33,6 +33,9 @@ class Answering:
     async def generate(self, prompt_ids: list[int], sampling: Sampling) -> Generation:
         for _ in range((sampling.seed or 0) % 7):
             await asyncio.sleep(0)
+        if sampling.allowed:
+            assert (sampling.max_tokens, sampling.temperature) == (1, 0)
+            return Generation(sampling.allowed[-1:], (0.0,), ((0, 5),), "length")
         ids = tuple(self._chat.turn_ids(str((sampling.seed or 0) % 10)))
         return Generation(ids, (0.0,) * len(ids), ((0, 5),), "stop")
 
@@ -97,3 +100,14 @@ def test_the_policy_as_a_judge_tells_its_version_and_what_does_not_fit(chat):
     assert model.identity == "policy@5"
     with pytest.raises(JudgeError, match="does not fit"):
         asyncio.run(model.reply([Message("user", "long " * 2000)], seed=3))
+
+
+def test_the_policy_is_held_to_a_choice_of_words(chat):
+    model = EngineModel(Answering(chat), chat, Config())
+
+    def reply(*words):
+        return asyncio.run(model.reply([Message("user", "Which?")], seed=3, schema={"enum": list(words)}))
+
+    assert reply("A", "tie", "B") == "B"
+    assert reply("yes", "no") == "no"
+    assert reply("one1", "one2") == "3"  # they begin with the same token, and it is not held

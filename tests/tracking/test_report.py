@@ -188,6 +188,36 @@ def test_nothing_the_model_wrote_becomes_markup(tmp_path: Path, trajectory: Make
     assert b"\x1b" not in html
 
 
+def test_what_is_known_of_a_critic_is_shown_beside_the_reward(tmp_path: Path) -> None:
+    with Tracker(tmp_path, TrackingConfig(live="off", tensorboard=False), 3) as tracker:
+        for step in (1, 2, 3):
+            agreement = {} if step == 2 else {"critic/agreement": 0.5 + step / 10}  # no pair was held out
+            bias = {"critic/bias/praise": 0.25 - step / 8, "critic/bias/padding": 0.0}
+            judges = {"reward/component/verifier": 0.1 * step, "reward/component/critic": 0.5}
+            tracker.step(
+                step, {"reward/mean": 0.2 * step, "critic/trust": step / 3, **agreement, **bias, **judges}
+            )
+    html = write_report(tmp_path).read_text(encoding="utf-8")
+    text = Page(html).text
+    for part in ("Critic and verifier", "held-out pairs of the step", "share of its weight", "0.5 is chance"):
+        assert part in text
+    assert "Bias probes of the critic" in text
+    assert "over the steps" not in text.split("Critic and verifier")[1].split("Bias probes")[0]
+    titles = [
+        title
+        for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+        for title in ET.fromstring(svg).itertext()
+    ]
+    for shown in (
+        "held-out pairs of the step, step 3: 0.800",
+        "share of its weight, step 3: 1.000",
+        "praise, step 3: \u22120.125",
+        "padding, step 1: 0.000",
+        "verifier, step 2: 0.200",
+    ):
+        assert shown in titles, titles
+
+
 def test_metrics_that_were_not_numbers_leave_gaps(tmp_path: Path) -> None:
     with Tracker(tmp_path, TrackingConfig(live="off", tensorboard=False), 3) as tracker:
         for step, reward in ((1, 0.5), (2, float("nan")), (3, 0.7)):
