@@ -42,6 +42,7 @@ QUICK: dict[str, Callable[[Path, str], None]] = {
     ),
     "k2rl eval suite=functions model=gold": _says("functions gold: 12/12"),
     "k2rl eval suite=functions model=null": _says("functions null: 0/12"),
+    "k2rl eval suite=twenty_four model=gold env.tries=1 limit=16": _says("twenty_four gold: 16/16"),
     "k2rl judge answers.jsonl reward=math": _says("agreement with 2 labels: 100.0%"),
     "k2rl eval suite=calculator model=null limit=4 samples=2 out=profile": _says("calculator null:"),
     "k2rl difficulty --help": _says("guess=RESULTS"),
