@@ -11,7 +11,6 @@ import sys
 import aiohttp
 import msgspec
 import pytest
-from conftest import TOKEN, Server, served
 
 from sandboxes import wire
 from sandboxes.base import Limits, SandboxSpec
@@ -23,6 +22,7 @@ from sandboxes.errors import (
 )
 from sandboxes.remote import RemoteBackend
 from sandboxes.server import ServerOptions
+from tests.sandboxes.conftest import TOKEN, Server, served
 
 pytestmark = pytest.mark.xdist_group("sandboxes")
 
