@@ -227,17 +227,13 @@ def test_all_failed_rollouts_stop_the_run_with_the_reason(start: Start, tmp_path
 
 def test_a_loss_that_is_not_finite_leaves_the_last_good_step(start: Start, tmp_path: Path) -> None:
     (tmp_path / "exploding_judge.py").write_text(
-        "import itertools\n"
         "from k2rl.types import Verdict\n"
         "from rubrics import Rubric\n"
         "class Exploding(Rubric):\n"
         "    reward_range = (0.0, 1e30)\n"
-        "    judged = itertools.count()\n"
         "    async def judge(self, trajectory):\n"
-        "        if trajectory.task.split == 'eval':\n"
-        "            return Verdict.scored(0.0)\n"
-        "        number = next(self.judged)\n"
-        "        return Verdict.scored((1.0 if number < 8 else 1e30) * (number % 2))\n"
+        "        best = trajectory.id.endswith('-0')\n"
+        "        return Verdict.scored(best * (1e30 if trajectory.id.startswith('step2-') else 1.0))\n"
     )
     run_dir = tmp_path / "run"
     command = start(
