@@ -23,14 +23,14 @@ async def keep(run: Run, folder: Path) -> int:
     return run.worker.version
 
 
-async def back_to(run: Run, start: Path, at: int = 0) -> None:
+async def back_to(run: Run, start: Path, lr: float, at: int = 0) -> None:
     """The trainer has the weights of `start`, version `at`, and a new optimizer; versions go on growing."""
     version = run.worker.version
     await run.worker.sft_step(NOTHING, TOO_LITTLE)  # with which it is the trainer's turn
     await run.worker.load(start)
     for _ in range(version + 1 - at):
         await run.worker.sft_step(NOTHING, TOO_LITTLE)
-    await run.worker.reset_optimizer(run.config.optimizer.lr)
+    await run.worker.reset_optimizer(lr)
     await run.worker.publish()
 
 

@@ -1,4 +1,4 @@
-"""Guests who want to be answered: what a tiny random model that can speak learns in some dozens of updates."""
+"""Guests who want to be answered: a tiny random model that can speak learns what they like."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ async def train_all(prepared: Preflight, run_dir: Path, seeds: Sequence[int], to
             for seed, side in product(seeds, SIDES):
                 file = file_of(to, seed, side)
                 if not file.exists():
-                    await back_to(run, start)
+                    await back_to(run, start, run.config.optimizer.lr)
                     result = await trained(run, seed, side, tokens)
                     file.write_text(json.dumps(result))
                     tell(seed, side, result)

@@ -1,7 +1,7 @@
 """Tokens per second of a train step: k2rl's packed rows beside plain transformers with padding.
 
-A model of SmolLM2-135M's shape (random weights) reads 8,192 tokens in sequences of lognormal lengths, of which
-each token but the first is learned: forward and backward, in the dtype that the processor is fast at. Plain is
+A model of SmolLM2-135M's shape (random weights) reads 8,192 tokens in sequences of lognormal lengths; each
+token but the first is learned: forward and backward, in the dtype that the processor is fast at. Plain is
 `LlamaForCausalLM(input_ids, attention_mask, labels).loss` with transformers' own attention (SDPA), eight
 sequences at a time in the order in which they are drawn, padded to the longest of them; "sorted" is the same
 with sequences of like lengths together. k2rl's is a `sft_step` in one row. All take turns, with one set of
