@@ -164,11 +164,11 @@ CLAIMS = {
     "ptx": Claim(
         "chatty",
         14,
-        {"without PTX": (), "PTX": ("ptx.weight=0.5",)},
+        {"without PTX": (), "PTX": ("ptx.weight=0.2",)},
         {**REWARD, "nll": "NLL of held-out sentences (nats a token)"},
         kept,
         # High enough to forget by.
-        ("optimizer.lr=3e-3",),
+        ("optimizer.lr=2e-3",),
     ),
     "temperature": Claim(
         "rare",

@@ -113,6 +113,7 @@ def main() -> int:
     )
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=SMOLLM2["num_hidden_layers"], help="of the model's 30")
     parser.add_argument("--threads", type=int, default=0, help="with one, CPU time can be compared")
     arguments = parser.parse_args()
     drawn = sequences(arguments.tokens)
@@ -120,7 +121,9 @@ def main() -> int:
     dtype = fast_dtype(DEVICE == "cuda")
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(**SMOLLM2)).save_pretrained(folder)
+        LlamaForCausalLM(LlamaConfig(**SMOLLM2 | {"num_hidden_layers": arguments.layers})).save_pretrained(
+            folder
+        )
         engine = TrainEngine(
             folder,
             dtype,
@@ -136,23 +139,23 @@ def main() -> int:
         flush=True,
     )
     texts = [SupervisedSequence(tuple(row), (False,) + (True,) * (len(row) - 1)) for row in drawn]
-    ratios: dict[str, list[float]] = {"plain": [], "sorted": [], "plain, CPU time": []}
+    sides = {"k2rl": lambda: packed_step(engine, texts), "plain": lambda: plain_step(plain, drawn)}
+    if len(drawn) > AT_ONCE:
+        sides["sorted"] = lambda: plain_step(plain, by_length)
+    ratios: dict[str, list[float]] = {}
     for number in range(arguments.rounds):
-        sides = {
-            "k2rl": packed_step(engine, texts),
-            "plain": plain_step(plain, drawn),
-            "sorted": plain_step(plain, by_length),
-        }
-        ours = sides["k2rl"]
-        ratios["plain"].append(sides["plain"].seconds / ours.seconds)
-        ratios["sorted"].append(sides["sorted"].seconds / ours.seconds)
-        ratios["plain, CPU time"].append(sides["plain"].cpu / ours.cpu)
-        for name, step in sides.items():
+        steps: dict[str, Step] = {}
+        for name, run in sides.items():
+            step = steps[name] = run()
             print(
                 f"round {number}, {name}: {arguments.tokens / step.seconds:.0f} tokens a second, "
                 f"{step.cpu:.1f} s of CPU; loss {step.loss:.5f}, gradient norm {step.grad_norm:.5f}",
                 flush=True,
             )
+        ours = steps.pop("k2rl")
+        for name, step in steps.items():
+            ratios.setdefault(name, []).append(step.seconds / ours.seconds)
+            ratios.setdefault(f"{name}, CPU time", []).append(step.cpu / ours.cpu)
     for name, of_rounds in ratios.items():
         bar = f" (bar {BAR})" if name == "plain" else ""
         print(f"k2rl / {name}: {median(of_rounds):.2f}x{bar}")
