@@ -222,7 +222,7 @@ class ChatTemplate:
 
 
 def _tokenizer_class(path: Path) -> Any:
-    """`AutoTokenizer` imports models' code and torch first, half of a command's start: not for a plain one."""
+    """`AutoTokenizer` imports models' code and torch first, half of a command's start."""
     settings = path / "tokenizer_config.json"
     config = json.loads(settings.read_bytes()) if settings.exists() else {}
     if config.get("tokenizer_class") in PLAIN_CLASSES and "auto_map" not in config:
