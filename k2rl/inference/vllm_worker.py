@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from torch import Tensor
 from vllm import _custom_ops
-from vllm.config import set_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -46,12 +46,25 @@ def limit_kernel_caches() -> None:
     _custom_ops.create_onednn_mm = create_with_few
 
 
+def rotate_natively(config: VllmConfig) -> None:
+    """Before a model with latent attention is built on a CPU: let PyTorch rotate its queries and keys.
+
+    vLLM's kernel for the CPU rotates all heads of a query [tokens, heads, 64] but the first wrongly if pairs
+    are neighbours (DeepSeek, Kimi). A `+rotary_embedding` that the user asks for stays.
+    """
+    operations = config.compilation_config.custom_ops
+    latent = getattr(config.model_config.hf_text_config, "qk_rope_head_dim", None) is not None
+    if latent and not {"+rotary_embedding", "-rotary_embedding"} & set(operations):
+        operations.append("-rotary_embedding")
+
+
 class ColocatedVLLMWorker(PlatformWorker):
     """A vLLM worker that shares its host (and devices) with the trainer."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         if current_platform.is_cpu():
             limit_kernel_caches()
+            rotate_natively(self.vllm_config)
         self._resident_before = resident()
         super().load_model(*args, **kwargs)
 

@@ -357,15 +357,19 @@ class TrainEngine:
         return [everything[index] for index in range(len(sequences))]
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights to publish, or this rank's rows of them: checkpoint names, tied ones once, and biases.
+        """The weights, or this rank's rows of them: checkpoint names, tied ones once, and routers' biases.
 
         They are in the compute dtype; those of several ranks are the masters, which round to it. They can be
-        read while the state is offloaded.
+        read while the state is offloaded. Of experts each is a tensor of its own, that one rank has.
         """
+        for name, weight in self._stacked_weights():
+            yield from unstacked(self._model, name, weight)
+
+    def _stacked_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The same, with the experts of a layer as the model has them: as many tensors on all ranks."""
         for name, weight in self._weights.named_weights():
             away = self._residence.away
-            held = on_host(weight, self._group, self._residence.readable) if away else weight
-            yield from unstacked(self._model, name, held)
+            yield name, on_host(weight, self._group, self._residence.readable) if away else weight
         yield from self._balance.biases.items()
 
     def weights_source(self) -> TensorSource:
@@ -457,7 +461,7 @@ class TrainEngine:
         """Write a plain Hugging Face checkpoint in the compute dtype, with tokenizer and chat template."""
         with self._group.call():
             self._residence.need()
-            export(self._model, self.named_weights(), self._dtype, self._path, Path(folder), self._group)
+            export(self._model, self._stacked_weights(), self._dtype, self._path, Path(folder), self._group)
 
     def close(self) -> None:
         """Wait for a checkpoint that is being written, and leave the other ranks.
