@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from torch import Tensor
 from vllm import _custom_ops
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -17,6 +17,7 @@ from k2rl.checkpoint_engine.messages import DeltaRefusedError, Outcome, PushInvi
 from k2rl.checkpoint_engine.vllm_modules import discard_packed
 from k2rl.checkpoint_engine.vllm_receiver import WeightReceiver
 from k2rl.diagnosis.activity import VLLM_WORKER
+from k2rl.inference.rotation import rotate_natively
 from k2rl.workers.memory import release, resident, trim
 
 if TYPE_CHECKING or not current_platform.is_cpu():
@@ -44,18 +45,6 @@ def limit_kernel_caches() -> None:
         return create(weight, min(primitive_cache_size, _KERNELS_KEPT))
 
     _custom_ops.create_onednn_mm = create_with_few
-
-
-def rotate_natively(config: VllmConfig) -> None:
-    """Before a model with latent attention is built on a CPU: let PyTorch rotate its queries and keys.
-
-    vLLM's kernel for the CPU rotates all heads of a query [tokens, heads, 64] but the first wrongly if pairs
-    are neighbours (DeepSeek, Kimi). A `+rotary_embedding` that the user asks for stays.
-    """
-    operations = config.compilation_config.custom_ops
-    latent = getattr(config.model_config.hf_text_config, "qk_rope_head_dim", None) is not None
-    if latent and not {"+rotary_embedding", "-rotary_embedding"} & set(operations):
-        operations.append("-rotary_embedding")
 
 
 class ColocatedVLLMWorker(PlatformWorker):
