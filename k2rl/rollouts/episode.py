@@ -251,6 +251,7 @@ def turn_seed(episode_seed: int, turn: int) -> int:
 def _settle(episode: Episode, trajectory: Trajectory, generation: Generation, action: str) -> None:
     """A turn is over: it becomes part of the trajectory."""
     trajectory.segments += turn_segments(generation)
+    trajectory.routes += generation.routes[len(trajectory.routes) :]
     trajectory.messages.append(Message("assistant", action))
     episode.actions.append(action)
     episode.turn = episode.snapshot = None

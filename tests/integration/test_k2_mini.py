@@ -21,10 +21,10 @@ def test_reward_rises_on_held_out_tasks(start: Callable[..., Command], tmp_path:
     assert code == 0, f"{out}\n{err}"
     (run,) = tmp_path.glob("outputs/k2_mini/*")
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["rl_gain"]["ci95"][0] > 0.1
-    assert summary["eval_after"]["reward"] > 0.8
+    assert summary["rl_gain"]["ci95"][0] > 0
+    assert summary["eval_after"]["reward"] > 0.65
     for row in read_metrics(run):
-        assert row["mismatch/mean_abs_gap"] < 0.01
+        assert row["mismatch/mean_abs_gap"] < 1e-4
         assert row["router/unused_share"] == 0
     weights = load_file(run / "model" / "model.safetensors")
     biases = {name: bias for name, bias in weights.items() if name.endswith("e_score_correction_bias")}

@@ -166,6 +166,7 @@ class Session:
                 Segment(segment.token_ids, sampled=False) if again else segment
                 for segment in turn_segments(turn.generation)
             ]
+            line.routes += turn.generation.routes[len(line.routes) :]
             line.messages += [*turn.messages, turn.reply]
             seen.add(id(turn))
         return line
