@@ -48,7 +48,9 @@ def test_every_position_has_the_experts_that_computed_it() -> None:
     async def test() -> list[Generation]:
         engine = VLLMEngine(path, "float32", (), config, seed=0)
         await asyncio.to_thread(engine.start)
-        engine._fenced = False  # it has loaded its weights itself
+        # It has loaded its weights itself.
+        await engine._llm.update_weight_version("0")
+        engine._fenced = False
         try:
             first = await engine.generate(PROMPTS[0], Sampling(1.0, 8, seed=1))
             given_up = asyncio.create_task(engine.generate(PROMPTS[1], Sampling(1.0, 150, seed=1)))
