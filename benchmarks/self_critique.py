@@ -108,6 +108,7 @@ async def trained(prepared: Preflight, steps: int, control: bool) -> dict[str, d
     with tempfile.TemporaryDirectory() as name, closing(Recovery(Path(name), 0)) as recovery:
         run_dir = Path(name)
         async with launch.started(prepared, run_dir, None, trains=True, recovery=recovery) as run:
+            await run.worker.publish()
             await launch.warm_start(run)
             start = run_dir / "start"
             await run.worker.save(start)

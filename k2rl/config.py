@@ -63,8 +63,8 @@ class RubricConfig:
     critic_examples: int = 0
     #: Supervised updates that these are dealt out to, after the policy's own and at its learning rate.
     critic_updates: int = 1
-    #: Own responses of the step, right or wrong, that are imitated with each judgement: learning to judge is
-    #: not to change how it answers. Small models at high learning rates else forget to answer.
+    #: Own responses of the step, those no worse than their group, that are imitated with each judgement:
+    #: learning to judge is not to change how it answers. Small models at high learning rates else forget to.
     critic_replay: int = 1
     #: Keep scores, and give them again where the same conversation on the same task is judged: for judges
     #: that are slow or cost money, and give the same answer twice.

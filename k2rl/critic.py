@@ -190,9 +190,22 @@ class Critic:
     def batches(
         self, judgements: Sequence[SupervisedSequence], trajectories: Sequence[Trajectory], seed: int
     ) -> list[list[SupervisedSequence]]:
-        """A batch for each update: its share of the judgements, and of the policy's own responses."""
+        """A batch for each update: its share of the judgements, and of the policy's own responses.
+
+        The latter are those that are no worse than their group. All of them, right or wrong, would be what the
+        policy was before the step's update, and take back what that has learned.
+        """
         settings, most = self._config.rubric, self._config.train.micro_batch_tokens
-        own = [t for t in trajectories if not t.failed and t.num_sampled and len(t.token_ids) <= most]
+        rewards: defaultdict[str, list[float]] = defaultdict(list)
+        for t in trajectories:
+            if not t.failed:
+                rewards[t.group_id].append(t.reward)
+        own = [
+            t
+            for t in trajectories
+            if not t.failed and t.num_sampled and len(t.token_ids) <= most
+            if t.reward >= fmean(rewards[t.group_id])
+        ]
         replayed = min(len(own), settings.critic_replay * len(judgements))
         texts = [demonstration_sequence(t) for t in random.Random(f"replay {seed}").sample(own, replayed)]
         updates = range(min(settings.critic_updates, len(judgements)))
