@@ -3,8 +3,8 @@
 A tiny random model, which a warm start has taught to answer a guest with one of eight words, learns which of
 them are polite, and to judge which of two of its own answers is. A quarter of the guests are held out: pairs
 of its first answers to those are the exam, the same before and after. Who is undecided (calls a tie, or
-prefers whichever stands first) is half right, so that chance is 0.5. Each seed is the whole loop with the real
-vLLM, from a warm start of its own.
+prefers whichever stands first) is half right, so that chance is 0.5. Each seed is the whole loop with the
+real vLLM, from a warm start of its own.
 
     make bench-critic
     make bench-critic ARGS="--seeds 0 --steps 12"
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import sys
 import tempfile
 import time
@@ -30,6 +29,8 @@ from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from staleness import back_to
 
 from k2rl import launch
 from k2rl.composition import compose
@@ -43,16 +44,19 @@ from k2rl.workers.recovery import Recovery
 
 RISE = 0.15
 CHANCE = 0.5
+KEPT = ("critic/", "reward/")
 LAST = 3
 """Steps at the end whose rewards count together."""
 SETTINGS = (
     *("model=tiny", "env.id=polite_env:Polite", "env.max_turns=1", "env.eval_tasks=8"),
     *("rubric=self_critique", "rubric.kwargs.rubrics=[correctness]", "rubric.kwargs.brief=true"),
-    *("rubric.critic_examined=32", "rubric.critic_updates=9", "rubric.critic_examples=160"),
+    *("rubric.critic_examined=32", "rubric.critic_updates=16", "rubric.critic_examples=160"),
     *("rollout.tasks_per_step=120", "rollout.group_size=3", "rollout.max_tokens_per_turn=8"),
     *("budget.default=8", "budget.penalty=0", "temperature=constant", "ptx=none"),
     *("optimizer=adamw", "optimizer.lr=1e-3", "train.num_threads=1", "train.steps=100000"),
-    *("warm_start.steps=50", "warm_start.demos_per_step=16", "warm_start.judgements=8", "warm_start.lr=3e-3"),
+    # It has to have been asked for a judgement before, or its first ones teach it to answer guests with "A".
+    *("warm_start.steps=50", "warm_start.demos_per_step=16", "warm_start.judgements=8"),
+    "warm_start.lr=3e-3",
     *("inference.max_model_len=256", "inference.kv_cache_gib=0.25", "train.checkpoint_every=0"),
     *("tracking.live=off", "tracking.tensorboard=false", "tracking.record_rollouts=false"),
 )
@@ -73,15 +77,13 @@ async def taught(
     for step in range(1, steps + 1):
         rollouts, seconds = await roll_out(ours, step)
         if frozen is None:
-            exam = exam or [pair for pair in critic.pairs(rollouts.trajectories, config.seed) if pair.held_out]
+            exam = exam or [
+                pair for pair in critic.pairs(rollouts.trajectories, config.seed) if pair.held_out
+            ]
             frozen = await critic.asked(exam)
         metrics = rollout_metrics(rollouts.trajectories, seconds) | rollouts.metrics
         await learn(ours, step, rollouts, metrics)
-        curve.append({name: value for name, value in metrics.items() if name.startswith(("critic/", "reward/"))})
-        if os.environ.get("VERBOSE"):
-            import collections
-            print(step, {k: round(v, 3) for k, v in curve[-1].items()}, {k: round(metrics[k], 3) for k in metrics if k.startswith(("train/loss", "train/grad", "train/entropy", "train/beh"))}, round(seconds or 0, 1))
-            print(collections.Counter(t.messages[-1].content for t in rollouts.trajectories).most_common(12), flush=True)
+        curve.append({name: value for name, value in metrics.items() if name.startswith(KEPT)})
     assert frozen is not None
     after = await critic.asked(exam)
     await pool.close()
@@ -116,8 +118,7 @@ async def trained(prepared: Preflight, steps: int, control: bool) -> dict[str, d
             exam, found = await taught(run, steps, run.config.rubric.critic_examples, ())
             sides = {"trained": found}
             if control:
-                await run.worker.load(start)
-                await run.worker.publish()
+                await back_to(run, start)
                 _, sides["control"] = await taught(run, steps, 0, exam)
     return sides
 
@@ -149,8 +150,8 @@ def main() -> int:
 
 def _said(side: dict[str, Any]) -> str:
     first, last = (
-        f"{side[at]['agreement']:.3f} ({side[at]['right_share']:.0%} right, {side[at]['undecided_share']:.0%} "
-        "undecided)"
+        f"{side[at]['agreement']:.3f} ({side[at]['right_share']:.0%} right, "
+        f"{side[at]['undecided_share']:.0%} undecided)"
         for at in ("frozen", "after")
     )
     reward = f"{side['reward_first']:.2f} -> {side['reward']:.2f}"

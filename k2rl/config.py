@@ -294,9 +294,9 @@ class WarmStartConfig:
     #: Different demonstrations, gone through as often as the steps need, shuffled anew each time; 0: every
     #: step has new ones.
     demonstrations: int = 0
-    #: With `rubric=self_critique`: judgements per step beside the demonstrations, of two answers in these, with
-    #: verdicts drawn by lot. A model that has never judged learns to tell a question to the judge from a
-    #: task, and nothing of what is right; else its first judgements teach it to answer tasks with verdicts.
+    #: With `rubric=self_critique`: judgements per step beside the demonstrations, of two answers in these,
+    #: with verdicts drawn by lot. A model that has never judged learns to tell a question to the judge from
+    #: a task, and nothing of what is right; else its first judgements teach it to answer tasks with verdicts.
     judgements: int = 0
     #: Learning rate of the warm start, its peak.
     lr: float = 1e-4

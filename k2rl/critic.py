@@ -72,7 +72,8 @@ class Answers(msgspec.Struct, frozen=True):
 
     @property
     def agreement(self) -> float:
-        """Undecided ones are half right, as if a coin decided them: who decides nothing agrees by chance, 0.5.
+        """From 0 to 1; 0.5 is chance, or who decides nothing: undecided ones are half right, as by a coin.
+
         Those without a verdict are no agreement: the critic could not be followed in them.
         """
         return (self.right + self.undecided / 2) / (self.right + self.wrong + self.undecided + self.failed)
@@ -192,8 +193,8 @@ class Critic:
     ) -> list[list[SupervisedSequence]]:
         """A batch for each update: its share of the judgements, and of the policy's own responses.
 
-        The latter are those that are no worse than their group. All of them, right or wrong, would be what the
-        policy was before the step's update, and take back what that has learned.
+        The latter are those that are no worse than their group. All of them, right or wrong, would be what
+        the policy was before the step's update, and take back what that has learned.
         """
         settings, most = self._config.rubric, self._config.train.micro_batch_tokens
         rewards: defaultdict[str, list[float]] = defaultdict(list)

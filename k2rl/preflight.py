@@ -326,7 +326,8 @@ def _drawn_judgements(prepared: Preflight, demonstrated: Sequence[Trajectory]) -
         return []
     if not isinstance(prepared.rubric, SelfCritique):
         raise ConfigError(
-            f"warm_start.judgements={settings.judgements} does nothing without rubric=self_critique; set it to 0"
+            f"warm_start.judgements={settings.judgements} does nothing without rubric=self_critique; "
+            "set it to 0"
         )
     critic, count = Critic(prepared.rubric, prepared.chat, config), settings.steps * settings.judgements
     made = critic.drawn(demonstrated, count, config.seed)
