@@ -112,7 +112,7 @@ async def trained(prepared: Preflight, steps: int, control: bool) -> dict[str, d
         async with launch.started(prepared, run_dir, None, trains=True, recovery=recovery) as run:
             await run.worker.publish()
             await launch.warm_start(run)
-            start = run_dir / "start"
+            start = run_dir / str(run.worker.version)
             await run.worker.save(start)
             await run.worker.saved()
             exam, found = await taught(run, steps, run.config.rubric.critic_examples, ())

@@ -98,11 +98,14 @@ async def sampled(run: Run, name: str) -> list[float]:
 
 
 async def back_to(run: Run, start: Path) -> None:
-    """The trainer has the weights of `start` and a new optimizer; versions go on growing all the same."""
+    """The trainer has the weights of `start`, whose name is their version, and a new optimizer.
+
+    Versions go on growing all the same.
+    """
     version = run.worker.version
     await run.worker.sft_step(NOTHING, TOO_LITTLE)  # with which it is the trainer's turn
     await run.worker.load(start)
-    for _ in range(version + 1):
+    for _ in range(version + 1 - int(start.name)):
         await run.worker.sft_step(NOTHING, TOO_LITTLE)
     await run.worker.reset_optimizer(run.config.optimizer.lr)
     await run.worker.publish()
@@ -146,10 +149,9 @@ async def train_all(prepared: Preflight, run_dir: Path, seeds: Sequence[int], to
         async with launch.started(prepared, run_dir, None, trains=True, recovery=recovery) as run:
             await run.worker.publish()
             await launch.warm_start(run)
-            start = run_dir / "start"
+            start = run_dir / str(run.worker.version)
             await run.worker.save(start)
             await run.worker.saved()
-            await run.worker.publish()
             for seed, side in product(seeds, SIDES):
                 file = file_of(to, seed, side)
                 if not file.exists():
