@@ -9,6 +9,7 @@ encoded as the plain characters it is: no tool result can end its message and sp
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from collections.abc import Sequence
@@ -20,6 +21,9 @@ from jinja2 import TemplateError
 from envs.tools.formats import MARKERS, introduced, written
 from k2rl.errors import ConfigError
 from k2rl.types import Message, ToolCall, ToolSpec
+
+# Names under which transformers saves a tokenizer that is all in its tokenizer.json.
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 _PROBE = [{"role": "user", "content": "u"}]
 _PROBE_TURN = {"role": "assistant", "content": "a"}
@@ -67,12 +71,10 @@ class ChatTemplate:
         Raises:
             ConfigError: as the constructor, or if the tokenizer is damaged.
         """
-        from transformers import AutoTokenizer, GenerationConfig
-
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            has_settings = (path / "generation_config.json").exists()
-            configured = GenerationConfig.from_pretrained(path).eos_token_id if has_settings else None
+            tokenizer = _tokenizer_class(path).from_pretrained(path)
+            settings = path / "generation_config.json"
+            configured = json.loads(settings.read_bytes()).get("eos_token_id") if settings.exists() else None
         # Whatever its many readers raise; the tokenizers library raises bare Exceptions.
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
@@ -217,6 +219,19 @@ class ChatTemplate:
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False)) if text else []
+
+
+def _tokenizer_class(path: Path) -> Any:
+    """`AutoTokenizer` imports models' code and torch first, half of a command's start."""
+    settings = path / "tokenizer_config.json"
+    config = json.loads(settings.read_bytes()) if settings.exists() else {}
+    if config.get("tokenizer_class") in PLAIN_CLASSES and "auto_map" not in config:
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def _as_function(tool: ToolSpec) -> dict[str, Any]:

@@ -134,6 +134,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_saved_model_serves_in_plain_vllm_as_in_transformers(tiny_run: Path, tmp_path: Path) -> None:
     """Nothing of ours is between the folder and either of them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -139,6 +139,7 @@ def _assert_one_run_of(steps: int, run_dir: Path) -> None:
     assert versions == {NO_WEIGHT_VERSION, steps}
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_does_not_wait_for_the_checkpoint(start: Start, tmp_path: Path) -> None:
     command, run_dir = _start_long_run(start, tmp_path, "train.checkpoint_every=0")
     segments = _shared_memory(command)
@@ -225,6 +226,7 @@ def test_all_failed_rollouts_stop_the_run_with_the_reason(start: Start, tmp_path
     assert (run_dir / "report.html").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_leaves_the_last_good_step(start: Start, tmp_path: Path) -> None:
     (tmp_path / "exploding_judge.py").write_text(
         "from k2rl.types import Verdict\n"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from transformers import AutoTokenizer
 
 from envs.tools.formats import Call, parse
 from k2rl.errors import ConfigError
-from k2rl.models.chat import ChatTemplate
+from k2rl.models.chat import ChatTemplate, _tokenizer_class
 from k2rl.models.hub import resolve_model
 from k2rl.training.supervised import chat_sequence
 from k2rl.types import Message, ToolCall, ToolSpec
@@ -142,3 +145,30 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(ConfigError, match=r"^the tokenizer in .*model cannot be read: [^\n]+$"):
         ChatTemplate.from_pretrained(folder)
+
+
+def test_a_plain_tokenizer_is_read_as_autotokenizer_reads_it(chat: ChatTemplate, tmp_path: Path) -> None:
+    """Without that class's import of torch."""
+    folder = Path(shutil.copytree(resolve_model("tiny-qwen3"), tmp_path / "model"))
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [2, 7]}))
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from k2rl.models.chat import ChatTemplate; from k2rl.types import Message\n"
+        "chat = ChatTemplate.from_pretrained(Path(sys.argv[1]))\n"
+        "ids = chat.prompt_ids([Message('user', '<|im_end|> é 12')])\n"
+        "print(ids, chat.stop_token_ids, 'torch' in sys.modules)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", program, folder], stdout=subprocess.PIPE, check=True, text=True
+    ).stdout
+    assert said == f"{chat.prompt_ids([Message('user', '<|im_end|> é 12')])} (2, 7) False\n"
+
+
+def test_a_class_of_its_own_is_left_to_autotokenizer(tmp_path: Path) -> None:
+    for settings in (
+        {"tokenizer_class": "Qwen2Tokenizer"},
+        {"tokenizer_class": "TokenizersBackend", "auto_map": {}},
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        assert _tokenizer_class(tmp_path) is AutoTokenizer
