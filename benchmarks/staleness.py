@@ -50,7 +50,7 @@ SETTINGS = (
     # there, staleness costs learning.
     *("objective=rloo", "objective.correction=truncated", "objective.correction_cap=2"),
     "rollout.old_tokens=correct",
-    *("optimizer=adamw", "optimizer.lr=2e-3", "train.checkpoint_every=0", "train.steps=100000"),
+    *("optimizer=adamw", "optimizer.lr=1e-3", "train.checkpoint_every=0", "train.steps=100000"),
     *("inference.max_model_len=512", "inference.max_num_seqs=32", "inference.kv_cache_gib=0.25"),
     *("warm_start.steps=50", "warm_start.demos_per_step=8", "warm_start.lr=3e-3"),
     "inference.sleep_while_training=false",
