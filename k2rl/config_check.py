@@ -116,6 +116,7 @@ BOUNDS = {
     "warm_start.steps": FROM_0,
     "warm_start.demos_per_step": FROM_1,
     "warm_start.demonstrations": FROM_0,
+    "warm_start.judgements": FROM_0,
     "warm_start.lr": ABOVE_0,
     **{f"warm_start.schedule.{name}": bound for name, bound in SCHEDULE_BOUNDS.items()},
     "data.held_out_share": Bound(0, 1, open_high=True),
