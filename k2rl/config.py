@@ -63,8 +63,8 @@ class RubricConfig:
     critic_examples: int = 0
     #: Supervised updates that these are dealt out to, after the policy's own and at its learning rate.
     critic_updates: int = 1
-    #: Own responses of the step, right or wrong, that are imitated with each judgement: learning to judge is
-    #: not to change how it answers. Small models at high learning rates else forget to answer.
+    #: Own responses of the step, those no worse than their group, that are imitated with each judgement:
+    #: learning to judge is not to change how it answers. Small models at high learning rates else forget to.
     critic_replay: int = 1
     #: Keep scores, and give them again where the same conversation on the same task is judged: for judges
     #: that are slow or cost money, and give the same answer twice.
@@ -294,6 +294,10 @@ class WarmStartConfig:
     #: Different demonstrations, gone through as often as the steps need, shuffled anew each time; 0: every
     #: step has new ones.
     demonstrations: int = 0
+    #: With `rubric=self_critique`: judgements per step beside the demonstrations, of two answers in these,
+    #: with verdicts drawn by lot. A model that has never judged learns to tell a question to the judge from
+    #: a task, and nothing of what is right; else its first judgements teach it to answer tasks with verdicts.
+    judgements: int = 0
     #: Learning rate of the warm start, its peak.
     lr: float = 1e-4
     #: How it rises and falls.
@@ -353,6 +357,10 @@ class InferenceConfig:
     #: What a push does with requests that are being generated: `keep` lets them go on with the new weights,
     #: each token with the version that sampled it; `abort` ends them, and their turns fail.
     running_requests: str = "keep"
+    #: Record which experts computed each token, and let the trainer send it to the same ones (router replay);
+    #: for routers of DeepSeek V3's and Kimi K2's kind. Without it both choose on their own, and rounding lets
+    #: them choose otherwise now and then.
+    return_routed_experts: bool = False
     #: Further keyword arguments for vLLM's `AsyncEngineArgs`, added with a plus sign:
     #: `+inference.engine_args.block_size=16`.
     engine_args: dict[str, Any] = field(default_factory=dict)

@@ -22,6 +22,7 @@ from k2rl.training.batch import SupervisedSequence
 from k2rl.training.supervised import chat_sequence, demonstration_sequence
 from k2rl.types import Trajectory
 from rubrics.answers import whole_response
+from rubrics.critics.pairwise import TIE, WINNERS
 from rubrics.critics.self_critique import VERIFIER, SelfCritique
 from rubrics.injection import without_injections
 
@@ -57,6 +58,34 @@ class Pair(msgspec.Struct, frozen=True):
     def held_out(self) -> bool:
         """A task is held out, or learned from, in all steps and runs."""
         return zlib.crc32(self.task.encode()) % HELD_OUT_ONE_IN == 0
+
+
+class Answers(msgspec.Struct, frozen=True):
+    """What a critic has said of pairs with a known answer: numbers of pairs."""
+
+    right: int
+    wrong: int
+    #: Called a tie, or won by whichever stood first (or second).
+    undecided: int
+    #: Without a verdict that can be read.
+    failed: int
+
+    @property
+    def agreement(self) -> float:
+        """From 0 to 1; 0.5 is chance, or who decides nothing: undecided ones are half right, as by a coin.
+
+        Those without a verdict are no agreement: the critic could not be followed in them.
+        """
+        return (self.right + self.undecided / 2) / (self.right + self.wrong + self.undecided + self.failed)
+
+    def metrics(self) -> dict[str, float]:
+        count = self.right + self.wrong + self.undecided + self.failed
+        return {
+            "critic/agreement": self.agreement,
+            "critic/right_share": self.right / count,
+            "critic/undecided_share": self.undecided / count,
+            "critic/failed_share": self.failed / count,
+        }
 
 
 class Critic:
@@ -100,19 +129,22 @@ class Critic:
         self.agreement = next((row[SMOOTHED] for row in reversed(rows) if SMOOTHED in row), None)
         self._rubric.believe(self.agreement)
 
+    async def asked(self, pairs: Sequence[Pair]) -> Answers:
+        """Ask the critic, as it is now, about these pairs; changes nothing."""
+        compared = self._rubric.critic.compared
+        outcomes = await asyncio.gather(*(compared(p.criteria, p.prompt, p.right, p.wrong, 0) for p in pairs))
+        values = [outcome for outcome in outcomes if not isinstance(outcome, str)]
+        return Answers(values.count(1.0), values.count(0.0), values.count(TIE), len(outcomes) - len(values))
+
     async def examine(self, pairs: Sequence[Pair]) -> dict[str, float]:
         """Ask the critic about held-out pairs and probe its biases; sets its trust."""
         asked = [pair for pair in pairs if pair.held_out][: self._config.rubric.critic_examined]
         compared = self._rubric.critic.compared
-        outcomes = await asyncio.gather(*(compared(p.criteria, p.prompt, p.right, p.wrong, 0) for p in asked))
-        values = [outcome for outcome in outcomes if not isinstance(outcome, str)]
         metrics: dict[str, float] = {"critic/examined": len(asked)}
         if asked:
-            metrics["critic/failed_share"] = 1 - len(values) / len(asked)
-            # A comparison without a verdict is no agreement: the critic could not be followed in it.
-            now = (sum(values) + 0.0) / len(asked)
-            metrics["critic/agreement"] = now
-            before = self.agreement
+            answers = await self.asked(asked)
+            metrics |= answers.metrics()
+            now, before = answers.agreement, self.agreement
             self.agreement = now if before is None else SMOOTHING * now + (1 - SMOOTHING) * before
             metrics[SMOOTHED] = self.agreement
         metrics["critic/trust"] = self._rubric.believe(self.agreement)
@@ -134,17 +166,47 @@ class Critic:
         for pair, first in draw.sample(taught, min(len(taught), settings.critic_examples)):
             answers = (pair.right, pair.wrong) if first else (pair.wrong, pair.right)
             chat = self._rubric.critic.example(pair.criteria, pair.prompt, *answers, "A" if first else "B")
-            sequence = chat_sequence(chat, self._chat, f"critic-{pair.task}")
-            if len(sequence.token_ids) <= self._config.train.micro_batch_tokens:
-                made.append(sequence)
-        return made
+            made.append(chat_sequence(chat, self._chat, f"critic-{pair.task}"))
+        return [each for each in made if len(each.token_ids) <= self._config.train.micro_batch_tokens]
+
+    def drawn(self, trajectories: Sequence[Trajectory], count: int, seed: int) -> list[SupervisedSequence]:
+        """Judgements of two of these episodes' answers, with verdicts drawn by lot.
+
+        They teach that a question to the judge is replied to otherwise than a task, and nothing of what is
+        right: that is left to the run. Fewer than `count`, if two answers that differ, or room, are missing.
+        """
+        answered = [(without_injections(whole_response(member))[0], member) for member in trajectories]
+        answers = sorted({answer for answer, _ in answered if answer})
+        if len(answers) < 2:
+            return []
+        draw, critic, made = random.Random(f"drawn {seed}"), self._rubric.critic, []
+        for number in range(count):
+            first, second = draw.sample(answers, 2)
+            member = draw.choice([member for answer, member in answered if answer == first])
+            criteria, prompt = critic.criteria_text(member), critic.task_text(member)
+            chat = critic.example(criteria, prompt, first, second, draw.choice(list(WINNERS)))
+            made.append(chat_sequence(chat, self._chat, f"drawn-{number}"))
+        return [each for each in made if len(each.token_ids) <= self._config.train.micro_batch_tokens]
 
     def batches(
         self, judgements: Sequence[SupervisedSequence], trajectories: Sequence[Trajectory], seed: int
     ) -> list[list[SupervisedSequence]]:
-        """A batch for each update: its share of the judgements, and of the policy's own responses."""
+        """A batch for each update: its share of the judgements, and of the policy's own responses.
+
+        The latter are those that are no worse than their group. All of them, right or wrong, would be what
+        the policy was before the step's update, and take back what that has learned.
+        """
         settings, most = self._config.rubric, self._config.train.micro_batch_tokens
-        own = [t for t in trajectories if not t.failed and t.num_sampled and len(t.token_ids) <= most]
+        rewards: defaultdict[str, list[float]] = defaultdict(list)
+        for t in trajectories:
+            if not t.failed:
+                rewards[t.group_id].append(t.reward)
+        own = [
+            t
+            for t in trajectories
+            if not t.failed and t.num_sampled and len(t.token_ids) <= most
+            if t.reward >= fmean(rewards[t.group_id])
+        ]
         replayed = min(len(own), settings.critic_replay * len(judgements))
         texts = [demonstration_sequence(t) for t in random.Random(f"replay {seed}").sample(own, replayed)]
         updates = range(min(settings.critic_updates, len(judgements)))

@@ -178,7 +178,7 @@ async def _work(run: Run, resume_step: int | None, record: Record) -> None:
     if run.serves:
         await _self_check(run)
     if resume_step is None:
-        await _warm_start(run)
+        await warm_start(run)
         run.settled = True
         await run.begin_checkpoint()
     if run.serves and run.finished_steps == 0:
@@ -223,7 +223,7 @@ async def _self_check(run: Run) -> None:
     run.tracker.note(f"self-check: mean log-prob gap {gap['mean']:.5f}, max {gap['max']:.4f} nats")
 
 
-async def _warm_start(run: Run) -> None:
+async def warm_start(run: Run) -> None:
     """Supervised steps on demonstrations, evaluated apart: the gain claimed later is RL's alone."""
     settings, worker = run.config.warm_start, run.worker
     if run.prepared.warm_start:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from k2rl.checkpoint_engine.disk import checkpoint_manifest
 from k2rl.checkpoint_engine.plan import RING_SLOTS, PlanError, fit_bucket
 from k2rl.config import Config, ScheduleConfig
 from k2rl.config_check import check
+from k2rl.critic import Critic
 from k2rl.errors import ConfigError
 from k2rl.hardware import fast_dtype
 from k2rl.inference.arguments import check_engine_args
@@ -37,11 +39,15 @@ from k2rl.training.decontamination import find_overlap
 from k2rl.training.supervised import Corpus, demonstration_sequence, load_sequences
 from k2rl.types import Message, Split, Task, Trajectory
 from rubrics.base import Rubric
+from rubrics.critics.self_critique import SelfCritique
 from rubrics.deadline import MissedDeadlineError, within
 from rubrics.groups import judge_group_safely
 from rubrics.models import asks_run_model
 
 T = TypeVar("T")
+
+ROUTED_MODELS = ("deepseek_v3", "kimi_k2")
+"""Types of models whose choice of experts can be replayed (`config.json` has them)."""
 
 DRAWS_PER_DEMONSTRATION = 200
 """Training tasks to look at, for each demonstration wanted, in search of the kinds to demonstrate."""
@@ -150,6 +156,8 @@ def preflight(config: Config, training: bool = True) -> Preflight:
         )
     model_path = resolve_model(config.model.path)
     _check_push_memory(config, model_path)
+    if config.inference.return_routed_experts:
+        _check_routers(config, model_path)
     if training:
         check_trainable(config, model_path)
     chat = ChatTemplate.from_pretrained(model_path)
@@ -183,6 +191,15 @@ def check_warm_up(key: str, schedule: ScheduleConfig, steps: int) -> None:
     if 0 < steps < schedule.warmup_steps:
         raise ConfigError(
             f"{key}.schedule.warmup_steps={schedule.warmup_steps} is more than there are steps ({steps})"
+        )
+
+
+def _check_routers(config: Config, model_path: Path) -> None:
+    kind = json.loads((model_path / "config.json").read_text()).get("model_type")
+    if kind not in ROUTED_MODELS:
+        raise ConfigError(
+            f"inference.return_routed_experts=true is for models of these types: {', '.join(ROUTED_MODELS)}; "
+            f"model.path={config.model.path} is of {kind}: set it to false"
         )
 
 
@@ -303,11 +320,39 @@ async def _warm_start(prepared: Preflight) -> list[list[SupervisedSequence]]:
             f"{config.env.id!r} have {len(tasks)}{of_kinds}; choose other warm_start.kinds, fewer "
             "demonstrations, or warm_start=none"
         )
-    sequences = [demonstration_sequence(await _demonstrated(prepared, task)) for task in tasks]
-    if wanted < needed:
-        corpus = Corpus(sequences, size, config.seed)
-        return [corpus.sample(step) for step in range(1, settings.steps + 1)]
-    return [sequences[start : start + size] for start in range(0, needed, size)]
+    played = [await _demonstrated(prepared, task) for task in tasks]
+    sequences = [demonstration_sequence(trajectory) for trajectory in played]
+    judgements = _drawn_judgements(prepared, played)
+    # Without a limit a single pass, which need not be shuffled.
+    corpus = Corpus(sequences, size, config.seed) if wanted < needed else None
+    return [
+        [
+            *(corpus.sample(step + 1) if corpus else sequences[step * size :][:size]),
+            *judgements[step * settings.judgements :][: settings.judgements],
+        ]
+        for step in range(settings.steps)
+    ]
+
+
+def _drawn_judgements(prepared: Preflight, demonstrated: Sequence[Trajectory]) -> list[SupervisedSequence]:
+    """Those of all steps of the warm start."""
+    config, settings = prepared.config, prepared.config.warm_start
+    if not settings.judgements:
+        return []
+    if not isinstance(prepared.rubric, SelfCritique):
+        raise ConfigError(
+            f"warm_start.judgements={settings.judgements} does nothing without rubric=self_critique; "
+            "set it to 0"
+        )
+    critic, count = Critic(prepared.rubric, prepared.chat, config), settings.steps * settings.judgements
+    made = critic.drawn(demonstrated, count, config.seed)
+    if len(made) < count:
+        raise ConfigError(
+            f"warm_start.judgements={settings.judgements} needs demonstrations that differ, and judgements "
+            f"of at most train.micro_batch_tokens={config.train.micro_batch_tokens}: "
+            f"{len(made)} of {count} can be made; set it to 0"
+        )
+    return made
 
 
 async def _demonstrated(prepared: Preflight, task: Task) -> Trajectory:

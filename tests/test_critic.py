@@ -94,6 +94,8 @@ def test_agreement_with_the_verifier_on_held_out_pairs(chat, word, agreement, tr
     assert 0 < sum(pair.held_out for pair in pairs) < len(pairs) == 16
     metrics = asyncio.run(critic.examine(pairs))
     assert metrics["critic/agreement"] == agreement
+    assert metrics["critic/right_share"] == float(word == "right")
+    assert metrics["critic/undecided_share"] == float(word == "never")
     assert metrics["critic/trust"] == rubric.trust == trust
     assert metrics["critic/failed_share"] == 0
     assert {metrics[f"critic/bias/{name}"] for name in PROBES} == {0}
@@ -165,7 +167,7 @@ def test_every_taught_pair_is_shown_in_both_orders_and_dealt_out_to_the_updates(
     assert critic.batches([], rollouts(rubric), seed=1) == []
 
 
-def test_the_policys_own_responses_are_imitated_beside_judgements(chat):
+def test_the_policys_own_responses_that_are_no_worse_than_their_group_are_imitated_beside_judgements(chat):
     config = Config()
     config.rubric.critic_updates, config.rubric.critic_replay = 2, 2
     rubric = rubric_of(prefers("right"))
@@ -180,7 +182,36 @@ def test_the_policys_own_responses_are_imitated_beside_judgements(chat):
         assert {text.loss_mask for text in own} == {(False, True)}
         assert members[0].id not in {text.id for text in own}
     config.rubric.critic_replay = 1000
-    assert len(critic.batches(judgements, members, seed=1)[0]) == 3 + 32
+    replayed = {text.id for batch in critic.batches(judgements, members, seed=1) for text in batch}
+    # All that are right, and none that is wrong: imitating both would take back the policy's own update.
+    assert {m.id for m in members if m.id in replayed} == {m.id for m in members[1:] if m.env_reward == 1}
+    equal = judged(rubric, group(99, ["wrong", "no"]))
+    assert {m.id for m in equal} <= {t.id for b in critic.batches(judgements, equal, seed=1) for t in b}
+
+
+def test_judgements_before_the_run_teach_their_form_and_nothing_of_what_is_right(chat):
+    rubric = rubric_of(prefers("right"), brief=True)
+    critic = Critic(rubric, chat, Config())
+    members = rollouts(rubric)
+    drawn = critic.drawn(members, 300, seed=0)
+    assert drawn == critic.drawn(members, 300, seed=0) != critic.drawn(members, 300, seed=1)
+    said = [chat.decode([t for t, loss in zip(e.token_ids, e.loss_mask, strict=True) if loss]) for e in drawn]
+    right = [
+        "A" if "A: right" in text and "B: right" not in text else "B" if "B: right" in text else None
+        for text in (chat.decode(e.token_ids) for e in drawn)
+        if ("A: right" in text) != ("B: right" in text)
+    ]
+    for word in ("A", "tie", "B"):
+        assert 70 < said.count(word) < 130
+    verdicts = [
+        s
+        for s, e in zip(said, drawn, strict=True)
+        if ("A: right" in chat.decode(e.token_ids)) != ("B: right" in chat.decode(e.token_ids))
+    ]
+    agreeing = sum(map(str.__eq__, verdicts, right))
+    assert len(right) > 100
+    assert 0.2 < agreeing / len(right) < 0.47
+    assert critic.drawn(group(0, ["no", "no"]), 3, seed=0) == []
 
 
 def test_failed_episodes_are_in_no_pair(chat):

@@ -55,6 +55,18 @@ def test_few_demonstrations_are_gone_through_again() -> None:
     assert len(set(shown)) == 6
 
 
+def test_judgements_beside_demonstrations_are_for_runs_that_have_a_critic() -> None:
+    overrides = ["warm_start.steps=2", "warm_start.demos_per_step=4", "warm_start.judgements=3"]
+    with closing(prepare("rubric=self_critique", "rubric.kwargs.brief=true", *overrides)) as prepared:
+        assert [len(batch) for batch in prepared.warm_start] == [7, 7]
+        drawn = [s.id for batch in prepared.warm_start for s in batch if s.id.startswith("drawn-")]
+    assert drawn == [f"drawn-{n}" for n in range(6)]
+    with pytest.raises(ConfigError, match="does nothing without rubric=self_critique"):
+        prepare(*overrides)
+    with pytest.raises(ConfigError, match="demonstrations that differ"):
+        prepare("rubric=self_critique", "warm_start.steps=1", "warm_start.demos_per_step=1", *overrides[2:])
+
+
 def test_no_environment_stays_open_where_a_check_fails() -> None:
     with pytest.raises(ConfigError, match="do not fit"):
         prepare("budget.default=500")
