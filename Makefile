@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Written last, so that a broken-off installation is taken up again.
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart test test-slow lint format docs lock bench-trl bench-push bench-stall bench-hosts bench-placement bench-start bench-swap bench-sandbox bench-episodes bench-store bench-partial bench-staleness bench-ranks bench-optim bench-muonclip bench-math bench-critic clean
+.PHONY: help setup quickstart test test-slow lint format docs lock bench-trl bench-push bench-stall bench-hosts bench-placement bench-start bench-swap bench-sandbox bench-episodes bench-store bench-partial bench-staleness bench-ranks bench-optim bench-muonclip bench-math bench-critic bench-router bench-logprobs bench-train bench-claims clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -102,6 +102,18 @@ bench-math: setup ## The math judge on 2,000 pairs with hopeless ones among them
 
 bench-critic: setup ## Whether the closed loop teaches the critic: agreement on held-out pairs, trained and frozen
 	$(BIN)/python benchmarks/self_critique.py $(ARGS)
+
+bench-router: setup ## How often vLLM and trainer choose other experts, and the log-prob gap that comes of it
+	$(BIN)/python benchmarks/router_mismatch.py $(ARGS)
+
+bench-logprobs: setup ## Log-probs over 160k tokens: memory and time beside all logits at once
+	$(BIN)/python benchmarks/logprobs.py $(ARGS)
+
+bench-train: setup ## Tokens per second of a train step beside plain transformers with padding
+	$(BIN)/python benchmarks/train_throughput.py $(ARGS)
+
+bench-claims: setup ## Claims of the papers on a small scale: budgets, PTX, temperature, objectives
+	$(BIN)/python benchmarks/claims.py $(ARGS)
 
 clean: ## Remove caches and build products; runs under outputs/ and .venv stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

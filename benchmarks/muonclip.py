@@ -13,24 +13,19 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
-from html import escape
 from pathlib import Path
 from statistics import mean
 
 import torch
+from panels import Panel, draw
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from k2rl.config import OptimizerConfig
-from k2rl.tracking.charts import Series, line_chart
 from k2rl.training.engine import TrainEngine
 from k2rl.training.supervised import SupervisedSequence
 
 VOCABULARY, HALF = 64, 16
 UNREACHED = 1e30
-STYLE = """svg{font:12px system-ui,sans-serif;background:#fff} .tick{fill:#666} .grid{stroke:#ddd}
-.line{fill:none;stroke:currentColor;stroke-width:1.5} .dot{fill:currentColor}
-.muon{color:#c2410c} .clip{color:#1d4ed8}"""
-
 Run = list[dict[str, float]]
 
 
@@ -65,37 +60,18 @@ def train(seed: int, tau: float, lr: float, steps: int) -> Run:
         return [engine.sft_step(batch(1000 * seed + step)) for step in range(steps)]
 
 
-def panel(title: str, runs: dict[str, list[Run]], metric: str, log: bool, at: int) -> str:
-    """One chart of a metric, a line a seed, as an element of a larger picture."""
-
-    def value(row: dict[str, float]) -> float:
-        return float(torch.tensor(row[metric]).clamp(min=1e-3).log10()) if log else row[metric]
-
-    lines = [
-        Series(name, [(float(step), value(row)) for step, row in enumerate(run)], color, dots=False)
-        for (name, of_seeds), color in zip(runs.items(), ("muon", "clip"), strict=True)
-        for run in of_seeds
-    ]
-    chart = line_chart(
-        lines, title=title, tick_form=(lambda v: f"{10**v:,.3g}") if log else (lambda v: f"{v:g}")
-    )
-    placed = chart.replace("<svg ", f'<svg x="{at}" y="40" width="340" height="180" ', 1)
-    return f'<text x="{at + 12}" y="30">{escape(title)}</text>{placed}'
-
-
 def plot(runs: dict[str, list[Run]], file: Path) -> None:
-    panels = [
-        panel("largest attention logit", runs, "qk_clip/max_logit", True, 0),
-        panel("share of heads clipped", runs, "qk_clip/clipped_share", False, 350),
-        panel("loss (nats a token)", runs, "loss", False, 700),
-    ]
-    legend = "".join(
-        f'<text class="{color}" fill="currentColor" x="{x}" y="12">{escape(name)}</text>'
-        for name, color, x in zip(runs, ("muon", "clip"), (12, 120), strict=True)
-    )
-    file.write_text(
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1050 225">'
-        f"<style>{STYLE}</style>{legend}{''.join(panels)}</svg>\n"
+    def panel(title: str, metric: str, log: bool = False) -> Panel:
+        curves = {name: [[row[metric] for row in run] for run in of] for name, of in runs.items()}
+        return Panel(title, curves, first=1, log=log)
+
+    draw(
+        [
+            panel("largest attention logit", "qk_clip/max_logit", log=True),
+            panel("share of heads clipped", "qk_clip/clipped_share"),
+            panel("loss (nats a token)", "loss"),
+        ],
+        file,
     )
 
 

@@ -31,15 +31,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, TypedDict
 
+from arms import arm, back_to, keep
+
 from k2rl import launch
 from k2rl.composition import compose
 from k2rl.loop import learn, roll_out, rollout_metrics
 from k2rl.preflight import Preflight, preflight
 from k2rl.rollouts.episode import Attempt
-from k2rl.rollouts.pool import Pool
-from k2rl.rollouts.store.sqlite import SQLiteStore
 from k2rl.run import Run
-from k2rl.training.batch import SupervisedSequence
 from k2rl.workers.recovery import Recovery
 
 SETTINGS = (
@@ -65,8 +64,6 @@ SIDES: dict[str, dict[str, Any]] = {
     "synchronous": {"surplus": "drop", "oversample": 1.0},
     "partial": {"surplus": "park", "oversample": 2.0, "max_staleness": 2},
 }
-#: What to imitate, and at which learning rate, in updates that change nothing.
-NOTHING, TOO_LITTLE = [SupervisedSequence((0, 1), (False, True))], 1e-30
 #: Of the standard error to either side, for 95 %: of a normal, and of Student's t by degrees of freedom.
 NORMAL, STUDENT = 1.960, (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -97,26 +94,10 @@ async def sampled(run: Run, name: str) -> list[float]:
     return [trajectory.reward for trajectory in await run.scheduler.run(attempts)]
 
 
-async def back_to(run: Run, start: Path) -> None:
-    """The trainer has the weights of `start`, whose name is their version, and a new optimizer.
-
-    Versions go on growing all the same.
-    """
-    version = run.worker.version
-    await run.worker.sft_step(NOTHING, TOO_LITTLE)  # with which it is the trainer's turn
-    await run.worker.load(start)
-    for _ in range(version + 1 - int(start.name)):
-        await run.worker.sft_step(NOTHING, TOO_LITTLE)
-    await run.worker.reset_optimizer(run.config.optimizer.lr)
-    await run.worker.publish()
-
-
 async def trained(run: Run, seed: int, side: str, tokens: int) -> Result:
     """Train on so many tokens, and see what came of it."""
     config = replace(run.config, seed=seed, rollout=replace(run.config.rollout, **SIDES[side]))
-    prepared = replace(run.prepared, config=config)
-    pool = Pool(config, run.scheduler, run.worker, SQLiteStore(Path(":memory:")), prepared.train_tasks)
-    ours = replace(run, config=config, prepared=prepared, pool=pool, finished_steps=0)
+    ours = arm(run, config)
     done, stale, oldest, began = 0, 0.0, 0.0, time.monotonic()
     curve: list[float] = []
     while done < tokens:
@@ -130,7 +111,7 @@ async def trained(run: Run, seed: int, side: str, tokens: int) -> Result:
         stale += new * metrics["rollout/staleness_mean"]
         oldest = max(oldest, metrics["rollout/staleness_max"])
     took = time.monotonic() - began
-    await pool.close()
+    await ours.pool.close()
     return {
         "before": curve[0],
         "rewards": await sampled(ours, f"{seed}-{side}"),
@@ -149,13 +130,12 @@ async def train_all(prepared: Preflight, run_dir: Path, seeds: Sequence[int], to
         async with launch.started(prepared, run_dir, None, trains=True, recovery=recovery) as run:
             await run.worker.publish()
             await launch.warm_start(run)
-            start = run_dir / str(run.worker.version)
-            await run.worker.save(start)
-            await run.worker.saved()
+            start = run_dir / "start"
+            version = await keep(run, start)
             for seed, side in product(seeds, SIDES):
                 file = file_of(to, seed, side)
                 if not file.exists():
-                    await back_to(run, start)
+                    await back_to(run, start, run.config.optimizer.lr, version)
                     result = await trained(run, seed, side, tokens)
                     file.write_text(json.dumps(result))
                     tell(seed, side, result)

@@ -357,6 +357,10 @@ class InferenceConfig:
     #: What a push does with requests that are being generated: `keep` lets them go on with the new weights,
     #: each token with the version that sampled it; `abort` ends them, and their turns fail.
     running_requests: str = "keep"
+    #: Record which experts computed each token, and let the trainer send it to the same ones (router replay);
+    #: for routers of DeepSeek V3's and Kimi K2's kind. Without it both choose on their own, and rounding lets
+    #: them choose otherwise now and then.
+    return_routed_experts: bool = False
     #: Further keyword arguments for vLLM's `AsyncEngineArgs`, added with a plus sign:
     #: `+inference.engine_args.block_size=16`.
     engine_args: dict[str, Any] = field(default_factory=dict)

@@ -196,6 +196,7 @@ OWN_ENGINE_ARGS = {
     "logprobs_mode": None,
     "skip_tokenizer_init": None,
     "tensor_parallel_size": "inference.tensor_parallel",
+    "enable_return_routed_experts": "inference.return_routed_experts",
     "distributed_executor_backend": None,
     "weight_transfer_config": None,
     "worker_cls": None,

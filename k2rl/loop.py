@@ -213,6 +213,7 @@ def train_metrics(learned: dict[str, float], published: dict[str, float]) -> dic
         "logprob_gap_max": "mismatch/max_abs_gap",
         "ratio_min": "mismatch/ratio_min",
         "ratio_max": "mismatch/ratio_max",
+        "other_experts_share": "mismatch/other_experts_share",
     }
     metrics = {renamed.get(name, _in_group("train", name)): value for name, value in learned.items()}
     return metrics | {_in_group("publish", name): value for name, value in published.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,9 @@ from rubrics.groups import judge_group_safely
 from rubrics.models import asks_run_model
 
 T = TypeVar("T")
+
+ROUTED_MODELS = ("deepseek_v3", "kimi_k2")
+"""Types of models whose choice of experts can be replayed (`config.json` has them)."""
 
 DRAWS_PER_DEMONSTRATION = 200
 """Training tasks to look at, for each demonstration wanted, in search of the kinds to demonstrate."""
@@ -152,6 +156,8 @@ def preflight(config: Config, training: bool = True) -> Preflight:
         )
     model_path = resolve_model(config.model.path)
     _check_push_memory(config, model_path)
+    if config.inference.return_routed_experts:
+        _check_routers(config, model_path)
     if training:
         check_trainable(config, model_path)
     chat = ChatTemplate.from_pretrained(model_path)
@@ -185,6 +191,15 @@ def check_warm_up(key: str, schedule: ScheduleConfig, steps: int) -> None:
     if 0 < steps < schedule.warmup_steps:
         raise ConfigError(
             f"{key}.schedule.warmup_steps={schedule.warmup_steps} is more than there are steps ({steps})"
+        )
+
+
+def _check_routers(config: Config, model_path: Path) -> None:
+    kind = json.loads((model_path / "config.json").read_text()).get("model_type")
+    if kind not in ROUTED_MODELS:
+        raise ConfigError(
+            f"inference.return_routed_experts=true is for models of these types: {', '.join(ROUTED_MODELS)}; "
+            f"model.path={config.model.path} is of {kind}: set it to false"
         )
 
 

@@ -164,6 +164,8 @@ class Trajectory(msgspec.Struct):
     verdict: Verdict | None = None
     seconds: float = 0.0
     branches: list[Trajectory] = []
+    #: Of its first positions, if asked for, which experts computed each: see `Generation.routes`.
+    routes: list[bytes] = []
 
     @property
     def token_ids(self) -> list[int]:

@@ -56,6 +56,8 @@ FINE_TUNED = [
     "k2rl sft experiment=tiny data.path=curated",
     "k2rl sft experiment=tiny data.path=chats.jsonl data.held_out_share=0.3",
 ]
+#: Trains for minutes; tests/integration/test_k2_mini.py runs it.
+LONG = ["k2rl train experiment=k2_mini"]
 #: Run by a fixture, whose folders many tests look at.
 ELSEWHERE = [MULTIRUN]
 #: Whole runs, of which only the start-up checks are made here, with a tiny model: two train a real one for
@@ -113,6 +115,7 @@ def test_every_command_is_accounted_for() -> None:
         *QUICK,
         *ELSEWHERE,
         *FINE_TUNED,
+        *LONG,
         *WHOLE_RUNS,
         *OWN_MODEL,
         *SERVICES,

@@ -85,7 +85,7 @@ class TensorSource:
             if dtype is not None and tensor.is_floating_point() and not name.endswith(FLOAT32_SUFFIX):
                 kind = dtype
             spec = TensorSpec(name, kind, tuple(tensor.shape))
-            local, first = _local_rows(name, tensor.detach())
+            local, first = local_rows(name, tensor.detach())
             rows = local.shape[0] if local.ndim else 1
             if rows:
                 shards.append(Shard(len(specs), rank, first, first + rows))
@@ -113,8 +113,12 @@ class TensorSource:
         return copies(targets, sources)
 
 
-def _local_rows(name: str, tensor: Tensor) -> tuple[Tensor, int]:
-    """What this rank holds of a tensor, and the number of its first row."""
+def local_rows(name: str, tensor: Tensor) -> tuple[Tensor, int]:
+    """What this rank holds of a tensor, and the number of its first row.
+
+    Raises:
+        ValueError: it is sharded along another dimension than its first, or holds partial sums.
+    """
     if not isinstance(tensor, DTensor):
         return tensor, 0
     if any(placement.is_partial() for placement in tensor.placements):

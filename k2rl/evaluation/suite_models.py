@@ -69,6 +69,8 @@ class ServedModel(ChatModel):
             *("--model", str(path), "--served-model-name", "model"),
             *("--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(_context(path, context))),
             *("--enforce-eager", "--disable-log-stats", "--seed", str(options.seed)),
+            # What vLLM gets wrong on a CPU, it does right.
+            *("--worker-cls", "k2rl.inference.vllm_worker.ColocatedVLLMWorker"),
         ]
         if gib := options.kv_cache_gib or _default_kv_cache_gib():
             command += ["--kv-cache-memory-bytes", str(int(gib * 2**30))]

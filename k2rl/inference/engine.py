@@ -28,12 +28,16 @@ class Generation(msgspec.Struct, frozen=True):
 
     `logprobs` are natural logs under the sampling temperature, one a token; `weight_spans` says which
     weight version sampled the tokens from which position on: `((0, 3),)` is version 3 throughout.
+
+    `routes`, if asked for, says which experts computed each position, from the first of the prompt to the
+    last but one that was sampled: [layers, experts a token] uint16 as bytes, zero in layers without experts.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     weight_spans: tuple[tuple[int, int], ...]
     finish_reason: FinishReason
+    routes: tuple[bytes, ...] = ()
 
     def followed_by(self, rest: Generation) -> Generation:
         """This one, interrupted, and what was sampled after it, perhaps from later weights."""
@@ -46,6 +50,8 @@ class Generation(msgspec.Struct, frozen=True):
             self.logprobs + rest.logprobs,
             (*self.weight_spans, *spans),
             rest.finish_reason,
+            # What was sampled before is replayed as it was.
+            self.routes + rest.routes[len(self.routes) :],
         )
 
 

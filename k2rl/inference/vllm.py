@@ -125,6 +125,12 @@ class VLLMEngine:
             "max_num_batched_tokens": max(8192, config.max_model_len),
             **config.engine_args,
         }
+        if config.return_routed_experts and current_platform.is_cpu():
+            # vLLM's own way needs its Model Runner V2, and that Triton.
+            given = arguments.get("additional_config") or {}
+            arguments["additional_config"] = {**given, "k2rl_record_routes": True}
+        elif config.return_routed_experts:
+            arguments["enable_return_routed_experts"] = True
         try:
             self._vllm_config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
         except (RuntimeError, TypeError, ValueError) as error:
@@ -133,6 +139,9 @@ class VLLMEngine:
         self.host = 0
         self._stop_token_ids = list(stop_token_ids)
         self._running_requests = config.running_requests
+        self._returns_routes = config.return_routed_experts
+        #: Requests that failed: nobody asks which experts computed them.
+        self._forgotten: list[str] = []
         self._kv_cache_gib = config.kv_cache_gib
         self._request_ids = itertools.count()
         self._running: set[str] = set()
@@ -204,6 +213,9 @@ class VLLMEngine:
                 output = (await self._while_alive(_last(stream))).outputs[0]
         except VLLMEngineDeadError as error:
             raise EngineDeadError(str(error)) from error
+        except BaseException:
+            self._forgotten.append(request_id)
+            raise
         finally:
             self._running.discard(request_id)
             interrupted = request_id in self._interrupted
@@ -211,6 +223,8 @@ class VLLMEngine:
         reason: FinishReason = (
             "interrupted" if interrupted and output.finish_reason == "abort" else output.finish_reason
         )
+        known = len(prompt_ids) + max(len(output.token_ids) - 1, 0)
+        routes = await self._routes(request_id, output)
         if reason not in ("stop", "length", "repetition", "interrupted"):
             raise GenerationError(f"vLLM ended {request_id} with {reason!r}, not at its turn's end")
         token_ids = tuple(output.token_ids)
@@ -218,7 +232,19 @@ class VLLMEngine:
             position[token].logprob for position, token in zip(output.logprobs or (), token_ids, strict=True)
         )
         spans = tuple((span.start, int(span.version)) for span in output.weight_versions or ())
-        return Generation(token_ids, logprobs, spans, reason)
+        if routes and token_ids and len(routes) < known:
+            raise GenerationError(f"vLLM says of {len(routes)} positions of {known} which experts they had")
+        return Generation(token_ids, logprobs, spans, reason, routes[:known])
+
+    async def _routes(self, request_id: str, output: Any) -> tuple[bytes, ...]:
+        """Which experts computed each position of a request that has ended, if that is asked for."""
+        if not self._returns_routes:
+            return ()
+        if output.routed_experts is not None:
+            return tuple(row.astype("uint16").tobytes() for row in output.routed_experts)
+        forgotten, self._forgotten = self._forgotten, []
+        taken = (await self._call_workers("take_routes", [request_id, *forgotten]))[0]
+        return msgspec.msgpack.decode(taken, type=dict[str, tuple[bytes, ...]]).get(request_id, ())
 
     async def interrupt(self) -> None:
         """See `InterruptibleEngine.interrupt`."""

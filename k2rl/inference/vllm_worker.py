@@ -17,6 +17,8 @@ from k2rl.checkpoint_engine.messages import DeltaRefusedError, Outcome, PushInvi
 from k2rl.checkpoint_engine.vllm_modules import discard_packed
 from k2rl.checkpoint_engine.vllm_receiver import WeightReceiver
 from k2rl.diagnosis.activity import VLLM_WORKER
+from k2rl.inference.rotation import rotate_natively
+from k2rl.inference.routes import RECORD_ROUTES, RouteRecorder
 from k2rl.workers.memory import release, resident, trim
 
 if TYPE_CHECKING or not current_platform.is_cpu():
@@ -52,12 +54,24 @@ class ColocatedVLLMWorker(PlatformWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         if current_platform.is_cpu():
             limit_kernel_caches()
+            rotate_natively(self.vllm_config)
         self._resident_before = resident()
         super().load_model(*args, **kwargs)
+        self._recorder: RouteRecorder | None = None
+        if self.vllm_config.additional_config.get(RECORD_ROUTES):
+            self._recorder = RouteRecorder(self.model_runner.get_model(), self.model_runner)
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         with VLLM_WORKER.doing(f"a batch of {scheduler_output.total_num_scheduled_tokens} tokens"):
-            return super().execute_model(scheduler_output, *args, **kwargs)
+            output = super().execute_model(scheduler_output, *args, **kwargs)
+        if self._recorder is not None and scheduler_output.total_num_scheduled_tokens:
+            self._recorder.note()
+        return output
+
+    def take_routes(self, requests: list[str]) -> bytes:
+        """`RouteRecorder.take`, encoded."""
+        assert self._recorder is not None
+        return msgspec.msgpack.encode(self._recorder.take(requests))
 
     def resident_memory(self) -> tuple[int, int]:
         """Bytes of physical memory that this process holds, and that it held before it had a model."""

@@ -21,6 +21,9 @@ class Mismatch:
     gap_max: float = 0.0
     log_ratio_min: float = math.inf
     log_ratio_max: float = -math.inf
+    #: Experts chosen at sampling for a token in a layer, and how often the trainer would have chosen others.
+    choices: int = 0
+    other_choices: int = 0
 
     def add(self, logprobs: Tensor, behaviour_logprobs: Tensor) -> None:
         """Take in a micro-batch.
@@ -40,6 +43,11 @@ class Mismatch:
         self.log_ratio_min = min(self.log_ratio_min, float(log_ratio.min()))
         self.log_ratio_max = max(self.log_ratio_max, float(log_ratio.max()))
 
+    def add_choices(self, choices: int, other: int) -> None:
+        """Take in what was replayed in a micro-batch, and what of it the trainer had chosen otherwise."""
+        self.choices += choices
+        self.other_choices += other
+
     def merge(self, other: Mismatch) -> None:
         """Take in what was measured elsewhere."""
         self.tokens += other.tokens
@@ -47,12 +55,18 @@ class Mismatch:
         self.gap_max = max(self.gap_max, other.gap_max)
         self.log_ratio_min = min(self.log_ratio_min, other.log_ratio_min)
         self.log_ratio_max = max(self.log_ratio_max, other.log_ratio_max)
+        self.add_choices(other.choices, other.other_choices)
 
     def metrics(self) -> dict[str, float]:
-        """`logprob_gap_mean` and `logprob_gap_max` (nats), `ratio_min` and `ratio_max`."""
+        """`logprob_gap_mean` and `logprob_gap_max` (nats), `ratio_min` and `ratio_max`.
+
+        With replayed experts also `other_experts_share`, of the choices that the trainer had made otherwise.
+        """
         if self.tokens == 0:
             return {"logprob_gap_mean": 0.0, "logprob_gap_max": 0.0, "ratio_min": 1.0, "ratio_max": 1.0}
+        replayed = {"other_experts_share": self.other_choices / self.choices} if self.choices else {}
         return {
+            **replayed,
             "logprob_gap_mean": self.gap_sum / self.tokens,
             "logprob_gap_max": self.gap_max,
             "ratio_min": _exp(self.log_ratio_min),

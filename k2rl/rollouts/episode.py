@@ -251,6 +251,7 @@ def turn_seed(episode_seed: int, turn: int) -> int:
 def _settle(episode: Episode, trajectory: Trajectory, generation: Generation, action: str) -> None:
     """A turn is over: it becomes part of the trajectory."""
     trajectory.segments += turn_segments(generation)
+    add_routes(trajectory, generation)
     trajectory.messages.append(Message("assistant", action))
     episode.actions.append(action)
     episode.turn = episode.snapshot = None
@@ -259,6 +260,12 @@ def _settle(episode: Episode, trajectory: Trajectory, generation: Generation, ac
 def _observe(trajectory: Trajectory, messages: Sequence[Message], token_ids: list[int]) -> None:
     trajectory.messages += messages
     trajectory.segments.append(Segment(tuple(token_ids), sampled=False))
+
+
+def add_routes(trajectory: Trajectory, generation: Generation) -> None:
+    """What a trajectory's last turn says of the experts of positions that no turn before has computed."""
+    inputs = len(trajectory.token_ids) - 1
+    trajectory.routes += generation.routes[len(trajectory.routes) : inputs]
 
 
 def turn_segments(generation: Generation) -> list[Segment]:

@@ -21,6 +21,9 @@ class LabelledSequence(Protocol):
     @property
     def label_mask(self) -> tuple[bool, ...]: ...
 
+    @property
+    def routes(self) -> tuple[bytes, ...]: ...
+
 
 class BatchTotals(NamedTuple):
     """What a policy loss is averaged over: a step's scored responses, also those left out of the batch."""
@@ -47,6 +50,9 @@ class TrainSequence:
     advantage: float
     #: Names the sequence in error messages.
     id: str = ""
+    #: Which experts computed each of its first positions at sampling, see `Generation.routes`; the others
+    #: go where the trainer's routers send them.
+    routes: tuple[bytes, ...] = ()
 
     def __post_init__(self) -> None:
         _check_mask(self.id, self.token_ids, self.sampled_mask)
@@ -91,6 +97,7 @@ class TrainSequence:
             ),
             advantage=float(advantage),
             id=trajectory.id,
+            routes=tuple(trajectory.routes),
         )
 
 
@@ -115,6 +122,8 @@ class SupervisedSequence:
     loss_mask: tuple[bool, ...]
     #: Names the sequence in error messages.
     id: str = ""
+    #: See `TrainSequence`.
+    routes: tuple[bytes, ...] = ()
 
     def __post_init__(self) -> None:
         _check_mask(self.id, self.token_ids, self.loss_mask)

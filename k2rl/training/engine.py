@@ -35,6 +35,7 @@ from k2rl.training.measures import Clock, added, longest
 from k2rl.training.offload import residence
 from k2rl.training.passes import Passes, PolicyPass, some
 from k2rl.training.ranks import ALONE, Ranks
+from k2rl.training.replay import RouterReplay
 from k2rl.training.saving import Saver, on_host, read_into, read_shapes, snapshot
 from k2rl.training.sharding import load_sharded, local
 from k2rl.workers.memory import trim
@@ -114,7 +115,10 @@ class TrainEngine:
             self._model = load_causal_lm(self._path, self._device)
             dtype = torch.float32
         self._probe = self._make_probe()
-        self._passes = Passes(self._model, self._group, self._device, micro_batch_tokens, self._probe)
+        self._passes = Passes(
+            *(self._model, self._group, self._device, micro_batch_tokens, self._probe),
+            replay=RouterReplay(self._model),
+        )
         self._group.agreed(lambda: check_packing(self._model, self._path, dtype, self._passes.score))
         self._passes.let_go()
         if activation_checkpointing:
@@ -216,7 +220,8 @@ class TrainEngine:
             Means over the updates: `loss`, `ptx_loss` and the policy loss's own metrics. Of the last
             update: `grad_norm` (before clipping), `update_rms` (over the first rows of all weights).
             Before the first update: `logprob_gap_mean`, `logprob_gap_max` (trainer against behaviour,
-            nats), `ratio_min`, `ratio_max`, `entropy` (nats a sampled token). Of the call: `tokens`
+            nats), `ratio_min`, `ratio_max`, `entropy` (nats a sampled token), where experts are replayed
+            `other_experts_share`. Of the call: `tokens`
             (sampled), `positions` (computed), `sequences`, `lr`,
             `forward_backward_s`, `optimizer_s`.
 
@@ -357,15 +362,19 @@ class TrainEngine:
         return [everything[index] for index in range(len(sequences))]
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights to publish, or this rank's rows of them: checkpoint names, tied ones once, and biases.
+        """The weights, or this rank's rows of them: checkpoint names, tied ones once, and routers' biases.
 
         They are in the compute dtype; those of several ranks are the masters, which round to it. They can be
-        read while the state is offloaded.
+        read while the state is offloaded. Of experts each is a tensor of its own, that one rank has.
         """
+        for name, weight in self._stacked_weights():
+            yield from unstacked(self._model, name, weight)
+
+    def _stacked_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The same, with the experts of a layer as the model has them: as many tensors on all ranks."""
         for name, weight in self._weights.named_weights():
             away = self._residence.away
-            held = on_host(weight, self._group, self._residence.readable) if away else weight
-            yield from unstacked(self._model, name, held)
+            yield name, on_host(weight, self._group, self._residence.readable) if away else weight
         yield from self._balance.biases.items()
 
     def weights_source(self) -> TensorSource:
@@ -457,7 +466,7 @@ class TrainEngine:
         """Write a plain Hugging Face checkpoint in the compute dtype, with tokenizer and chat template."""
         with self._group.call():
             self._residence.need()
-            export(self._model, self.named_weights(), self._dtype, self._path, Path(folder), self._group)
+            export(self._model, self._stacked_weights(), self._dtype, self._path, Path(folder), self._group)
 
     def close(self) -> None:
         """Wait for a checkpoint that is being written, and leave the other ranks.

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from k2rl.checkpoint_engine.manifest import FLOAT32_SUFFIX
 from k2rl.training.checkpoint import replaced_folder
+from k2rl.training.experts import unstacked
 from k2rl.training.group import Group
 from k2rl.training.loading import copy_companions
 
@@ -36,7 +37,7 @@ def export(
 
     Args:
         model: as it computes.
-        named_weights: its weights under their checkpoint names, or this rank's rows of them.
+        named_weights: its weights as the model has them, or this rank's rows of them.
         dtype: that they are written in.
         source: folder of the checkpoint that the model is from.
         folder: to be written.
@@ -57,14 +58,14 @@ def export(
         index: dict[str, str] = {}
         for number, part in enumerate(parts, start=1):
             name = f"model-{number:05d}-of-{len(parts):05d}.safetensors" if parts[1:] else "model.safetensors"
-            index |= dict.fromkeys((weight for weight, _ in part), name)
-            whole = {}
+            whole: dict[str, Tensor] = {}
             for weight, tensor in part:
                 gathered = tensor if weight.endswith(FLOAT32_SUFFIX) else tensor.to(dtype)
                 if isinstance(gathered, DTensor):
                     gathered = gathered.full_tensor()
                 if target:
-                    whole[weight] = gathered.cpu()
+                    whole |= unstacked(model, weight, gathered.cpu())
+            index |= dict.fromkeys(whole, name)
 
             def write(name: str = name, whole: dict[str, Tensor] = whole) -> None:
                 if target:

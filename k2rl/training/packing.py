@@ -41,6 +41,9 @@ class MicroBatch:
     sequence_index: Tensor
     #: S indices into the flat list of sequences that was packed.
     sequences: tuple[int, ...]
+    #: [T, layers * experts a token] int64, the experts that are to compute each position; -1 in a whole row:
+    #: those that the routers choose. None: they choose all.
+    routes: Tensor | None = None
 
     @property
     def num_positions(self) -> int:
@@ -56,6 +59,7 @@ class MicroBatch:
             targets=self.targets.to(device),
             sequence_index=self.sequence_index.to(device),
             sequences=self.sequences,
+            routes=None if self.routes is None else self.routes.to(device),
         )
 
 
@@ -101,6 +105,8 @@ class _Item:
     #: Indices of the tokens to be predicted; token t is predicted from token t - 1.
     label_positions: list[int]
     targets: list[int]
+    #: Of its first inputs.
+    routes: tuple[bytes, ...]
 
 
 def _items(groups: Sequence[Sequence[LabelledSequence]]) -> Iterator[list[_Item]]:
@@ -110,7 +116,8 @@ def _items(groups: Sequence[Sequence[LabelledSequence]]) -> Iterator[list[_Item]
         for member in group:
             labels = [index for index, label in enumerate(member.label_mask) if label]
             inputs = member.token_ids[: labels[-1]] if labels else ()
-            items.append(_Item(sequence, inputs, labels, [member.token_ids[index] for index in labels]))
+            targets = [member.token_ids[index] for index in labels]
+            items.append(_Item(sequence, inputs, labels, targets, member.routes[: len(inputs)]))
             sequence += 1
         if items:
             yield items
@@ -134,6 +141,8 @@ class _PrefixTree:
     tokens: list[int] = field(default_factory=lambda: [-1])
     depth: list[int] = field(default_factory=lambda: [-1])
     children: list[dict[int, int]] = field(default_factory=lambda: [{}])
+    #: Of the first sequence that came by; the root and what is not known have none.
+    routes: list[bytes] = field(default_factory=lambda: [b""])
     #: Each inserted sequence with the nodes of its input tokens.
     branches: list[tuple[_Item, list[int]]] = field(default_factory=list)
 
@@ -161,7 +170,7 @@ class _PrefixTree:
     def insert(self, items: Sequence[_Item]) -> None:
         for item in items:
             node, nodes = 0, []
-            for token in item.inputs:
+            for index, token in enumerate(item.inputs):
                 child = self.children[node].get(token)
                 if child is None:
                     child = len(self.tokens)
@@ -169,6 +178,7 @@ class _PrefixTree:
                     self.tokens.append(token)
                     self.depth.append(self.depth[node] + 1)
                     self.children.append({})
+                    self.routes.append(item.routes[index] if index < len(item.routes) else b"")
                 node = child
                 nodes.append(node)
             self.branches.append((item, nodes))
@@ -208,4 +218,16 @@ class _PrefixTree:
             targets=torch.tensor(targets, dtype=torch.int64),
             sequence_index=torch.tensor(sequence_index, dtype=torch.int64),
             sequences=tuple(item.sequence for item, _ in self.branches),
+            routes=_stacked([self.routes[node] for node in order]),
         )
+
+
+def _stacked(routes: Sequence[bytes]) -> Tensor | None:
+    size = len(next(filter(None, routes), b"")) // 2
+    if not size:
+        return None
+    known = torch.tensor([bool(route) for route in routes])
+    rows = torch.full((len(routes), size), -1, dtype=torch.int64)
+    raw = bytearray(b"".join(routes))
+    rows[known] = torch.frombuffer(raw, dtype=torch.uint16).view(-1, size).to(torch.int64)
+    return rows

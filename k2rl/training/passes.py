@@ -20,6 +20,7 @@ from k2rl.training.group import Group
 from k2rl.training.loading import packed_logprobs
 from k2rl.training.logprobs import TokenLogprobs
 from k2rl.training.packing import MicroBatch, empty_micro_batch, pack
+from k2rl.training.replay import RouterReplay
 from k2rl.training.sharing import share
 
 
@@ -51,6 +52,7 @@ class Passes:
         device: torch.device,
         micro_batch_tokens: int,
         probe: LogitProbe | None = None,
+        replay: RouterReplay | None = None,
     ) -> None:
         """Args:
         model: plain, or sharded over the group.
@@ -58,7 +60,9 @@ class Passes:
         device: that it computes on.
         micro_batch_tokens: positions in a micro-batch, at most.
         probe: told the attention logits of all passes that make gradients.
+        replay: sends tokens to the experts that their sequences name.
         """
+        self._replay = replay
         self._model = model
         self._probe = probe
         self._group = group
@@ -89,6 +93,8 @@ class Passes:
         """Log-probs of a micro-batch's labels, in its order; differentiable."""
         learns = torch.is_grad_enabled() and len(batch.predictors)  # what only fills a row up is not measured
         probe = self._probe if learns else None
+        if self._replay:
+            self._replay.use(batch.routes)
         if self._group.world == 1:
             return packed_logprobs(self._model, batch, temperature, probe)
         scored: TokenLogprobs = self._model.packed_logprobs(batch, temperature, probe)
@@ -112,6 +118,8 @@ class Passes:
             policy.mismatch.add(scored.logprobs, behaviour)
             policy.entropy_sum += float(scored.entropy.sum())
             policy.proximal[number] = scored.logprobs.detach()
+            if self._replay:
+                policy.mismatch.add_choices(self._replay.choices, self._replay.other_choices)
 
         def loss() -> PolicyLossOutput:
             output = policy.loss(

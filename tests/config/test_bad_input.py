@@ -46,6 +46,11 @@ CASES = {
     "not set yet": (["env.kwargs.mix.subtract=1"], "add it with a plus sign: +env.kwargs.mix.subtract=1"),
     "engine argument": (["+inference.engine_args.blok_size=16"], "did you mean block_size?"),
     "engine argument of ours": (["+inference.engine_args.load_format=auto"], "load_format cannot be set"),
+    "experts of a model without them": (["inference.return_routed_experts=true"], "deepseek_v3, kimi_k2"),
+    "engine argument that has a key": (
+        ["+inference.engine_args.enable_return_routed_experts=true"],
+        "inference.return_routed_experts",
+    ),
     "no such strategy": (["checkpoint_engine.strategy=p2p"], "not one of: broadcast, shard_aware, delta"),
     "no room for a push": (["checkpoint_engine.memory_mib=0.1"], "checkpoint_engine.memory_mib"),
     "long chat": (["train.micro_batch_tokens=20"], "train.micro_batch_tokens=20"),

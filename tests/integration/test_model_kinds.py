@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from k2rl.models.tiny import build_model, build_tokenizer
 from tests.conftest import ROOT
-from tests.integration.model_probe import FIRST, SECOND
+from tests.integration.model_probe import FIRST, PROMPTS, SECOND
 
 pytestmark = pytest.mark.integration
 
@@ -58,7 +59,7 @@ def _probe(folder: Path, ranks: int, kinds: list[str]) -> dict[str, dict[str, An
     )
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {line["kind"]: line for line in lines}
+    return {line["kind"]: {**line, "folder": str(folder / line["kind"] / SECOND)} for line in lines}
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,8 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
 def test_an_updated_model_answers_as_a_fresh_one(kind: str, one_rank: dict[str, dict[str, Any]]) -> None:
     found = one_rank[kind]
     _check(found)
+    if "@" not in kind:
+        _check_against_transformers(found["fresh"], found["folder"])
     assert "model.norm.weight" in found["error of a replay"]
     assert "1.self_attn.o_proj.weight" in found["error while learning"]
 
@@ -83,6 +86,18 @@ def test_each_of_two_ranks_takes_its_share(tmp_path: Path) -> None:
         # As if of four bytes each, as `needed` counts.
         whole = sum(tensor.numel() * 4 for tensor in tensors)
         assert all(whole / 2 < needed < whole for needed in found["needed"])
+
+
+@torch.no_grad()
+def _check_against_transformers(answers: list[Any], folder: str) -> None:
+    """Greedy tokens and their log-probs are those of a plain forward pass."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for prompt, (tokens, logprobs) in zip(PROMPTS, answers, strict=True):
+        scores = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        assert scores.argmax(-1).tolist() == tokens
+        for row, seen in zip(scores, logprobs, strict=True):
+            for token, logprob in seen.items():
+                assert abs(float(row[int(token)]) - logprob) < 1e-4
 
 
 def _check(found: dict[str, Any]) -> None:

@@ -101,6 +101,7 @@ def test_a_clipped_heads_logits_scale_by_gamma_and_others_keep_their_bits(name: 
             torch.testing.assert_close(after[0, head], before[0, head] * gamma[head], rtol=1e-6, atol=0)
         else:
             assert torch.equal(after[0, head], before[0, head])
+    assert float(after[0].max()) <= threshold * (1 + 1e-6)  # the next forward pass, where no step was taken
     assert metrics["qk_clip/clipped_share"] == float((gamma < 1).sum()) / 8
     assert metrics["qk_clip/max_logit"] == metrics["qk_clip/layer_0/max_logit"] == float(maxima.max())
     assert metrics["qk_clip/layer_0/mean_logit"] == pytest.approx(float(maxima[0].mean()))

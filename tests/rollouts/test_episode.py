@@ -39,7 +39,11 @@ class FakePolicy:
         cut = ids[: sampling.max_tokens]
         logprobs = tuple(-float(len(prompt_ids) + index) for index in range(len(cut)))
         spans = ((0, 7),) if self._split is None else ((0, 7), (self._split, 8))
-        return Generation(tuple(cut), logprobs, spans, "stop" if len(cut) == len(ids) else "length")
+        reason = "stop" if len(cut) == len(ids) else "length"
+        # Each request computes all positions before its last token, and tells of it.
+        computed = range(len(prompt_ids) + len(cut) - 1)
+        routes = tuple(f"{len(self.prompts)}/{position}".encode() for position in computed)
+        return Generation(tuple(cut), logprobs, spans, reason, routes)
 
 
 def play(env: TextEnv, policy: FakePolicy, chat: ChatTemplate, limits: EpisodeLimits = LIMITS) -> Trajectory:
@@ -68,6 +72,20 @@ def test_behaviour_logprobs_stay_with_their_tokens(chat: ChatTemplate) -> None:
     trajectory = play(CalculatorEnv(), FakePolicy(chat, ["calc(1 + 2)", "3"]), chat)
     positions = [index for index, sampled in enumerate(trajectory.sampled_mask) if sampled]
     assert trajectory.behaviour_logprobs == [-float(position) for position in positions]
+
+
+def test_a_position_keeps_the_experts_that_computed_it_first(chat: ChatTemplate) -> None:
+    policy = FakePolicy(chat, ["calc(1 + 2)", "3"])
+    trajectory = play(CalculatorEnv(), policy, chat)
+    first = len(policy.prompts[0]) + len(chat.turn_ids("calc(1 + 2)")) - 1
+    turns = [1] * first + [2] * (len(trajectory.token_ids) - 1 - first)
+    assert trajectory.routes == [f"{turn}/{position}".encode() for position, turn in enumerate(turns)]
+
+
+def test_what_was_sampled_before_an_interruption_keeps_its_experts() -> None:
+    start = Generation((5, 6), (0.0, 0.0), ((0, 1),), "interrupted", (b"a", b"b", b"c"))
+    rest = Generation((7,), (0.0,), ((0, 2),), "stop", (b"x", b"y", b"z", b"w"))
+    assert start.followed_by(rest).routes == (b"a", b"b", b"c", b"w")
 
 
 def test_rendered_conversation_is_what_the_template_renders(chat: ChatTemplate) -> None:

@@ -26,6 +26,7 @@ from k2rl.checkpoint_engine.pieces import pieces_of
 from k2rl.checkpoint_engine.plan import plan_push
 from k2rl.config import ObjectiveConfig, OptimizerConfig
 from k2rl.errors import ConfigError, RunError
+from k2rl.models.hub import resolve_model
 from k2rl.training import export
 from k2rl.training.batch import SupervisedSequence, TrainSequence
 from k2rl.training.checkpoint import checkpoints, is_sound
@@ -120,12 +121,13 @@ def test_two_ranks_train_as_one(hosts: RankHosts, model_path: Path, optimizer: s
         assert mine == pytest.approx(expected, abs=1e-4)
 
 
-def published(ranks: Ranks, path: Path, dtype: str) -> dict[str, Any]:
+def published(ranks: Ranks, path: Path, dtype: str, bucket_bytes: int = 1 << 16, steps: int = 1) -> Any:
     """What a rank's source would send, as bytes; what it computes; what it holds."""
     engine = make_engine(ranks, path, dtype)
-    engine.sft_step(random_texts(1))
+    for step in range(steps):
+        engine.sft_step(random_texts(1 + step))
     source = engine.weights_source()
-    plan = plan_push(merge(engine._group.gather(source.manifest)), [0], bucket_bytes=1 << 16)
+    plan = plan_push(merge(engine._group.gather(source.manifest)), [0], bucket_bytes=bucket_bytes)
     sent = {}
     for bucket in plan.buckets:
         memory = torch.zeros(plan.arena_bytes, dtype=torch.uint8)
@@ -162,6 +164,34 @@ def test_ranks_send_the_rows_that_training_computes_with(
     logits = model(torch.tensor([[5, 6, 7, 8]])).logits[0].float()
     expected = torch.log_softmax(logits, -1)[:-1].gather(1, torch.tensor([[6], [7], [8]]))[:, 0]
     assert one["scored"][0] == pytest.approx(expected.tolist(), abs=1e-2 if dtype == "bfloat16" else 1e-5)
+
+
+@pytest.fixture(scope="module")
+def moe_path() -> Path:
+    return resolve_model("tiny-deepseek")
+
+
+def test_ranks_send_experts_whole_and_one_by_one(hosts: RankHosts, moe_path: Path) -> None:
+    both = hosts.run(published, moe_path, "float32", 1 << 19, 0)
+    stored = load_file(moe_path / "model.safetensors")
+    assert {name for part in both for name, _ in part["sent"]} == stored.keys()
+    for name, tensor in stored.items():
+        owners = [part for part in both if any(sent == name for sent, _ in part["sent"])]
+        parts = sorted((box, raw) for part in owners for (n, box), raw in part["sent"].items() if n == name)
+        assert b"".join(raw for _, raw in parts) == tensor.numpy().tobytes(), name
+        if expert := re.search(r"experts\.(\d)\.", name):
+            assert owners == [both[int(expert[1]) // 4]], name
+
+
+def test_save_pretrained_has_experts_one_by_one(hosts: RankHosts, moe_path: Path, tmp_path: Path) -> None:
+    expected, _ = hosts.run(write_model, moe_path, tmp_path / "out", 10**6)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, torch.from_numpy(expected[name]).bfloat16()), name
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 1
+    saved = {name for file in files for name in load_file(file)}
+    assert saved == load_file(moe_path / "model.safetensors").keys()
 
 
 def bytes_read(ranks: Ranks, path: Path) -> int:

@@ -21,7 +21,7 @@ from envs.tools.formats import parse
 from k2rl.errors import ConfigError
 from k2rl.inference.engine import Generation, InferenceEngine, Sampling
 from k2rl.models.chat import ChatTemplate
-from k2rl.rollouts.episode import Attempt, EpisodeLimits, draw_turn, turn_seed, turn_segments
+from k2rl.rollouts.episode import Attempt, EpisodeLimits, add_routes, draw_turn, turn_seed, turn_segments
 from k2rl.rollouts.gateway.wire import (
     ChatRequest,
     FinishReason,
@@ -166,6 +166,7 @@ class Session:
                 Segment(segment.token_ids, sampled=False) if again else segment
                 for segment in turn_segments(turn.generation)
             ]
+            add_routes(line, turn.generation)
             line.messages += [*turn.messages, turn.reply]
             seen.add(id(turn))
         return line
