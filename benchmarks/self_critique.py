@@ -30,7 +30,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from staleness import back_to
+from arms import back_to
 
 from k2rl import launch
 from k2rl.composition import compose
@@ -112,13 +112,13 @@ async def trained(prepared: Preflight, steps: int, control: bool) -> dict[str, d
         async with launch.started(prepared, run_dir, None, trains=True, recovery=recovery) as run:
             await run.worker.publish()
             await launch.warm_start(run)
-            start = run_dir / str(run.worker.version)
+            start, version = run_dir / "start", run.worker.version
             await run.worker.save(start)
             await run.worker.saved()
             exam, found = await taught(run, steps, run.config.rubric.critic_examples, ())
             sides = {"trained": found}
             if control:
-                await back_to(run, start)
+                await back_to(run, start, run.config.optimizer.lr, version)
                 _, sides["control"] = await taught(run, steps, 0, exam)
     return sides
 

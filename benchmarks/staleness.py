@@ -31,7 +31,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, TypedDict
 
-from arms import arm, back_to, keep
+from arms import arm, back_to
 
 from k2rl import launch
 from k2rl.composition import compose
@@ -131,7 +131,10 @@ async def train_all(prepared: Preflight, run_dir: Path, seeds: Sequence[int], to
             await run.worker.publish()
             await launch.warm_start(run)
             start = run_dir / "start"
-            version = await keep(run, start)
+            # Published they are already.
+            version = run.worker.version
+            await run.worker.save(start)
+            await run.worker.saved()
             for seed, side in product(seeds, SIDES):
                 file = file_of(to, seed, side)
                 if not file.exists():
