@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import faulthandler
+import io
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -155,6 +158,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # a folder there may be called as one of our own packages (`envs`).
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
+    # A crash in native code says where; not where stderr is somebody's object.
+    with contextlib.suppress(io.UnsupportedOperation, RuntimeError, AttributeError):
+        if not faulthandler.is_enabled():
+            faulthandler.enable()
     arguments, rest = _parser().parse_known_args(argv)
     # Overrides after an option end up in the rest; none of them starts with a dash.
     takes_overrides = arguments.command in ("train", "sft", "eval")

@@ -1,3 +1,5 @@
+import signal
+import subprocess
 import sys
 
 import gymnasium
@@ -61,6 +63,15 @@ def test_a_plugin_that_fails_is_named_with_its_traceback(plugin, tmp_path, capsy
     assert "hard: Traceback of the plug-in" in said.err
     assert cli.main(["envs", "check", "hard"]) == 2
     assert "KeyError: 'prices'" in capsys.readouterr().err
+
+
+def test_a_plugin_that_crashes_the_process_is_seen_in_its_stack(tmp_path):
+    (tmp_path / "crashing.py").write_text("import signal\nsignal.raise_signal(signal.SIGSEGV)\n")
+    command = [sys.executable, "-m", "k2rl.cli", "envs", "check", "crashing:Env"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGSEGV
+    assert "Segmentation fault" in done.stderr
+    assert 'crashing.py", line 2' in done.stderr
 
 
 def test_a_module_that_is_not_there_needs_no_traceback():
