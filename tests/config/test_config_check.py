@@ -17,7 +17,12 @@ from k2rl.errors import ConfigError
 FREE = {
     *("env.kwargs", "rubric.kwargs", "rollout.drop_uniform_groups", "budget.per_kind", "optimizer.nesterov"),
     *("optimizer.betas", "warm_start.kinds", "inference.enforce_eager", "inference.engine_args"),
-    *("inference.sleep_while_training", "train.activation_checkpointing", "tracking.record_rollouts"),
+    *(
+        "inference.sleep_while_training",
+        "inference.return_routed_experts",
+        "train.activation_checkpointing",
+        "tracking.record_rollouts",
+    ),
     *("debug.rollouts", "gateway.url", "data.path", "data.held_out"),
     *("rollout.store", "rollout.max_per_kind", "rollout.longest_first", "rubric.cache_verdicts"),
     *("tracking.tensorboard", "tracking.wandb", "resume"),
