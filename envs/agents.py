@@ -22,7 +22,7 @@ from typing import IO, Any, NoReturn
 import msgspec
 
 from envs.base import TextEnv
-from k2rl.types import Split, Task
+from k2rl.types import Split, Task, prepare
 
 TAIL_BYTES = 1 << 16
 """Of a command's output, in which its last line is looked for."""
@@ -209,3 +209,6 @@ def _function(target: str | Callable[..., Any], what: str) -> Callable[..., Any]
         raise ValueError(f"{what}={target!r} is no function")
     function: Callable[..., Any] = found
     return function
+
+
+prepare(Outcome)

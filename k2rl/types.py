@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import UnionType
 from typing import Any, Literal
 
 import msgspec
@@ -20,6 +21,16 @@ StopReason = Literal[
 
 NO_WEIGHT_VERSION = -1
 """Weight version of tokens that no policy sampled (prompts, tool results)."""
+
+
+def prepare(*kinds: type | UnionType) -> None:
+    """Let msgspec work out how these types are decoded: for the end of modules whose structs threads decode.
+
+    It does so at a type's first use, and two threads that come to that at once end the process with a
+    segmentation fault (msgspec 0.22). Environments and judges run in threads.
+    """
+    for kind in kinds:
+        msgspec.json.Decoder(kind)
 
 
 class ToolCall(msgspec.Struct, frozen=True):
@@ -211,3 +222,6 @@ class Trajectory(msgspec.Struct):
         if self.verdict is None or self.verdict.value is None:
             raise ValueError(f"trajectory {self.id} has no score: {self.verdict}")
         return self.verdict.value
+
+
+prepare(Message, Task, ToolSpec, Trajectory, Verdict)

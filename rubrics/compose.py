@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from k2rl.types import Trajectory, Verdict
+from k2rl.types import Trajectory, Verdict, prepare
 from rubrics import registry
 from rubrics.base import Rubric, judge_safely
 from rubrics.cache import MemoryCache, VerdictCache, content_key
@@ -317,3 +317,6 @@ class ByTask(Rubric):
 
     async def judge_group(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
         return await self._case(trajectories[0]).judge_group(trajectories)
+
+
+prepare(_Spec)

@@ -13,6 +13,7 @@ import msgspec
 import yaml
 
 from k2rl.errors import ConfigError
+from k2rl.types import prepare
 
 SHIPPED = files("rubrics") / "texts"
 
@@ -138,3 +139,6 @@ def from_task(spec: Any) -> list[Criterion]:
         raise ValueError(f"the task's rubric: {error}") from error
     check(criteria)
     return criteria
+
+
+prepare(Criteria, Criterion)

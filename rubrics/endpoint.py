@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from k2rl.types import Message
+from k2rl.types import Message, prepare
 from rubrics.models import JudgeError, Usage
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
@@ -154,3 +154,6 @@ def _asked_wait(answer: httpx.Response, otherwise: float) -> float:
     except (KeyError, ValueError):
         return otherwise
     return min(asked, LONGEST_WAIT_S) if asked >= 0 else otherwise
+
+
+prepare(EndpointSettings)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import msgspec
 
-from sandboxes.base import ExecResult
+from k2rl.types import prepare
+from sandboxes.base import ExecResult, SandboxSpec
 from sandboxes.errors import (
     FileProblem,
     SandboxClosedError,
@@ -168,3 +169,6 @@ def error_of(fault: Fault, where: str) -> SandboxError | SandboxFileError | Valu
     if fault.kind == "file":
         return SandboxFileError(fault.path, fault.problem, fault.message)
     return ERRORS.get(fault.kind, SandboxError)(f"{fault.message} (sandbox server {where})")
+
+
+prepare(SandboxSpec, Call, Opened, Ran, Renew, Renewed, Load, Fault)

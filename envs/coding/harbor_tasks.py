@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from k2rl.errors import ConfigError
+from k2rl.types import prepare
 from sandboxes.base import GIB, MIB
 
 DEEPEST = 6
@@ -141,3 +142,6 @@ def _bytes(environment: dict[str, Any], name: str, default: int) -> int:
     if parts is None:
         raise ValueError(f"environment.{name}={environment[name]!r} is no size like 2G")
     return int(float(parts[1]) * 1024 ** (1 + "KMGT".index(parts[2].upper())))
+
+
+prepare(HarborTask)

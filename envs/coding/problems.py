@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from k2rl.errors import ConfigError
-from k2rl.types import Split
+from k2rl.types import Split, prepare
 from rubrics.code import CodeTests
 
 T = TypeVar("T")
@@ -129,3 +129,6 @@ def of_data(data: dict[str, Any]) -> CodeProblem:
 
 
 OWN = ("functions", "contests", "bugs")
+
+
+prepare(CodeProblem)

@@ -17,6 +17,7 @@ import msgspec
 from envs.coding.formats import read_rows
 from envs.coding.patches import PatchError, apply_patch
 from k2rl.errors import ConfigError
+from k2rl.types import prepare
 from rubrics.code.repository import RepositoryTests
 
 MOST_BYTES = 2**29
@@ -198,3 +199,6 @@ def git(repository: Path, *arguments: str) -> bytes:
 def git_archive(repository: Path, commit: str) -> bytes:
     """A commit's files as a tar file."""
     return git(repository, "archive", "--format=tar", commit)
+
+
+prepare(RepositoryTask)

@@ -17,7 +17,7 @@ from envs.customer_service.library import POLICY, Library
 from envs.customer_service.users import PlayedUser, ScriptedUser, User
 from envs.tools import ToolEnv, calling, tool
 from k2rl.errors import ConfigError
-from k2rl.types import Message, Split, Task
+from k2rl.types import Message, Split, Task, prepare
 
 EVAL_ONE_IN = 6
 
@@ -222,3 +222,6 @@ def _do(library: Library, name: str, arguments: dict[str, str]) -> str:
     """An action that changes the library, a method of its own; gives what its tool says."""
     done: str = getattr(library, name)(**arguments)
     return done
+
+
+prepare(_Saved, Case, Library)

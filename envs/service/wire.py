@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from k2rl.types import Message, Split, Task, ToolSpec
+from k2rl.types import Message, Split, Task, ToolSpec, prepare
 
 TOKEN_VARIABLE, SERVICES_VARIABLE = "K2RL_ENVS_TOKEN", "K2RL_ENVS_SERVICES"
 MOST_TASKS = 256
@@ -63,3 +63,6 @@ class Stepped(msgspec.Struct, frozen=True, kw_only=True):
     truncated: bool
     #: What of the environment's can be written as msgpack.
     info: dict[str, Any]
+
+
+prepare(About, Draw, Begin, Begun, Step, Stepped)

@@ -11,7 +11,7 @@ import msgspec
 from jsonschema import exceptions, validators
 from referencing import Registry
 
-from k2rl.types import Evidence, ToolCall, Trajectory, Verdict
+from k2rl.types import Evidence, ToolCall, Trajectory, Verdict, prepare
 from rubrics.base import Rubric
 from rubrics.verifiers.base import TaskError
 
@@ -191,3 +191,6 @@ def _load(target: str) -> Callable[[Any], Backend]:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"backend={target!r}: {error}") from error
     return made
+
+
+prepare(ToolSpec)

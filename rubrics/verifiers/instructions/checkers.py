@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from k2rl.types import prepare
 from rubrics.strict_json import strict_json, unfenced
 from rubrics.verifiers.instructions import text as parts
 
@@ -398,3 +399,6 @@ def instruction(spec: Any) -> Instruction:
         return msgspec.convert(spec, CHECKERS[id])
     except msgspec.ValidationError as error:
         raise ValueError(f"instruction {id!r}: {error}") from error
+
+
+prepare(*CHECKERS.values())
