@@ -109,7 +109,7 @@ def test_a_run_outlives_a_vllm_that_dies_in_a_push(start: Start, tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_run_outlives_a_worker_that_stands_still_and_the_death_of_ray(start: Start, tmp_path: Path) -> None:
-    run = Victim(start, tmp_path, 8, HEARTBEAT)
+    run = Victim(start, tmp_path, 60, HEARTBEAT)  # enough for Ray to see it before the end
     run.after("publish", 1)
     run.hit(WORKER, signal.SIGSTOP)
     run.after("publish", run.last_step + 1)
