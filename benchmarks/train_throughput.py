@@ -23,6 +23,7 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
+from optim import SMOLLM2
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -32,16 +33,7 @@ from k2rl.training.engine import TrainEngine
 from k2rl.training.supervised import SupervisedSequence
 
 BAR = 1.5
-SMOLLM2 = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-    "initializer_range": 0.04,
-}
+SHAPE = SMOLLM2 | {"initializer_range": 0.04}
 MEDIAN, SIGMA, SHORTEST, LONGEST = 150, 0.8, 16, 1024
 AT_ONCE = 8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,7 +45,7 @@ def sequences(tokens: int) -> list[list[int]]:
     while left:
         length = round(draw.lognormvariate(0, SIGMA) * MEDIAN)
         length = min(max(length, SHORTEST), LONGEST, left)
-        found.append([draw.randrange(SMOLLM2["vocab_size"]) for _ in range(length)])
+        found.append([draw.randrange(SHAPE["vocab_size"]) for _ in range(length)])
         left -= length
     return found
 
@@ -113,7 +105,7 @@ def main() -> int:
     )
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=SMOLLM2["num_hidden_layers"], help="of the model's 30")
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="of the model's 30")
     parser.add_argument("--threads", type=int, default=0, help="with one, CPU time can be compared")
     arguments = parser.parse_args()
     drawn = sequences(arguments.tokens)
@@ -121,7 +113,7 @@ def main() -> int:
     dtype = fast_dtype(DEVICE == "cuda")
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(**SMOLLM2 | {"num_hidden_layers": arguments.layers})).save_pretrained(
+        LlamaForCausalLM(LlamaConfig(**SHAPE | {"num_hidden_layers": arguments.layers})).save_pretrained(
             folder
         )
         engine = TrainEngine(
