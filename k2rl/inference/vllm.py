@@ -448,7 +448,13 @@ class VLLMEngine:
     def shutdown(self) -> None:
         """Stop vLLM's processes; the engine is of no use afterwards."""
         self._ended = True
-        self._llm.shutdown()
+        try:
+            self._llm.shutdown()
+        except psutil.NoSuchProcess:
+            # One ended by itself while vLLM was about to kill it. It has left its sockets open, for which
+            # the end of their context would wait for ever.
+            self.kill()
+            self._llm.engine_core.resources()
         # What its processes would have removed themselves, had they not been killed.
         remove(self._segments)
         # Its finaliser would try again while the interpreter is being taken down.

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from vllm.utils.system_utils import kill_process_tree
 
 import k2rl.inference.vllm
 from k2rl.checkpoint_engine.manifest import ManifestError
@@ -564,8 +565,14 @@ def test_a_killed_trainer_leaves_the_engine_fenced(live: Live) -> None:
     live.run(test())
 
 
-def test_the_death_of_one_engine_is_named_and_the_others_go_on(live: Live) -> None:
+def test_the_death_of_one_engine_is_named_and_the_others_go_on(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And what replaces it joins at their version, while they generate."""
+
+    def ends_while_looked_at(pid: int) -> None:
+        kill_process_tree(pid)
+        raise psutil.NoSuchProcess(pid)
 
     async def test() -> None:
         others = engine_cores()
@@ -574,11 +581,11 @@ def test_the_death_of_one_engine_is_named_and_the_others_go_on(live: Live) -> No
             (core,) = engine_cores() - others
             engines = {"first": live.engine, "second": second}
             async with live.publisher(engines, strategy="shard_aware") as publisher:
-                for _ in range(2):  # at first the second one does not know what it needs
+                for known in (False, True):  # at first an engine does not know what it needs
                     await live.push(publisher)
                     plan = plan_of(publisher)
                     assert plan.receivers == (0, 1, 2)
-                    assert bytes_for(plan, 0) < bytes_for(plan, 2)
+                    assert not known or bytes_for(plan, 0) < bytes_for(plan, 2)
                     await live.serves()
                     await live.serves(engine=second)
                     live.perturb()
@@ -606,8 +613,18 @@ def test_the_death_of_one_engine_is_named_and_the_others_go_on(live: Live) -> No
                 await live.push(publisher)
                 await live.serves()
                 await live.serves(engine=second)
-        finally:
+            # Not even a core that neither ends nor can be looked at while it is killed keeps `second` here.
+            monkeypatch.setattr("vllm.v1.utils.kill_process_tree", ends_while_looked_at)
+            (core,) = engine_cores() - others
+            core.suspend()
+            sockets = second._llm.engine_core.resources
             second.shutdown()
+            core.wait(30)
+            assert sockets.input_socket.closed
+            assert sockets.output_socket.closed
+        finally:
+            if not second._ended:
+                second.shutdown()
 
     live.run(test())
 
