@@ -59,6 +59,8 @@ class RubricConfig:
     max_tokens: int = 256
     #: With `rubric=self_critique`: held-out pairs that the critic is asked about in each step.
     critic_examined: int = 16
+    #: Of these, pairs whose answers are judged again with praise, padding and self-justification added.
+    critic_probed: int = 4
     #: Judgements whose truth the verifier knows, imitated in each step; 0: the critic is not trained.
     critic_examples: int = 0
     #: Supervised updates that these are dealt out to, after the policy's own and at its learning rate.

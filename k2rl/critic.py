@@ -22,13 +22,15 @@ from k2rl.training.batch import SupervisedSequence
 from k2rl.training.supervised import chat_sequence, demonstration_sequence
 from k2rl.types import Trajectory
 from rubrics.answers import whole_response
-from rubrics.critics.pairwise import TIE, WINNERS
+from rubrics.base import judge_safely
+from rubrics.critics.pairwise import TIE
+from rubrics.critics.pointwise import Pointwise
 from rubrics.critics.self_critique import VERIFIER, SelfCritique
 from rubrics.injection import without_injections
 
 HELD_OUT_ONE_IN = 4
-PROBED = 4
-"""Right answers of a step that each probe is tried on."""
+FIRST_KEPT = 64
+"""Answers of a run's first step that are judged again in each later one."""
 SMOOTHING = 0.5
 """What a step's agreement counts for beside that of the steps before."""
 SMOOTHED = "critic/agreement_smoothed"
@@ -94,6 +96,7 @@ class Critic:
     def __init__(self, rubric: SelfCritique, chat: ChatTemplate, config: Config) -> None:
         self._rubric, self._chat, self._config = rubric, chat, config
         self.agreement: float | None = None
+        self._first: list[Trajectory] = []
 
     @property
     def standing(self) -> str:
@@ -129,6 +132,22 @@ class Critic:
         self.agreement = next((row[SMOOTHED] for row in reversed(rows) if SMOOTHED in row), None)
         self._rubric.believe(self.agreement)
 
+    def keep_first(self, trajectories: Sequence[Trajectory]) -> None:
+        """Answers of the run's first step, for `now_of_first`; later ones are not taken."""
+        answered = [t for t in trajectories if not t.failed and whole_response(t)]
+        if not self._first and isinstance(self._rubric.critic, Pointwise):
+            draw = random.Random(f"first {self._config.seed}")
+            self._first = draw.sample(answered, min(len(answered), FIRST_KEPT))
+
+    async def now_of_first(self) -> dict[str, float]:
+        """What the critic of now thinks of the run's first answers: a judge that learns has no fixed scale,
+        and only by the same critic are a step's rewards more or less than the first one's."""
+        critic = self._rubric.critic
+        deadline = self._config.rubric.deadline_s
+        verdicts = await asyncio.gather(*(judge_safely(critic, t, deadline) for t in self._first))
+        values = [verdict.value for verdict in verdicts if verdict.value is not None]
+        return {"critic/first_answers": fmean(values)} if values else {}
+
     async def asked(self, pairs: Sequence[Pair]) -> Answers:
         """Ask the critic, as it is now, about these pairs; changes nothing."""
         compared = self._rubric.critic.compared
@@ -139,7 +158,6 @@ class Critic:
     async def examine(self, pairs: Sequence[Pair]) -> dict[str, float]:
         """Ask the critic about held-out pairs and probe its biases; sets its trust."""
         asked = [pair for pair in pairs if pair.held_out][: self._config.rubric.critic_examined]
-        compared = self._rubric.critic.compared
         metrics: dict[str, float] = {"critic/examined": len(asked)}
         if asked:
             answers = await self.asked(asked)
@@ -148,29 +166,34 @@ class Critic:
             self.agreement = now if before is None else SMOOTHING * now + (1 - SMOOTHING) * before
             metrics[SMOOTHED] = self.agreement
         metrics["critic/trust"] = self._rubric.believe(self.agreement)
+        return metrics | await self._probed(asked[: self._config.rubric.critic_probed])
+
+    async def _probed(self, pairs: Sequence[Pair]) -> dict[str, float]:
+        """What each probe adds to these answers' rewards, right and wrong ones alike."""
+        gained, found = self._rubric.critic.gained, {}
+        plain = [(pair, answer) for pair in pairs for answer in (pair.right, pair.wrong)]
         for name, probe in PROBES.items():
-            probed = await asyncio.gather(
-                *(compared(p.criteria, p.prompt, probe(p.right), p.right, 0) for p in asked[:PROBED])
+            outcomes = await asyncio.gather(
+                *(gained(pair.criteria, pair.prompt, probe(answer), answer) for pair, answer in plain)
             )
-            preferred = [outcome for outcome in probed if not isinstance(outcome, str)]
-            if preferred:
-                metrics[f"critic/bias/{name}"] = fmean(preferred) - 0.5
-        return metrics
+            gains = [outcome for outcome in outcomes if not isinstance(outcome, str)]
+            if gains:
+                found[f"critic/bias/{name}"] = fmean(gains)
+        return found
 
     def judgements(self, pairs: Sequence[Pair], seed: int) -> list[SupervisedSequence]:
-        """Judgements to imitate: of pairs that are not held out, in both orders."""
+        """Judgements to imitate: of pairs that are not held out, in both orders (or of both answers)."""
         settings = self._config.rubric
         draw = random.Random(f"critic {seed}")
         taught = [(pair, first) for pair in pairs if not pair.held_out for first in (True, False)]
         made = []
         for pair, first in draw.sample(taught, min(len(taught), settings.critic_examples)):
-            answers = (pair.right, pair.wrong) if first else (pair.wrong, pair.right)
-            chat = self._rubric.critic.example(pair.criteria, pair.prompt, *answers, "A" if first else "B")
+            chat = self._rubric.critic.taught(pair.criteria, pair.prompt, pair.right, pair.wrong, first)
             made.append(chat_sequence(chat, self._chat, f"critic-{pair.task}"))
         return [each for each in made if len(each.token_ids) <= self._config.train.micro_batch_tokens]
 
     def drawn(self, trajectories: Sequence[Trajectory], count: int, seed: int) -> list[SupervisedSequence]:
-        """Judgements of two of these episodes' answers, with verdicts drawn by lot.
+        """Judgements of these episodes' answers, with verdicts drawn by lot.
 
         They teach that a question to the judge is replied to otherwise than a task, and nothing of what is
         right: that is left to the run. Fewer than `count`, if two answers that differ, or room, are missing.
@@ -184,7 +207,7 @@ class Critic:
             first, second = draw.sample(answers, 2)
             member = draw.choice([member for answer, member in answered if answer == first])
             criteria, prompt = critic.criteria_text(member), critic.task_text(member)
-            chat = critic.example(criteria, prompt, first, second, draw.choice(list(WINNERS)))
+            chat = critic.drawn(criteria, prompt, first, second, draw)
             made.append(chat_sequence(chat, self._chat, f"drawn-{number}"))
         return [each for each in made if len(each.token_ids) <= self._config.train.micro_batch_tokens]
 
