@@ -17,16 +17,64 @@ from k2rl.types import Message, Split, Task
 EVAL_ONE_IN = 8
 SHORTEST = 4
 WORDS = (
-    *("anchor", "apple", "apron", "arrow", "bakery", "balcony", "banana", "barrel", "basket", "beach", "bell"),
+    *(
+        "anchor",
+        "apple",
+        "apron",
+        "arrow",
+        "bakery",
+        "balcony",
+        "banana",
+        "barrel",
+        "basket",
+        "beach",
+        "bell",
+    ),
     *("bicycle", "blanket", "boat", "bottle", "bread", "bridge", "broom", "bucket", "butter", "button"),
-    *("camera", "candle", "carpet", "castle", "cheese", "cherry", "clock", "cloud", "coffee", "coin", "copper"),
+    *(
+        "camera",
+        "candle",
+        "carpet",
+        "castle",
+        "cheese",
+        "cherry",
+        "clock",
+        "cloud",
+        "coffee",
+        "coin",
+        "copper",
+    ),
     *("cotton", "curtain", "desert", "dragon", "drum", "eagle", "engine", "farmer", "feather", "fence"),
     *("flute", "forest", "fountain", "garden", "garlic", "ginger", "glove", "guitar", "hammer", "harbor"),
     *("honey", "horse", "island", "jacket", "kettle", "kitten", "ladder", "lantern", "lemon", "letter"),
     *("library", "magnet", "marble", "market", "meadow", "mirror", "monkey", "mountain", "museum", "needle"),
-    *("olive", "onion", "orange", "paper", "parrot", "pencil", "pepper", "piano", "pillow", "planet", "pocket"),
+    *(
+        "olive",
+        "onion",
+        "orange",
+        "paper",
+        "parrot",
+        "pencil",
+        "pepper",
+        "piano",
+        "pillow",
+        "planet",
+        "pocket",
+    ),
     *("potato", "rabbit", "ribbon", "river", "rocket", "saddle", "salt", "school", "shadow", "silver"),
-    *("spider", "spoon", "station", "statue", "storm", "sugar", "table", "temple", "ticket", "tiger", "tower"),
+    *(
+        "spider",
+        "spoon",
+        "station",
+        "statue",
+        "storm",
+        "sugar",
+        "table",
+        "temple",
+        "ticket",
+        "tiger",
+        "tower",
+    ),
     *("train", "tunnel", "umbrella", "valley", "village", "violin", "wagon", "walnut", "whale", "window"),
     *("winter", "wolf", "yellow", "zebra"),
 )
@@ -57,7 +105,13 @@ class WordingEnv(TextEnv):
 
     def demonstration(self, task: Task) -> list[str]:
         found = " and the ".join(task.data["words"])
-        places = ("in the picture", "near the door", "at the end of the road", "in her new book", "by the sea")
+        places = (
+            "in the picture",
+            "near the door",
+            "at the end of the road",
+            "in her new book",
+            "by the sea",
+        )
         return [f"We saw the {found} {random.Random(f'{task.id}').choice(places)}."]
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> ResetResult:

@@ -12,7 +12,7 @@ from k2rl.types import Evidence, Message, Trajectory, Verdict
 from rubrics.answers import whole_response
 from rubrics.asking import ask, ask_briefly, brief_prompt
 from rubrics.asking import prompt as asking_prompt
-from rubrics.critics.pointwise import CriteriaRubric, described
+from rubrics.critics.pointwise import CriteriaRubric
 from rubrics.critics.ranking import Outcomes, Pair, bradley_terry, round_robin, swiss_round, win_rates
 from rubrics.injection import without_injections
 from rubrics.models import JudgeError

@@ -121,7 +121,9 @@ class Pointwise(CriteriaRubric):
         prompt = self.task_text(trajectory)
         if self.aggregate == "implicit":
             return await self._implicit(criteria, trajectory.id, prompt, answer, injections)
-        return self._explicit(criteria, await self._asked(criteria, prompt, answer, trajectory.id), injections)
+        return self._explicit(
+            criteria, await self._asked(criteria, prompt, answer, trajectory.id), injections
+        )
 
     async def _implicit(
         self, criteria: Sequence[Criterion], name: str, prompt: str, answer: str, injections: list[Evidence]
@@ -206,7 +208,7 @@ class Pointwise(CriteriaRubric):
         return first - second
 
     def taught(self, criteria: str, prompt: str, right: str, wrong: str, first: bool) -> list[Message]:
-        """The right judgement of the right answer, or (not `first`) of the wrong one: something to imitate."""
+        """The right judgement of the right answer (`first`) or of the wrong one: something to imitate."""
         return self._example(prompt, right if first else wrong, self.known().labels[-1 if first else 0])
 
     def drawn(self, criteria: str, prompt: str, one: str, other: str, draw: random.Random) -> list[Message]:

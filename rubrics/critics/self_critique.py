@@ -84,9 +84,7 @@ class SelfCritique(WeightedSum):
         return Verdict.scored(value, values, weights)
 
 
-def _critic(
-    judge: str, model: Any, rubrics: Sequence[str], brief: bool, seed: int
-) -> Pairwise | Pointwise:
+def _critic(judge: str, model: Any, rubrics: Sequence[str], brief: bool, seed: int) -> Pairwise | Pointwise:
     if judge == "pairwise":
         return Pairwise(model, rubrics, brief=brief, seed=seed)
     if judge != "pointwise":
