@@ -193,13 +193,6 @@ class Pointwise(CriteriaRubric):
             return str(error)
         return known.value(reply.choices[known.name])
 
-    async def compared(self, criteria: str, prompt: str, one: str, other: str, number: int) -> float | str:
-        """1 if the first is worth more by the known criterion, 0.5 if both are worth the same, else 0."""
-        first, second = await asyncio.gather(self.value_of(prompt, one), self.value_of(prompt, other))
-        if isinstance(first, str) or isinstance(second, str):
-            return first if isinstance(first, str) else second
-        return 0.5 if first == second else float(first > second)
-
     async def gained(self, criteria: str, prompt: str, changed: str, plain: str) -> float | str:
         """By how much the changed answer is worth more than the plain one; why that is not known."""
         first, second = await asyncio.gather(self.value_of(prompt, changed), self.value_of(prompt, plain))
@@ -232,6 +225,13 @@ class Pointwise(CriteriaRubric):
         evidence += [Evidence("mandatory, and not met", name, passed=False) for name in broken]
         value = 0.0 if broken else math.fsum(weights[name] * values[name] for name in values)
         return Verdict.scored(min(1.0, value), values, weights, evidence, self.judge_name)
+
+
+def preferred(one: float | str, other: float | str) -> float | str:
+    """1 if the first value is larger, 0.5 if both are equal, else 0; a problem with either stays one."""
+    if isinstance(one, str) or isinstance(other, str):
+        return one if isinstance(one, str) else other
+    return 0.5 if one == other else float(one > other)
 
 
 def described(criteria: Sequence[Criterion]) -> str:
