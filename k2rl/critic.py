@@ -215,15 +215,15 @@ class Critic:
         settings = self._config.rubric
         draw = random.Random(f"critic {seed}")
         taught = [pair for pair in pairs if not pair.held_out]
-        # As many of each, as far as there are: else it would learn what most answers are.
+        # As many of each, rare ones again and again: else it would learn what most answers are.
         sides = [
             [(pair, True) for pair in taught if pair.right],
             [(pair, False) for pair in taught if pair.wrong],
         ]
         chosen = []
-        for number, side in enumerate(sides):
-            share = (settings.critic_examples + 1 - number) // 2
-            chosen += draw.sample(side, min(len(side), share))
+        for number, side in enumerate(sides if all(sides) else []):
+            share = min(max(map(len, sides)), (settings.critic_examples + 1 - number) // 2)
+            chosen += draw.sample(side * -(-share // len(side)), share)
         draw.shuffle(chosen)
         made = []
         for pair, first in chosen:
