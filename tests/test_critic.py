@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 
+import msgspec
 import pytest
 
 from k2rl import launch, loop
@@ -166,6 +167,26 @@ def test_a_critic_that_judges_each_answer_is_taught_of_both(chat, brief):
             "answer: right" in text if brief else text.split("<<<ANSWER ")[1].split("\n")[1][:5] == "right"
         )
         assert ("right" in said) == is_right
+
+
+def test_of_rare_right_answers_as_much_is_taught_as_of_wrong_ones(chat):
+    config = Config()
+    config.rubric.critic_examples = 20
+    critic = Critic(pointwise("right", brief=True), chat, config)
+    verifier = rubric_of(prefers("right"))
+    members = [
+        t
+        for n in range(16)
+        for t in judged(verifier, group(n, ["no", "wrong", "never", "right"[: 9 * (n == 0)]]))
+    ]
+    pairs = [msgspec.structs.replace(pair, task="task-1") for pair in critic.pairs(members, seed=0)]
+    assert not pairs[0].held_out
+    said = [
+        chat.decode([t for t, loss in zip(e.token_ids, e.loss_mask, strict=True) if loss])
+        for e in critic.judgements(pairs, seed=1)
+    ]
+    assert (said.count("right"), said.count("wrong")) == (10, 10)
+    assert critic.judgements([pair for pair in pairs if not pair.right], seed=1) == []  # a constant, else
 
 
 def test_who_judges_alone_rewards_as_far_as_it_is_trusted_and_the_verifier_is_no_part_of_it():
