@@ -224,7 +224,7 @@ class Critic:
         for number, side in enumerate(sides if all(sides) else []):
             share = min(max(map(len, sides)), (settings.critic_examples + 1 - number) // 2)
             chosen += draw.sample(side * -(-share // len(side)), share)
-        draw.shuffle(chosen)
+        # All of one side first: `batches` deals them out, and each update gets its share of both.
         made = []
         for pair, first in chosen:
             chat = self._rubric.critic.taught(pair.criteria, pair.prompt, pair.right, pair.wrong, first)
