@@ -74,6 +74,7 @@ def _shared_memory(command: Command) -> set[Path]:
     return shared_memory_of(*(process.pid for process in command.descendants()))
 
 
+@pytest.mark.slow  # four starts; .ci/run has it
 def test_a_run_killed_resumed_interrupted_and_resumed(start: Start, tmp_path: Path) -> None:
     command, run_dir = _start_long_run(start, tmp_path, "train.checkpoint_every=1", "train.offload=file")
     wait_for(lambda: _newest(run_dir) >= 1, "a checkpoint")
