@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from k2rl.checkpoint_engine.sender import TensorSource
-from k2rl.config import ObjectiveConfig, OptimizerConfig
+from k2rl.config import LoraConfig, ObjectiveConfig, OptimizerConfig
 from k2rl.diagnosis.activity import TRAINER
 from k2rl.errors import ConfigError, RunError
+from k2rl.models.adapters import settings
 from k2rl.models.hub import shapes_fingerprint
 from k2rl.models.logit_probe import LogitProbe
 from k2rl.objective.losses import build_policy_loss
@@ -63,6 +64,7 @@ class TrainEngine:
         gradients: str = "drop",
         activation_checkpointing: bool = False,
         ranks: Ranks = ALONE,
+        lora: LoraConfig | None = None,
     ) -> None:
         """Load the model and its master weights, all of them or one rank's shards.
 
@@ -83,6 +85,7 @@ class TrainEngine:
             activation_checkpointing: keep each layer's input alone, and compute the layer again in the
                 backward pass.
             ranks: our place among those that train this model together.
+            lora: train adapters; the model's own weights stay as they are.
 
         Raises:
             ConfigError: if the model cannot be loaded or trained, or the dtype is unknown.
@@ -96,6 +99,7 @@ class TrainEngine:
         self._dtype = DTYPES[dtype]
         self._device = torch.device(device)
         self._optimizer_config = optimizer or OptimizerConfig()
+        self._lora = lora
         self.step_count = 0
         self._offloads_gradients = gradients == "offload"
         self._residence = residence(offload, offload_folder)
@@ -114,6 +118,10 @@ class TrainEngine:
         else:
             self._model = load_causal_lm(self._path, self._device)
             dtype = torch.float32
+            if self._lora is not None:
+                from k2rl.training.lora import add_adapters  # peft, which takes a second
+
+                add_adapters(self._model, self._path, self._lora)
         self._probe = self._make_probe()
         self._passes = Passes(
             *(self._model, self._group, self._device, micro_batch_tokens, self._probe),
@@ -380,7 +388,7 @@ class TrainEngine:
     def weights_source(self) -> TensorSource:
         """What this rank sends in a push; not a collective."""
         dtype = str(self._dtype).removeprefix("torch.")
-        return TensorSource(self.named_weights(), self._group.rank, dtype)
+        return TensorSource(self.named_weights(), self._group.rank, dtype, self._weights.frozen)
 
     def save(self, folder: str | Path) -> None:
         """Begin a resumable checkpoint: its files are written while other things are done, see `saved`.
@@ -399,6 +407,7 @@ class TrainEngine:
                 optimizer=self._optimizer_config.name,
                 model=str(self._path),
                 shapes=self._shapes,
+                adapters=settings(self._lora),
             )
             self._saver.start(Path(folder), state, about)
 
@@ -448,13 +457,14 @@ class TrainEngine:
 
     def _loadable(self, folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """The tensors of a checkpoint that is of our model and optimizer."""
-        shapes = read_shapes(folder)
+        shapes, about = read_shapes(folder), read_about(folder)
+        if about is not None and about.adapters != settings(self._lora):
+            raise ConfigError(f"{folder} was trained with {about.adapters}, not {settings(self._lora)}")
         ours = {f"masters/{name}": master.shape for name, master in self._weights.named_masters()}
         theirs = {name: shape for name, (shape, _) in shapes.items() if name.startswith("masters/")}
         if ours != theirs:
             name = min(name for name, _ in ours.items() ^ theirs.items()).removeprefix("masters/")
             raise ConfigError(f"{folder} is a checkpoint of another model: {name} differs")
-        about = read_about(folder)
         if about is not None and about.optimizer != self._optimizer_config.name:
             raise ConfigError(
                 f"{folder} was trained with optimizer.name={about.optimizer}, "
@@ -463,10 +473,14 @@ class TrainEngine:
         return shapes
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a plain Hugging Face checkpoint in the compute dtype, with tokenizer and chat template."""
+        """Write a plain Hugging Face checkpoint in the compute dtype, with tokenizer and chat template.
+
+        Adapters are merged into it, and also in a folder of their own (`ADAPTER_FOLDER`).
+        """
         with self._group.call():
             self._residence.need()
-            export(self._model, self._stacked_weights(), self._dtype, self._path, Path(folder), self._group)
+            weights, path, target = self._stacked_weights(), self._path, Path(folder)
+            export(self._model, weights, self._dtype, path, target, self._group, self._lora)
 
     def close(self) -> None:
         """Wait for a checkpoint that is being written, and leave the other ranks.

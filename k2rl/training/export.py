@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from k2rl.checkpoint_engine.manifest import FLOAT32_SUFFIX
+from k2rl.config import LoraConfig
+from k2rl.models.adapters import factors_of, is_factor
+from k2rl.models.merging import merged
 from k2rl.training.checkpoint import replaced_folder
 from k2rl.training.experts import unstacked
 from k2rl.training.group import Group
@@ -30,6 +33,7 @@ def export(
     source: Path,
     folder: Path,
     group: Group,
+    lora: LoraConfig | None = None,
 ) -> None:
     """Write weights, configuration, tokenizer and chat template; `folder` is whole or not there.
 
@@ -42,6 +46,7 @@ def export(
         source: folder of the checkpoint that the model is from.
         folder: to be written.
         group: of all ranks.
+        lora: the adapters that are among the weights: merged into these, and saved by themselves.
     """
     with ExitStack() as undo:
 
@@ -49,20 +54,22 @@ def export(
             return undo.enter_context(replaced_folder(folder)) if group.rank == 0 else None
 
         target = group.agreed(begin)
-        if group.world == 1:
+        if group.world == 1 and lora is None:
             assert target is not None
             model.save_pretrained(target)
             copy_companions(source, target)
             return
-        parts = list(_parts(named_weights, dtype))
+        named = list(named_weights)
+        factors = {name: _whole(name, weight, dtype) for name, weight in named if is_factor(name)}
+        parts = list(_parts((pair for pair in named if pair[0] not in factors), dtype))
         index: dict[str, str] = {}
         for number, part in enumerate(parts, start=1):
             name = f"model-{number:05d}-of-{len(parts):05d}.safetensors" if parts[1:] else "model.safetensors"
             whole: dict[str, Tensor] = {}
             for weight, tensor in part:
-                gathered = tensor if weight.endswith(FLOAT32_SUFFIX) else tensor.to(dtype)
-                if isinstance(gathered, DTensor):
-                    gathered = gathered.full_tensor()
+                gathered = _whole(weight, tensor, dtype)
+                if target and lora is not None:
+                    gathered = _merged(weight, gathered, factors, lora)
                 if target:
                     whole |= unstacked(model, weight, gathered.cpu())
             index |= dict.fromkeys(whole, name)
@@ -83,9 +90,25 @@ def export(
             model.config.save_pretrained(target)
             model.generation_config.save_pretrained(target)
             copy_companions(source, target)
+            if lora is not None:
+                from k2rl.training.lora import ADAPTER_FOLDER, save_adapter
+
+                save_adapter(target / ADAPTER_FOLDER, source, lora, factors)
             undo.close()
 
         group.agreed(end)
+
+
+def _whole(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the dtype that it is written in, gathered from all ranks."""
+    cast = weight if name.endswith(FLOAT32_SUFFIX) else weight.to(dtype)
+    return cast.full_tensor() if isinstance(cast, DTensor) else cast
+
+
+def _merged(name: str, weight: Tensor, factors: Mapping[str, Tensor], lora: LoraConfig) -> Tensor:
+    """With its adapter, if it has one."""
+    a, b = map(factors.get, factors_of(name))
+    return weight if a is None or b is None else merged(weight, a, b, lora.scale)
 
 
 def _parts(
