@@ -262,8 +262,8 @@ def _check_lora(config: Config) -> None:
     if not lora.rank:
         if lora.target_modules:
             raise ConfigError(
-                f"lora.target_modules={lora.target_modules} does nothing with lora.rank=0: raise that, or leave "
-                "it out"
+                f"lora.target_modules={lora.target_modules} does nothing with lora.rank=0: raise that, "
+                "or leave it out"
             )
         return
     if config.optimizer.qk_clip or config.optimizer.router_bias_rate:

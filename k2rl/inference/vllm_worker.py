@@ -82,9 +82,9 @@ class ColocatedVLLMWorker(PlatformWorker):
     def sleep(self, level: int = 1) -> None:
         """Give back the KV cache's memory, from level 2 on also the weights'.
 
-        On a GPU through vLLM's own allocator, which at level 1 moves weights to the host. On a CPU, where vLLM
-        does nothing, the pages are given back and the addresses stay, so that nobody who holds a tensor need
-        know.
+        On a GPU through vLLM's own allocator, which moves weights to the host at level 1. On a CPU, where
+        vLLM does nothing, the pages are given back and the addresses stay, so that nobody who holds a tensor
+        need know.
         """
         if level > 1 and "weight_receiver" in self.__dict__:
             self.weight_receiver.forget()

@@ -1,4 +1,4 @@
-"""Which linear layers of a model get low-rank adapters, and what the factors of these are called. No torch."""
+"""Which linear layers of a model get low-rank adapters, and what their factors are called. No torch."""
 
 from __future__ import annotations
 

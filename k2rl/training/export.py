@@ -68,10 +68,8 @@ def export(
             whole: dict[str, Tensor] = {}
             for weight, tensor in part:
                 gathered = _whole(weight, tensor, dtype)
-                if target and lora is not None:
-                    gathered = _merged(weight, gathered, factors, lora)
                 if target:
-                    whole |= unstacked(model, weight, gathered.cpu())
+                    whole |= unstacked(model, weight, _with_adapter(weight, gathered, factors, lora).cpu())
             index |= dict.fromkeys(whole, name)
 
             def write(name: str = name, whole: dict[str, Tensor] = whole) -> None:
@@ -91,9 +89,7 @@ def export(
             model.generation_config.save_pretrained(target)
             copy_companions(source, target)
             if lora is not None:
-                from k2rl.training.lora import ADAPTER_FOLDER, save_adapter
-
-                save_adapter(target / ADAPTER_FOLDER, source, lora, factors)
+                _save_adapter(target, source, lora, factors)
             undo.close()
 
         group.agreed(end)
@@ -105,10 +101,17 @@ def _whole(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return cast.full_tensor() if isinstance(cast, DTensor) else cast
 
 
-def _merged(name: str, weight: Tensor, factors: Mapping[str, Tensor], lora: LoraConfig) -> Tensor:
-    """With its adapter, if it has one."""
+def _with_adapter(
+    name: str, weight: Tensor, factors: Mapping[str, Tensor], lora: LoraConfig | None
+) -> Tensor:
     a, b = map(factors.get, factors_of(name))
-    return weight if a is None or b is None else merged(weight, a, b, lora.scale)
+    return weight if lora is None or a is None or b is None else merged(weight, a, b, lora.scale)
+
+
+def _save_adapter(target: Path, source: Path, lora: LoraConfig, factors: Mapping[str, Tensor]) -> None:
+    from k2rl.training.lora import ADAPTER_FOLDER, save_adapter  # peft
+
+    save_adapter(target / ADAPTER_FOLDER, source, lora, factors)
 
 
 def _parts(

@@ -52,7 +52,7 @@ def save_adapter(folder: Path, path: Path, lora: LoraConfig, factors: Mapping[st
 def _peft_config(path: Path, lora: LoraConfig) -> Any:
     return peft.LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # it is only multiplied with
+        lora_alpha=lora.alpha,
         target_modules=kinds(adapted_layers(path, lora)),
         lora_dropout=0.0,
         base_model_name_or_path=str(path),
