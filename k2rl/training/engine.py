@@ -31,6 +31,7 @@ from k2rl.training.experts import unstacked
 from k2rl.training.export import export
 from k2rl.training.group import DistributedGroup, Group
 from k2rl.training.loading import check_packing, checkpoint_activations, load_causal_lm
+from k2rl.training.lora import Adapters
 from k2rl.training.masters import MasterWeights
 from k2rl.training.measures import Clock, added, longest
 from k2rl.training.offload import residence
@@ -99,7 +100,7 @@ class TrainEngine:
         self._dtype = DTYPES[dtype]
         self._device = torch.device(device)
         self._optimizer_config = optimizer or OptimizerConfig()
-        self._lora = lora
+        self._adapters = None if lora is None else Adapters(self._path, lora, seed)
         self.step_count = 0
         self._offloads_gradients = gradients == "offload"
         self._residence = residence(offload, offload_folder)
@@ -113,15 +114,12 @@ class TrainEngine:
 
     def _build(self, micro_batch_tokens: int, activation_checkpointing: bool, keep_gradients: bool) -> None:
         if isinstance(self._group, DistributedGroup):
-            self._model = load_sharded(self._path, self._dtype, self._device, self._group)
+            group, adapters = self._group, self._adapters
+            self._model = load_sharded(self._path, self._dtype, self._device, group, adapters)
             dtype = self._dtype
         else:
-            self._model = load_causal_lm(self._path, self._device)
+            self._model = load_causal_lm(self._path, self._device, self._adapters)
             dtype = torch.float32
-            if self._lora is not None:
-                from k2rl.training.lora import add_adapters  # peft, which takes a second
-
-                add_adapters(self._model, self._path, self._lora)
         self._probe = self._make_probe()
         self._passes = Passes(
             *(self._model, self._group, self._device, micro_batch_tokens, self._probe),
@@ -407,7 +405,7 @@ class TrainEngine:
                 optimizer=self._optimizer_config.name,
                 model=str(self._path),
                 shapes=self._shapes,
-                adapters=settings(self._lora),
+                adapters=self._adapters_settings,
             )
             self._saver.start(Path(folder), state, about)
 
@@ -458,8 +456,8 @@ class TrainEngine:
     def _loadable(self, folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """The tensors of a checkpoint that is of our model and optimizer."""
         shapes, about = read_shapes(folder), read_about(folder)
-        if about is not None and about.adapters != settings(self._lora):
-            raise ConfigError(f"{folder} was trained with {about.adapters}, not {settings(self._lora)}")
+        if about is not None and about.adapters != self._adapters_settings:
+            raise ConfigError(f"{folder} was trained with {about.adapters}, not {self._adapters_settings}")
         ours = {f"masters/{name}": master.shape for name, master in self._weights.named_masters()}
         theirs = {name: shape for name, (shape, _) in shapes.items() if name.startswith("masters/")}
         if ours != theirs:
@@ -480,7 +478,7 @@ class TrainEngine:
         with self._group.call():
             self._residence.need()
             weights, path, target = self._stacked_weights(), self._path, Path(folder)
-            export(self._model, weights, self._dtype, path, target, self._group, self._lora)
+            export(self._model, weights, self._dtype, path, target, self._group, self._adapters)
 
     def close(self) -> None:
         """Wait for a checkpoint that is being written, and leave the other ranks.
@@ -492,6 +490,10 @@ class TrainEngine:
             self.saved()
         finally:
             self._group.close()
+
+    @property
+    def _adapters_settings(self) -> str:
+        return settings(None if self._adapters is None else self._adapters.lora)
 
     @property
     def _lr(self) -> float:

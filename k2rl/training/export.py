@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from k2rl.checkpoint_engine.manifest import FLOAT32_SUFFIX
-from k2rl.config import LoraConfig
-from k2rl.models.adapters import factors_of, is_factor
-from k2rl.models.merging import merged
+from k2rl.models.adapters import is_factor
 from k2rl.training.checkpoint import replaced_folder
 from k2rl.training.experts import unstacked
 from k2rl.training.group import Group
 from k2rl.training.loading import copy_companions
+from k2rl.training.lora import ADAPTER_FOLDER, Adapters
 
 FILE_BYTES = 5 * 10**9
 """Of a file with weights, at most (a larger tensor has its own): what rank 0 holds at once."""
@@ -33,7 +32,7 @@ def export(
     source: Path,
     folder: Path,
     group: Group,
-    lora: LoraConfig | None = None,
+    adapters: Adapters | None = None,
 ) -> None:
     """Write weights, configuration, tokenizer and chat template; `folder` is whole or not there.
 
@@ -46,7 +45,7 @@ def export(
         source: folder of the checkpoint that the model is from.
         folder: to be written.
         group: of all ranks.
-        lora: the adapters that are among the weights: merged into these, and saved by themselves.
+        adapters: those that are among the weights: merged into these, and saved by themselves.
     """
     with ExitStack() as undo:
 
@@ -54,7 +53,7 @@ def export(
             return undo.enter_context(replaced_folder(folder)) if group.rank == 0 else None
 
         target = group.agreed(begin)
-        if group.world == 1 and lora is None:
+        if group.world == 1 and adapters is None:
             assert target is not None
             model.save_pretrained(target)
             copy_companions(source, target)
@@ -69,7 +68,8 @@ def export(
             for weight, tensor in part:
                 gathered = _whole(weight, tensor, dtype)
                 if target:
-                    whole |= unstacked(model, weight, _with_adapter(weight, gathered, factors, lora).cpu())
+                    done = gathered if adapters is None else adapters.merged(weight, gathered, factors)
+                    whole |= unstacked(model, weight, done.cpu())
             index |= dict.fromkeys(whole, name)
 
             def write(name: str = name, whole: dict[str, Tensor] = whole) -> None:
@@ -88,8 +88,8 @@ def export(
             model.config.save_pretrained(target)
             model.generation_config.save_pretrained(target)
             copy_companions(source, target)
-            if lora is not None:
-                _save_adapter(target, source, lora, factors)
+            if adapters is not None:
+                adapters.save(target / ADAPTER_FOLDER, factors)
             undo.close()
 
         group.agreed(end)
@@ -99,19 +99,6 @@ def _whole(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """In the dtype that it is written in, gathered from all ranks."""
     cast = weight if name.endswith(FLOAT32_SUFFIX) else weight.to(dtype)
     return cast.full_tensor() if isinstance(cast, DTensor) else cast
-
-
-def _with_adapter(
-    name: str, weight: Tensor, factors: Mapping[str, Tensor], lora: LoraConfig | None
-) -> Tensor:
-    a, b = map(factors.get, factors_of(name))
-    return weight if lora is None or a is None or b is None else merged(weight, a, b, lora.scale)
-
-
-def _save_adapter(target: Path, source: Path, lora: LoraConfig, factors: Mapping[str, Tensor]) -> None:
-    from k2rl.training.lora import ADAPTER_FOLDER, save_adapter  # peft
-
-    save_adapter(target / ADAPTER_FOLDER, source, lora, factors)
 
 
 def _parts(
