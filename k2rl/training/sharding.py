@@ -135,7 +135,8 @@ def hold(held: Any, flat: Tensor) -> None:
     ]
     held._sharded_param_data = flat
     if held.sharded_param.is_meta:
-        held.sharded_param = nn.Parameter(held.to_sharded_dtensor(rows))
+        trained = held.sharded_param.requires_grad
+        held.sharded_param = nn.Parameter(held.to_sharded_dtensor(rows), requires_grad=trained)
         held._setattr_on_modules(held.sharded_param)
     else:
         held.sharded_param._local_tensor = rows

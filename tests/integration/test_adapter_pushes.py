@@ -1,4 +1,4 @@
-"""Adapters pushed into a live vLLM of two tensor-parallel ranks, against peft's forward pass in the trainer."""
+"""Adapters pushed into a live vLLM of two tensor-parallel ranks, against peft's forward pass."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ class Live:
 
     @torch.no_grad()
     def perturb(self) -> None:
-        """Move every factor far enough for a stale one to show."""
+        """Other factors, which change the model's weights by about their own size: a stale one would show."""
         generator = torch.Generator().manual_seed(self.version + 1)
         for _, master in self.trainer._weights.named_masters():
-            master.add_(0.2 * torch.randn(master.shape, generator=generator))
+            master.copy_(0.1 * torch.randn(master.shape, generator=generator))
 
     async def push(self) -> int:
         """Push as the next version; the bytes that it took."""
@@ -152,7 +152,7 @@ def test_a_push_that_breaks_off_is_healed_by_the_next(live: Live, rank: int) -> 
 
 
 def test_an_engine_without_the_weights_gets_everything(live: Live) -> None:
-    """It refuses adapters, and the same call brings all: a worker that has lost its weights, or knows none."""
+    """It refuses adapters, and the same call brings all."""
 
     async def losses() -> None:
         live.engine._sleep_level = 2
