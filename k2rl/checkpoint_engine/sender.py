@@ -70,6 +70,8 @@ class Source(Protocol):
 class TensorSource:
     """Tensors of the trainer: plain ones are held whole, DTensors (FSDP2) by rows."""
 
+    frozen: Collection[str] = ()
+
     def __init__(
         self,
         named_tensors: Iterable[tuple[str, Tensor]],
