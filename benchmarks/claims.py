@@ -56,14 +56,9 @@ from k2rl.types import Message
 from k2rl.workers.recovery import Recovery
 
 SETTINGS = (
-    *("model=tiny", "env.id=guests_env:Guests", "env.max_turns=1", "env.eval_tasks=128"),
-    *("rollout.tasks_per_step=8", "rollout.group_size=8", "rollout.max_tokens_per_turn=40"),
-    *("budget.default=40", "budget.penalty=0", "temperature=constant", "ptx=none"),
-    *("optimizer=adamw", "optimizer.lr=1e-3", "train.checkpoint_every=0"),
-    *("warm_start.steps=100", "warm_start.demos_per_step=32", "warm_start.demonstrations=512"),
-    *("warm_start.lr=2e-3", "warm_start.schedule.name=linear", "warm_start.schedule.decay_from=0.5"),
-    *("inference.max_model_len=256", "inference.max_num_seqs=64", "inference.kv_cache_gib=0.25"),
-    "inference.sleep_while_training=false",
+    "experiment=claims",
+    # The warm start shows the tasks of all claims.
+    "env.kwargs.only=''",
     *("tracking.live=off", "tracking.tensorboard=false", "tracking.samples_per_step=0"),
     "tracking.record_rollouts=false",
 )

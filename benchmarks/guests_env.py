@@ -6,8 +6,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from polite_env import EVAL_ONE_IN, GUESTS, POLITE, RUDE
-
+from benchmarks.polite_env import EVAL_ONE_IN, GUESTS, POLITE, RUDE
 from envs.answers import split_of
 from envs.base import ResetResult, StepResult, TextEnv
 from k2rl.types import Message, Split, Task

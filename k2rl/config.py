@@ -149,7 +149,8 @@ class GatewayConfig:
 
 @dataclass
 class TemperatureConfig:
-    #: `constant`, `linear`, `cosine` or `step` (all at once, at `step_at`).
+    #: `constant`, `linear`, `cosine`, `step` (all at once, at `step_at`) or `reward` (all at once, when the
+    #: reward says so).
     schedule: str = "linear"
     #: Sampling temperature of the first step, at least 0.01.
     start: float = 1.0
@@ -157,6 +158,10 @@ class TemperatureConfig:
     end: float = 0.8
     #: Share of the run after which the schedule `step` goes from start to end.
     step_at: float = 0.5
+    #: Mean reward of `reward_steps` steps after which the schedule `reward` goes from start to end, for good.
+    reward_at: float = 0.7
+    #: Steps in a row over which the schedule `reward` takes the mean.
+    reward_steps: int = 3
 
 
 @dataclass
@@ -211,6 +216,11 @@ class ObjectiveConfig:
     correction: str | None = None
     #: Largest importance weight of that, above 1.
     correction_cap: float | None = None
+    #: Weight of a KL (nats a token) to a reference, which is the policy before the first step that has this,
+    #: so after the warm start, and a float32 copy of the weights; 0: none.
+    kl_weight: float = 0.0
+    #: `k1`, `k2` or `k3`: how that KL is estimated.
+    kl_estimator: str = "k3"
 
 
 @dataclass
@@ -233,6 +243,8 @@ class OptimizerConfig:
     eps: float = 1e-8
     #: Global gradient-norm limit; 0 switches it off.
     max_grad_norm: float = 1.0
+    #: Forget momentum before each RL step, as k1.5 does.
+    reset_each_step: bool = False
     #: QK-Clip's tau (K2: 100): after each update, heads whose attention logits went above it are scaled down.
     #: 0: off. Not for models that normalise queries and keys.
     qk_clip: float = 0.0

@@ -8,7 +8,7 @@ from typing import Any
 
 from k2rl.config import Config
 from k2rl.errors import ConfigError
-from k2rl.objective.parameters import PARAMETERS, check_objective
+from k2rl.objective.parameters import ESTIMATORS, PARAMETERS, check_objective
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,15 @@ BOUNDS = {
     "budget.toggle_percentile": Bound(0, 100),
     "budget.toggle_accuracy": SHARE,
     "temperature.step_at": SHARE,
+    "temperature.reward_at": Bound(-1e9),
+    "temperature.reward_steps": FROM_1,
     "objective.tau": ABOVE_0,
     "objective.log_ratio_min": Bound(-100, 0, open_high=True),
     "objective.log_ratio_max": ABOVE_0,
     "objective.clip_low": SHARE,
     "objective.clip_high": FROM_0,
     "objective.correction_cap": Bound(1, open_low=True),
+    "objective.kl_weight": FROM_0,
     "optimizer.lr": ABOVE_0,
     "optimizer.momentum": DECAY,
     "optimizer.ns_steps": FROM_1,
@@ -164,10 +167,11 @@ CHOICES = {
     "rollout.surplus": ("drop", "park"),
     "rollout.pause": ("turn", "generation"),
     "rollout.old_tokens": ("train", "mask", "correct"),
-    "temperature.schedule": ("constant", "linear", "cosine", "step"),
+    "temperature.schedule": ("constant", "linear", "cosine", "step", "reward"),
     "objective.name": tuple(PARAMETERS),
     "objective.baseline": ("mean", "leave_one_out", "normalised", "exponential"),
     "objective.average_over": (None, "tokens", "sequences", "sums"),
+    "objective.kl_estimator": ESTIMATORS,
     "objective.correction": (None, "truncated", "masked"),
     "optimizer.name": ("muon", "adamw"),
     "warm_start.schedule.name": SCHEDULES,

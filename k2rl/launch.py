@@ -27,7 +27,7 @@ from k2rl.rollouts.scheduler import RolloutScheduler
 from k2rl.rollouts.store.base import TrajectoryStore, open_store
 from k2rl.run import Run
 from k2rl.tracking import phases
-from k2rl.tracking.metrics import read_metrics
+from k2rl.tracking.metrics import read_metrics, series
 from k2rl.tracking.summary import Summary
 from k2rl.training.checkpoint import checkpoint_folder
 from k2rl.training.schedule import learning_rate
@@ -127,6 +127,7 @@ async def started(
                 ptx,
                 finished_steps=resume_step or 0,
                 critic=_critic(prepared, run_dir),
+                rewards=[reward for _, reward in series(read_metrics(run_dir), "reward/mean")],
             )
             async with judges_end():
                 try:

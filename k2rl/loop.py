@@ -45,7 +45,7 @@ async def roll_out(run: Run, step: int) -> tuple[Rollouts, float | None]:
     with tracker.phase(phases.ROLLOUT, step):
         if (recorded := await run.recorded(step)) is not None:
             return recorded, None
-        temperature = temperature_at(config.temperature, step - 1, config.train.steps)
+        temperature = temperature_at(config.temperature, step - 1, config.train.steps, run.rewards)
         rollouts, new = await run.play(step, temperature)
     return rollouts, tracker.timeline.of_step(step)[-1].seconds if new else None
 
@@ -60,6 +60,7 @@ async def learn(run: Run, step: int, rollouts: Rollouts, metrics: dict[str, floa
         run.settled = False
         metrics |= await _learned(run, step, rollouts)
     run.finished_steps = step
+    run.rewards.append(metrics["reward/mean"])
     tracker.step(step, metrics)
     tracker.samples(step, rollouts.trajectories)
     run.settled = run.trains

@@ -51,6 +51,8 @@ class Run(CheckpointedRun):
     ptx: Corpus
     #: Where the policy judges itself.
     critic: Critic | None = None
+    #: Mean reward of each finished step.
+    rewards: list[float] = field(default_factory=list)
 
     @property
     def trains(self) -> bool:

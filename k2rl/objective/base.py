@@ -31,10 +31,14 @@ class PolicyLossInputs:
     #: the batch loss.
     num_sequences_total: int
     num_tokens_total: int
+    #: [T] float32, log-probs of the reference policy, where a KL from it is part of the loss.
+    reference_logprobs: Tensor | None = None
 
     def __post_init__(self) -> None:
         tokens = self.logprobs.shape
-        per_token = (self.behaviour_logprobs, self.proximal_logprobs, self.sequence_index)
+        per_token = [self.behaviour_logprobs, self.proximal_logprobs, self.sequence_index]
+        if self.reference_logprobs is not None:
+            per_token.append(self.reference_logprobs)
         if len(tokens) != 1 or any(values.shape != tokens for values in per_token):
             raise ValueError(
                 f"logprobs {tuple(tokens)}, behaviour_logprobs {tuple(self.behaviour_logprobs.shape)}, "

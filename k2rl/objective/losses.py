@@ -16,6 +16,7 @@ from k2rl.objective.correction import masked, truncated
 from k2rl.objective.gspo import gspo_loss
 from k2rl.objective.k2 import k2_loss, k2_token_loss
 from k2rl.objective.k2_5 import k2_5_loss
+from k2rl.objective.kl import with_kl
 from k2rl.objective.parameters import PARAMETERS, check_objective
 from k2rl.objective.reinforce import reinforce_loss
 
@@ -36,7 +37,7 @@ _CORRECTIONS: dict[str, Callable[..., tuple[Tensor, dict[str, Tensor]]]] = {
 
 
 def build_policy_loss(config: ObjectiveConfig) -> PolicyLoss:
-    """The loss that `config` names, with its parameters bound.
+    """The loss that `config` names, with its parameters bound, and its KL to a reference.
 
     Raises:
         ConfigError: see `check_objective`.
@@ -46,4 +47,5 @@ def build_policy_loss(config: ObjectiveConfig) -> PolicyLoss:
     cap = parameters.pop("correction_cap", None)
     if config.correction is not None:
         parameters["correction"] = partial(_CORRECTIONS[config.correction], cap=cap)
-    return partial(_LOSSES[config.name], **parameters)
+    loss = partial(_LOSSES[config.name], **parameters)
+    return with_kl(loss, config.kl_weight, config.kl_estimator) if config.kl_weight else loss

@@ -18,6 +18,9 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "reinforce": _CORRECTED,
 }
 
+#: Of the KL to a reference, see `kl.py`.
+ESTIMATORS = ("k1", "k2", "k3")
+
 _OPTIONAL = ("correction", "correction_cap")
 
 

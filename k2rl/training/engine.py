@@ -35,8 +35,10 @@ from k2rl.training.lora import Adapters
 from k2rl.training.masters import MasterWeights
 from k2rl.training.measures import Clock, added, longest
 from k2rl.training.offload import residence
+from k2rl.training.packing import MicroBatch
 from k2rl.training.passes import Passes, PolicyPass, some
 from k2rl.training.ranks import ALONE, Ranks
+from k2rl.training.reference import Reference
 from k2rl.training.replay import RouterReplay
 from k2rl.training.saving import Saver, on_host, read_into, read_shapes, snapshot
 from k2rl.training.sharding import load_sharded, local
@@ -134,6 +136,7 @@ class TrainEngine:
         self._qk_clip = self._make_qk_clip()
         self._balance = RouterBalance(self._model, self._optimizer_config.router_bias_rate)
         self._saver = Saver(self._group)
+        self._reference: Reference | None = None
         self._optimizer = self._fresh_optimizer(self._optimizer_config.lr)
         self._settle_state()
         trim()  # what the check above has gathered
@@ -166,13 +169,15 @@ class TrainEngine:
         """What this rank holds, each once, after what it is: `parameters`, `optimizer`, `gradients`."""
         for tensor in self._weights.memory():
             yield "parameters", tensor
+        for _, tensor in self._reference.named() if self._reference else ():
+            yield "parameters", local(tensor)
         for state in self._optimizer.state.values():
             yield from (("optimizer", local(value)) for value in state.values() if isinstance(value, Tensor))
         for tensor in self._weights.gradients():
             yield "gradients", tensor
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes on this rank: `parameters` (masters, compute copies), `optimizer`, `gradients` of a step."""
+        """Bytes on this rank: `parameters` (masters, copies), `optimizer`, `gradients` of a step."""
         totals = {"parameters": 0, "optimizer": 0}
         totals["gradients"] = sum(local(master).nbytes for _, master in self._weights.named_masters())
         for kind, tensor in self._state():
@@ -196,6 +201,24 @@ class TrainEngine:
             self._optimizer = self._fresh_optimizer(lr)
             self._settle_state()
 
+    def _trained(self) -> dict[str, Tensor]:
+        """All that training changes, by name."""
+        return {**dict(self._weights.named_masters()), **self._balance.biases}
+
+    @torch.no_grad()
+    def _score_reference(self, policy: PolicyPass, batches: Sequence[MicroBatch]) -> None:
+        """The reference's log-probs of a batch; the first call takes the weights of now as the reference."""
+        if self._reference is None:
+            self._reference = Reference(self._trained())
+            self._settle_state()
+        try:
+            with TRAINER.doing("the reference's forward pass"), self._reference.in_place_of(self._trained()):
+                self._weights.publish()
+                for number, batch in enumerate(batches):
+                    policy.reference[number] = self._passes.score(batch, policy.temperature).logprobs
+        finally:
+            self._weights.publish()
+
     def policy_step(
         self,
         groups: Sequence[Sequence[TrainSequence]],
@@ -210,7 +233,8 @@ class TrainEngine:
         """Update the policy on a rollout batch.
 
         The gradient is that of `policy loss + ptx_weight * ptx loss`. Each of the `updates` goes over the
-        whole batch; from the second on the policy has left the behaviour policy and tau holds it back.
+        whole batch; from the second on the policy has left the behaviour policy and tau holds it back. With
+        a `kl_weight` the reference is the policy before the first step that has one; checkpoints keep it.
 
         Args:
             groups: the responses of each prompt, with their advantages.
@@ -251,7 +275,12 @@ class TrainEngine:
         with self._step(), self._group.call():
             policy = self._group.agreed(prepared)
             clock = Clock()
+            if self._optimizer_config.reset_each_step:
+                self._optimizer = self._fresh_optimizer(self._lr)
+                self._settle_state()
             batches = self._passes.pack(groups)
+            if objective.kl_weight:
+                self._score_reference(policy, batches)
             ptx_batches = self._passes.pack([[text] for text in ptx_sequences]) if use_ptx else []
             shares: dict[str, float] = {"loss": 0.0, "ptx_loss": 0.0}
             for update in range(updates):
@@ -425,11 +454,13 @@ class TrainEngine:
                 yield f"optimizer/{name}/{key}", value
         for name, bias in self._balance.biases.items():
             yield f"buffers/{name}", bias
+        for name, tensor in self._reference.named() if self._reference else ():
+            yield f"reference/{name}", tensor
         yield "step_count", torch.tensor(self.step_count)
         yield "rng", torch.get_rng_state()
 
     def load(self, folder: str | Path) -> None:
-        """Go on from a checkpoint: its weights and optimizer state, this engine's optimizer settings.
+        """Go on from a checkpoint: its weights, reference and optimizer state, our optimizer settings.
 
         Raises:
             ConfigError: if there is none, or it is of another model or optimizer.
@@ -446,6 +477,8 @@ class TrainEngine:
                     if key.startswith(prefix):
                         made = _empty_like(master, shape, dtype)
                         self._optimizer.state[master][key.removeprefix(prefix)] = made
+            kept = any(name.startswith("reference/") for name in shapes)
+            self._reference = Reference(self._trained()) if kept else None
             state = {name: tensor.detach() for name, tensor in self._named_state()}
             self._group.agreed(lambda: read_into(folder, state, self._group))
             self._weights.publish()

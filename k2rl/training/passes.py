@@ -34,6 +34,8 @@ class PolicyPass:
     totals: BatchTotals
     #: Log-probs before the first update, by micro-batch.
     proximal: dict[int, Tensor] = field(default_factory=dict)
+    #: Log-probs of the reference policy, by micro-batch; empty where there is none.
+    reference: dict[int, Tensor] = field(default_factory=dict)
     mismatch: Mismatch = field(default_factory=Mismatch)
     entropy_sum: float = 0.0
 
@@ -131,6 +133,7 @@ class Passes:
                     advantages=self._floats([member.advantage for member in members]),
                     num_sequences_total=policy.totals.sequences,
                     num_tokens_total=policy.totals.tokens,
+                    reference_logprobs=policy.reference.get(number),
                 )
             )
             _require_finite("policy loss", where, output.loss, scored.logprobs, batch, members)

@@ -150,7 +150,7 @@ async def push(coordinator: Coordinator, version: int, receivers: tuple[int, ...
     assert (await under_way.result).version == version
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(
     st.binary(max_size=60) | st.recursive(st.text() | st.integers(0, 9), st.lists).map(msgspec.msgpack.encode)
 )
@@ -415,7 +415,7 @@ def _blocks(plan: Plan) -> list[tuple[int, int]]:
         )
     )
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_the_arena_keeps_the_committed_version_and_lets_go_of_the_rest(
     pushes: list[tuple[str, int, str]],
 ) -> None:

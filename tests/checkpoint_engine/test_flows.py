@@ -32,7 +32,7 @@ def workloads(draw: st.DrawFn) -> tuple[list[Task], dict[str, float]]:
 
 
 @given(workloads())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_links_carry_every_byte_and_no_more_than_their_rate(
     workload: tuple[list[Task], dict[str, float]],
 ) -> None:
@@ -47,7 +47,7 @@ def test_links_carry_every_byte_and_no_more_than_their_rate(
 
 
 @given(workloads())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_nothing_starts_early_and_lanes_do_one_thing_at_a_time(
     workload: tuple[list[Task], dict[str, float]],
 ) -> None:

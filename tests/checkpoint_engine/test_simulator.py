@@ -56,7 +56,7 @@ def pushes(draw: st.DrawFn) -> tuple[Plan, Topology]:
 
 
 @given(pushes())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_a_push_is_never_faster_than_its_floor_and_no_link_than_its_rate(push: tuple[Plan, Topology]) -> None:
     plan, topology = push
     result = simulate(plan, topology)
@@ -68,7 +68,7 @@ def test_a_push_is_never_faster_than_its_floor_and_no_link_than_its_rate(push: t
 
 
 @given(pushes())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_on_one_host_every_link_carries_the_bytes_of_the_plan(push: tuple[Plan, Topology]) -> None:
     plan, topology = push
     topology = replace(topology, ranks=topology.device.per_host, owners=_on_one_host(plan, topology))
@@ -128,7 +128,7 @@ def test_a_delta_waits_for_a_look_at_everything(
 
 
 @given(pushes(), st.sampled_from(RATES), st.floats(1.1, 10))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_a_faster_link_makes_no_floor_higher(push: tuple[Plan, Topology], rate: str, factor: float) -> None:
     plan, topology = push
     faster = replace(topology.device, **{rate: getattr(topology.device, rate) * factor})
@@ -137,7 +137,7 @@ def test_a_faster_link_makes_no_floor_higher(push: tuple[Plan, Topology], rate: 
 
 
 @given(pushes(), st.floats(1.1, 10))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_a_machine_that_is_faster_throughout_is_never_slower(
     push: tuple[Plan, Topology], factor: float
 ) -> None:

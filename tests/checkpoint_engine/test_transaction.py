@@ -301,7 +301,7 @@ worlds = st.tuples(plans(), st.integers(1, 3), st.randoms(use_true_random=False)
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(worlds)
 def test_without_faults_a_push_ends_with_everything_applied_once(
     world: tuple[Plan, int, random.Random, bool],
@@ -315,7 +315,7 @@ def test_without_faults_a_push_ends_with_everything_applied_once(
         assert sorted(applied) == [b.index for b in plan.buckets if rank in b.receivers]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(worlds, st.sampled_from(FAULTS), st.integers(0, 20), st.integers(1, 8))
 def test_one_fault_fails_the_push_by_name_or_comes_too_late(
     world: tuple[Plan, int, random.Random, bool], kind: str, whom: int, when: int

@@ -16,6 +16,7 @@ from k2rl.errors import ConfigError
 
 FREE = {
     *("env.kwargs", "rubric.kwargs", "rollout.drop_uniform_groups", "budget.per_kind", "optimizer.nesterov"),
+    *("optimizer.reset_each_step",),
     *("optimizer.betas", "warm_start.kinds", "inference.enforce_eager", "inference.engine_args"),
     *(
         "inference.sleep_while_training",

@@ -14,7 +14,7 @@ from k2rl.evaluation.stats import (
     wilson_interval,
 )
 
-repeatable = settings(derandomize=True, deadline=None, max_examples=60)
+repeatable = settings(derandomize=True, deadline=None, max_examples=25)
 rewards = st.lists(st.floats(-10, 10), min_size=1, max_size=40)
 
 

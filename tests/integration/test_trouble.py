@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from k2rl.evaluation.results import load_result
 from k2rl.models.hub import resolve_model
+from k2rl.rollouts.recording import read_recording
 from k2rl.tracking.metrics import read_metrics
 from k2rl.tracking.timeline import read_timeline
 from k2rl.training.checkpoint import checkpoint_folder, checkpoints
@@ -74,8 +75,13 @@ def _shared_memory(command: Command) -> set[Path]:
     return shared_memory_of(*(process.pid for process in command.descendants()))
 
 
+@pytest.mark.slow  # four starts; .ci/run has it
 def test_a_run_killed_resumed_interrupted_and_resumed(start: Start, tmp_path: Path) -> None:
-    command, run_dir = _start_long_run(start, tmp_path, "train.checkpoint_every=1", "train.offload=file")
+    # The record says which temperature is next: any reward of the first step lowers it.
+    triggered = ("temperature=reward", "temperature.reward_at=-1", "temperature.reward_steps=1")
+    command, run_dir = _start_long_run(
+        start, tmp_path, "train.checkpoint_every=1", "train.offload=file", *triggered
+    )
     wait_for(lambda: _newest(run_dir) >= 1, "a checkpoint")
     command.look()
     command.process.kill()
@@ -107,6 +113,8 @@ def test_a_run_killed_resumed_interrupted_and_resumed(start: Start, tmp_path: Pa
     ).finish()
     assert code == 0, err
     _assert_one_run_of(done + 1, run_dir)
+    episodes = [read_recording(run_dir, step).trajectories[0] for step in range(1, done + 2)]
+    assert [episode.temperature for episode in episodes] == [1.0] + [0.8] * done
     final, initial = (
         load_file(folder / "model.safetensors") for folder in (run_dir / "model", resolve_model("tiny-qwen3"))
     )

@@ -95,6 +95,15 @@ def test_constant_and_single_step_stay_at_start(start: float, total: int, data: 
     assert temperature_at(TemperatureConfig("cosine", start, 0.1), 0, 1) == start
 
 
+@given(st.lists(st.floats(-1, 1), max_size=20), st.integers(1, 4))
+def test_the_reward_lowers_it_once_and_for_all(rewards: list[float], reward_steps: int) -> None:
+    config = TemperatureConfig("reward", 1.0, 0.4, reward_at=0.5, reward_steps=reward_steps)
+    values = [temperature_at(config, step, 21, rewards[:step]) for step in range(len(rewards) + 1)]
+    windows = [rewards[end - reward_steps : end] for end in range(reward_steps, len(rewards) + 1)]
+    first = next((n for n, window in enumerate(windows, reward_steps) if fmean(window) >= 0.5), len(values))
+    assert values == [1.0] * first + [0.4] * (len(values) - first)
+
+
 def test_cosine_is_flat_at_its_ends() -> None:
     config = TemperatureConfig("cosine", 1.0, 0.0)
     assert temperature_at(config, 5, 11) == pytest.approx(0.5)

@@ -10,6 +10,9 @@ import pytest
 from rubrics.code import AssertTests, CallCase, CodeJudge, FunctionTests, Outcome, ProgramCase, ProgramTests
 from rubrics.code.values import encode
 
+# All cheats are judged at once, by one process of the tests.
+pytestmark = pytest.mark.xdist_group("code cheats")
+
 FUNCTION = FunctionTests(
     "f", [CallCase([2, 3], 5), CallCase([10, -4], 6), CallCase([0, 0], 0)], tolerance=1e-9, seconds=1.0
 )

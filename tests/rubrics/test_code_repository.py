@@ -10,6 +10,9 @@ from rubrics.code import JudgeError, Outcome
 from rubrics.code.repository import Changes, RepositoryTests, judge_repository
 from sandboxes import registry
 
+# All cheats are judged at once, by one process of the tests.
+pytestmark = pytest.mark.xdist_group("code repository")
+
 REPOSITORY = {
     "calc/__init__.py": b"",
     "calc/core.py": b"def add(a, b):\n    return a - b\n\n\ndef mul(a, b):\n    return a * b\n",

@@ -19,7 +19,7 @@ from k2rl.tracking.charts import (
     time_ticks,
 )
 
-repeatable = settings(derandomize=True, deadline=None, max_examples=80)
+repeatable = settings(derandomize=True, deadline=None, max_examples=30)
 finite = st.floats(-1e6, 1e6).map(lambda value: round(value, 6))
 
 

@@ -84,6 +84,19 @@ def test_state_is_that_of_the_adapters(llama_path: Path) -> None:
     assert held["optimizer"] - 8 * factors < 4 * 1024
 
 
+def test_the_reference_of_a_kl_is_a_copy_of_the_adapters(llama_path: Path) -> None:
+    engine = make_engine(llama_path)
+    factors = sum(master.numel() for _, master in engine._weights.named_masters())
+    before = engine.state_bytes()["parameters"]
+    objective = ObjectiveConfig(tau=0.2, kl_weight=0.1)
+    measured = [
+        engine.policy_step(random_groups(1), objective=objective, temperature=1.0)["reference_kl"]
+        for _ in range(2)
+    ]
+    assert engine.state_bytes()["parameters"] == before + 4 * factors
+    assert abs(measured[0]) < 1e-6 < measured[1]
+
+
 def test_a_saved_model_is_plain_and_its_adapter_is_pefts(llama_path: Path, tmp_path: Path) -> None:
     engine = make_engine(llama_path)
     for _ in range(3):

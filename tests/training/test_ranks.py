@@ -36,7 +36,8 @@ from k2rl.training.ranks import ALONE, Ranks
 from k2rl.training.saving import read_state
 from k2rl.training.sharding import local
 
-OBJECTIVE = ObjectiveConfig(tau=0.2)
+#: With a reference, which is state like the others.
+OBJECTIVE = ObjectiveConfig(tau=0.2, kl_weight=0.1)
 
 
 @pytest.fixture(scope="module")
