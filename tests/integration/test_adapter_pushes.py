@@ -132,20 +132,40 @@ def test_an_engine_that_has_slept_needs_adapters_alone(live: Live) -> None:
     live.run(turns())
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_push_that_breaks_off_is_healed_by_the_next(live: Live, rank: int) -> None:
+async def fails(live: Live, rank: int) -> None:
+    """A push of other factors breaks off in a worker that has staged them."""
+    await live.engine._llm.collective_rpc("watch", args=("raise", 0, rank))
+    live.perturb()
+    with pytest.raises(TransferError, match="out of luck"):
+        await live.push()
+    with pytest.raises(RuntimeError, match="fenced"):
+        await live.engine.generate(PROMPTS[0], Sampling(1.0, 4))
+    await live.engine._llm.collective_rpc("watch")
+
+
+def test_a_push_that_breaks_off_is_healed_by_the_next(live: Live) -> None:
     async def trouble() -> None:
-        await live.engine._llm.collective_rpc("watch", args=("raise", 0, rank))
-        live.perturb()
-        with pytest.raises(TransferError, match="out of luck"):
-            await live.push()
-        with pytest.raises(RuntimeError, match="fenced"):
-            await live.engine.generate(PROMPTS[0], Sampling(1.0, 4))
-        await live.engine._llm.collective_rpc("watch")
+        await fails(live, rank=0)
         assert await live.push() == live.nbytes(factors=True) + live.nbytes(factors=False)
         await live.serves()
         live.perturb()
         assert await live.push() == live.nbytes(factors=True)
+        await live.serves()
+
+    live.run(trouble())
+
+
+def test_a_push_that_breaks_off_leaves_the_adapters_before_it(live: Live) -> None:
+    """They are in the arena, without the trainer: for this engine, or one that is started again."""
+
+    async def trouble() -> None:
+        before = {name: master.detach().clone() for name, master in live.trainer._weights.named_masters()}
+        await fails(live, rank=1)
+        for name, master in live.trainer._weights.named_masters():
+            assert not torch.equal(master, before[name])
+            master.detach().copy_(before[name])
+        live.version -= 1
+        await live.publisher.join("vLLM", live.engine)
         await live.serves()
 
     live.run(trouble())
