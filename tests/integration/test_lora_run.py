@@ -21,7 +21,13 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 STEPS = 4
 RUN = (
     *("train", "experiment=tiny", "seed=1", f"train.steps={STEPS}", "train.checkpoint_every=1"),
-    *("optimizer.lr=1e-2", "ptx.weight=1", "lora.rank=4", "lora.target_modules=[q_proj,v_proj]"),
+    *(
+        "optimizer.lr=1e-2",
+        "ptx.weight=1",
+        "ptx.sequences_per_step=32",
+        "lora.rank=4",
+        "lora.target_modules=[q_proj,v_proj]",
+    ),
 )
 TARGETS = ("q_proj.weight", "v_proj.weight")
 #: Of `tiny-qwen3`: 3 layers, 128 numbers in, 128 (queries) and 64 (values) out, in float32.
@@ -46,7 +52,7 @@ def test_a_run_that_trains_adapters(start: Callable[..., Command], tmp_path: Pat
     # A resumed run's first push, of everything, is before its first step.
     assert {row["publish/bytes"] for row in rows} == {ADAPTER_BYTES}
     assert all(row["mismatch/mean_abs_gap"] < 1e-4 for row in rows)
-    assert rows[-1]["train/ptx_loss"] < rows[0]["train/ptx_loss"] - 0.1
+    assert rows[-1]["ptx/loss"] < rows[0]["ptx/loss"] - 0.2
     initial = AutoModelForCausalLM.from_pretrained(resolve_model("tiny-qwen3"), dtype=torch.float32)
     trained = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
     for (name, before), after in zip(initial.named_parameters(), trained.parameters(), strict=True):
