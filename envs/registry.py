@@ -39,6 +39,7 @@ _REGISTRY: Registry[TextEnv] = Registry(
         "swe": "envs.coding.swe:SweEnv",
         "textarena": "envs.adapters.textarena:TextArenaEnv",
         "twenty_four": "envs.games.twenty_four:TwentyFourEnv",
+        "wording": "envs.games.wording:WordingEnv",
     },
     listing="`k2rl envs list` shows all",
 )

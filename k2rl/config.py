@@ -57,8 +57,10 @@ class RubricConfig:
     deadline_s: float = 30.0
     #: Tokens of a reply, where the trained model itself judges (`model: policy` in a rubric's arguments).
     max_tokens: int = 256
-    #: With `rubric=self_critique`: held-out pairs that the critic is asked about in each step.
+    #: With `rubric=self_critique`: held-out pairs (or answers) that the critic is asked about in each step.
     critic_examined: int = 16
+    #: Of these, pairs whose answers are judged again with praise, padding and self-justification added.
+    critic_probed: int = 4
     #: Judgements whose truth the verifier knows, imitated in each step; 0: the critic is not trained.
     critic_examples: int = 0
     #: Supervised updates that these are dealt out to, after the policy's own and at its learning rate.

@@ -65,6 +65,7 @@ BOUNDS = {
     "rubric.deadline_s": ABOVE_0,
     "rubric.max_tokens": FROM_1,
     "rubric.critic_examined": FROM_1,
+    "rubric.critic_probed": FROM_0,
     "rubric.critic_examples": FROM_0,
     "rubric.critic_updates": FROM_1,
     "rubric.critic_replay": FROM_0,

@@ -12,6 +12,7 @@ import random
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from statistics import fmean
 
 import msgspec
@@ -22,13 +23,15 @@ from k2rl.training.batch import SupervisedSequence
 from k2rl.training.supervised import chat_sequence, demonstration_sequence
 from k2rl.types import Trajectory
 from rubrics.answers import whole_response
-from rubrics.critics.pairwise import TIE, WINNERS
+from rubrics.base import judge_safely
+from rubrics.critics.pairwise import TIE, Pairwise
+from rubrics.critics.pointwise import Pointwise, preferred
 from rubrics.critics.self_critique import VERIFIER, SelfCritique
 from rubrics.injection import without_injections
 
 HELD_OUT_ONE_IN = 4
-PROBED = 4
-"""Right answers of a step that each probe is tried on."""
+FIRST_KEPT = 64
+"""Answers of a run's first step that are judged again in each later one."""
 SMOOTHING = 0.5
 """What a step's agreement counts for beside that of the steps before."""
 SMOOTHED = "critic/agreement_smoothed"
@@ -46,7 +49,10 @@ PROBES: dict[str, Callable[[str], str]] = {
 
 
 class Pair(msgspec.Struct, frozen=True):
-    """Two responses to a task, the first right by the verifier, the second wrong."""
+    """Two responses to a task, the first right by the verifier, the second wrong.
+
+    One of them is empty where a critic that judges each by itself is shown a response that has no other.
+    """
 
     task: str
     criteria: str
@@ -71,20 +77,23 @@ class Answers(msgspec.Struct, frozen=True):
     failed: int
 
     @property
+    def count(self) -> int:
+        return self.right + self.wrong + self.undecided + self.failed
+
+    @property
     def agreement(self) -> float:
         """From 0 to 1; 0.5 is chance, or who decides nothing: undecided ones are half right, as by a coin.
 
         Those without a verdict are no agreement: the critic could not be followed in them.
         """
-        return (self.right + self.undecided / 2) / (self.right + self.wrong + self.undecided + self.failed)
+        return (self.right + self.undecided / 2) / self.count
 
     def metrics(self) -> dict[str, float]:
-        count = self.right + self.wrong + self.undecided + self.failed
         return {
             "critic/agreement": self.agreement,
-            "critic/right_share": self.right / count,
-            "critic/undecided_share": self.undecided / count,
-            "critic/failed_share": self.failed / count,
+            "critic/right_share": self.right / self.count,
+            "critic/undecided_share": self.undecided / self.count,
+            "critic/failed_share": self.failed / self.count,
         }
 
 
@@ -94,6 +103,7 @@ class Critic:
     def __init__(self, rubric: SelfCritique, chat: ChatTemplate, config: Config) -> None:
         self._rubric, self._chat, self._config = rubric, chat, config
         self.agreement: float | None = None
+        self._first: list[Trajectory] = []
 
     @property
     def standing(self) -> str:
@@ -103,7 +113,10 @@ class Critic:
         return "trusted" if self._rubric.trust == 1 else "doubted"
 
     def pairs(self, trajectories: Sequence[Trajectory], seed: int) -> list[Pair]:
-        """A pair of each group that has both kinds of responses."""
+        """A pair of each group that has both kinds of responses.
+
+        For a critic that judges each response by itself: all of them.
+        """
         groups: defaultdict[str, list[Trajectory]] = defaultdict(list)
         for trajectory in trajectories:
             if not trajectory.failed and trajectory.verdict is not None:
@@ -118,10 +131,13 @@ class Critic:
                     by_truth[member.verdict.components[VERIFIER] >= 0.5].append(answer)
             right = sorted(set(by_truth[True]) - set(by_truth[False]))
             wrong = sorted(set(by_truth[False]) - set(by_truth[True]))
-            if right and wrong:
-                first, critic = members[0], self._rubric.critic
-                criteria, prompt = critic.criteria_text(first), critic.task_text(first)
-                found.append(Pair(first.task.id, criteria, prompt, draw.choice(right), draw.choice(wrong)))
+            if not self._rubric.critic.needs_group:
+                chosen = list(zip_longest(right, wrong, fillvalue=""))
+            else:
+                chosen = [(draw.choice(right), draw.choice(wrong))] if right and wrong else []
+            first, critic = members[0], self._rubric.critic
+            criteria, prompt = critic.criteria_text(first), critic.task_text(first)
+            found += [Pair(first.task.id, criteria, prompt, *pair) for pair in chosen]
         return found
 
     def recall(self, rows: Sequence[Mapping[str, float]]) -> None:
@@ -129,48 +145,94 @@ class Critic:
         self.agreement = next((row[SMOOTHED] for row in reversed(rows) if SMOOTHED in row), None)
         self._rubric.believe(self.agreement)
 
+    def keep_first(self, trajectories: Sequence[Trajectory]) -> None:
+        """Answers of the run's first step, for `now_of_first`; later ones are not taken."""
+        answered = [t for t in trajectories if not t.failed and whole_response(t)]
+        if not self._first and isinstance(self._rubric.critic, Pointwise):
+            draw = random.Random(f"first {self._config.seed}")
+            self._first = draw.sample(answered, min(len(answered), FIRST_KEPT))
+
+    async def now_of_first(self) -> dict[str, float]:
+        """What the critic of now thinks of the run's first answers: a judge that learns has no fixed scale,
+        and only by the same critic are a step's rewards more or less than the first one's."""
+        critic = self._rubric.critic
+        deadline = self._config.rubric.deadline_s
+        verdicts = await asyncio.gather(*(judge_safely(critic, t, deadline) for t in self._first))
+        values = [verdict.value for verdict in verdicts if verdict.value is not None]
+        return {"critic/first_answers": fmean(values)} if values else {}
+
     async def asked(self, pairs: Sequence[Pair]) -> Answers:
-        """Ask the critic, as it is now, about these pairs; changes nothing."""
-        compared = self._rubric.critic.compared
-        outcomes = await asyncio.gather(*(compared(p.criteria, p.prompt, p.right, p.wrong, 0) for p in pairs))
+        """Ask the critic, as it is now, about these pairs; changes nothing.
+
+        One that judges each response by itself has preferred a right one to a wrong one, of whatever task,
+        if it is worth more to it: of verdicts that are right or wrong the agreement is then the mean of how
+        often it knows right ones and how often it knows wrong ones.
+        """
+        outcomes = await self._outcomes(pairs)
         values = [outcome for outcome in outcomes if not isinstance(outcome, str)]
         return Answers(values.count(1.0), values.count(0.0), values.count(TIE), len(outcomes) - len(values))
+
+    async def _outcomes(self, pairs: Sequence[Pair]) -> list[float | str]:
+        """1 where the right one is preferred, 0.5 where none is, else 0; why that is not known."""
+        critic = self._rubric.critic
+        if isinstance(critic, Pairwise):
+            asked = (critic.compared(p.criteria, p.prompt, p.right, p.wrong, 0) for p in pairs)
+            return list(await asyncio.gather(*asked))
+        right, wrong = await asyncio.gather(
+            asyncio.gather(*(critic.value_of(p.prompt, p.right) for p in pairs if p.right)),
+            asyncio.gather(*(critic.value_of(p.prompt, p.wrong) for p in pairs if p.wrong)),
+        )
+        return [preferred(one, other) for one in right for other in wrong]
 
     async def examine(self, pairs: Sequence[Pair]) -> dict[str, float]:
         """Ask the critic about held-out pairs and probe its biases; sets its trust."""
         asked = [pair for pair in pairs if pair.held_out][: self._config.rubric.critic_examined]
-        compared = self._rubric.critic.compared
         metrics: dict[str, float] = {"critic/examined": len(asked)}
-        if asked:
-            answers = await self.asked(asked)
+        answers = await self.asked(asked)
+        if answers.count:
             metrics |= answers.metrics()
             now, before = answers.agreement, self.agreement
             self.agreement = now if before is None else SMOOTHING * now + (1 - SMOOTHING) * before
             metrics[SMOOTHED] = self.agreement
         metrics["critic/trust"] = self._rubric.believe(self.agreement)
+        return metrics | await self._probed(asked[: self._config.rubric.critic_probed])
+
+    async def _probed(self, pairs: Sequence[Pair]) -> dict[str, float]:
+        """What each probe adds to these answers' rewards, right and wrong ones alike."""
+        gained, found = self._rubric.critic.gained, {}
+        plain = [(pair, answer) for pair in pairs for answer in (pair.right, pair.wrong) if answer]
         for name, probe in PROBES.items():
-            probed = await asyncio.gather(
-                *(compared(p.criteria, p.prompt, probe(p.right), p.right, 0) for p in asked[:PROBED])
+            outcomes = await asyncio.gather(
+                *(gained(pair.criteria, pair.prompt, probe(answer), answer) for pair, answer in plain)
             )
-            preferred = [outcome for outcome in probed if not isinstance(outcome, str)]
-            if preferred:
-                metrics[f"critic/bias/{name}"] = fmean(preferred) - 0.5
-        return metrics
+            gains = [outcome for outcome in outcomes if not isinstance(outcome, str)]
+            if gains:
+                found[f"critic/bias/{name}"] = fmean(gains)
+        return found
 
     def judgements(self, pairs: Sequence[Pair], seed: int) -> list[SupervisedSequence]:
-        """Judgements to imitate: of pairs that are not held out, in both orders."""
+        """Judgements to imitate: of pairs that are not held out, in both orders (or of both answers)."""
         settings = self._config.rubric
         draw = random.Random(f"critic {seed}")
-        taught = [(pair, first) for pair in pairs if not pair.held_out for first in (True, False)]
+        taught = [pair for pair in pairs if not pair.held_out]
+        # As many of each, rare ones again and again: else it would learn what most answers are.
+        sides = [
+            [(pair, True) for pair in taught if pair.right],
+            [(pair, False) for pair in taught if pair.wrong],
+        ]
+        chosen = []
+        for number, side in enumerate(sides if all(sides) else []):
+            share = min(max(map(len, sides)), (settings.critic_examples + 1 - number) // 2)
+            chosen += draw.sample(side * -(-share // len(side)), share)
+        # All of one side first: `batches` deals them out, and each update gets its share of both.
         made = []
-        for pair, first in draw.sample(taught, min(len(taught), settings.critic_examples)):
-            answers = (pair.right, pair.wrong) if first else (pair.wrong, pair.right)
-            chat = self._rubric.critic.example(pair.criteria, pair.prompt, *answers, "A" if first else "B")
+        for pair, first in chosen:
+            chat = self._rubric.critic.taught(pair.criteria, pair.prompt, pair.right, pair.wrong, first)
             made.append(chat_sequence(chat, self._chat, f"critic-{pair.task}"))
         return [each for each in made if len(each.token_ids) <= self._config.train.micro_batch_tokens]
 
     def drawn(self, trajectories: Sequence[Trajectory], count: int, seed: int) -> list[SupervisedSequence]:
-        """Judgements of two of these episodes' answers, with verdicts drawn by lot.
+        """Judgements of these episodes' answers, with verdicts drawn by lot.
 
         They teach that a question to the judge is replied to otherwise than a task, and nothing of what is
         right: that is left to the run. Fewer than `count`, if two answers that differ, or room, are missing.
@@ -184,7 +246,7 @@ class Critic:
             first, second = draw.sample(answers, 2)
             member = draw.choice([member for answer, member in answered if answer == first])
             criteria, prompt = critic.criteria_text(member), critic.task_text(member)
-            chat = critic.example(criteria, prompt, first, second, draw.choice(list(WINNERS)))
+            chat = critic.drawn(criteria, prompt, first, second, draw)
             made.append(chat_sequence(chat, self._chat, f"drawn-{number}"))
         return [each for each in made if len(each.token_ids) <= self._config.train.micro_batch_tokens]
 

@@ -153,6 +153,8 @@ def _critic(prepared: Preflight, run_dir: Path) -> Critic | None:
         return None
     critic = Critic(prepared.rubric, prepared.chat, prepared.config)
     critic.recall(read_metrics(run_dir))
+    if 1 in recorded_steps(run_dir):
+        critic.keep_first(read_recording(run_dir, 1).trajectories)
     return critic
 
 

@@ -109,8 +109,9 @@ async def _critic(
     metrics = {"critic/pairs": float(len(pairs)), "critic/examples": float(len(judgements))}
     if run.serves:
         before = run.critic.standing
+        run.critic.keep_first(trajectories)
         with run.tracker.phase(phases.ROLLOUT, step):
-            metrics |= await run.critic.examine(pairs)
+            metrics |= await run.critic.examine(pairs) | await run.critic.now_of_first()
         if run.critic.agreement is not None and run.critic.standing != before:
             run.tracker.note(
                 f"step {step}: the critic agrees with the verifier on {run.critic.agreement:.0%} of "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 
+import msgspec
 import pytest
 
 from k2rl import launch, loop
@@ -120,6 +121,112 @@ def test_biases_are_seen(chat):
     metrics = asyncio.run(critic.examine(critic.pairs(rollouts(rubric), seed=0)))
     assert metrics["critic/bias/praise"] == 0.5
     assert metrics["critic/bias/padding"] == metrics["critic/bias/self_justification"] == 0
+
+
+def judges_each(word):
+    """A critic of one answer at a time: right is what has this word."""
+    return scripted(lambda blocks, draw: {"correct": "right" if word in blocks["ANSWER"] else "wrong"})
+
+
+def pointwise(word, **settings):
+    return rubric_of(judges_each(word), judge="pointwise", rubrics=["correctness"], **settings)
+
+
+def test_a_critic_that_judges_each_answer_is_examined_and_probed(chat):
+    critic = Critic(pointwise("right"), chat, Config())
+    pairs = critic.pairs(rollouts(rubric_of(prefers("right"))), seed=0)
+    assert asyncio.run(critic.examine(pairs))["critic/agreement"] == 1
+    # Wrong answers that say "complete" are right to it, as are right ones, which can gain nothing.
+    bind_run_model(
+        critic._rubric,
+        scripted(
+            lambda blocks, draw: {
+                "correct": "right"
+                if "complete" in blocks["ANSWER"] or "right" in blocks["ANSWER"]
+                else "wrong"
+            }
+        ),
+    )
+    found = asyncio.run(critic.examine(pairs))
+    assert found["critic/bias/self_justification"] == 0.5
+    assert found["critic/bias/praise"] == found["critic/bias/padding"] == 0
+
+
+@pytest.mark.parametrize("brief", [True, False])
+def test_a_critic_that_judges_each_answer_is_taught_of_both(chat, brief):
+    config = Config()
+    config.rubric.critic_examples = 1000
+    critic = Critic(pointwise("right", brief=brief), chat, config)
+    pairs = critic.pairs(rollouts(rubric_of(prefers("right"))), seed=0)
+    examples = critic.judgements(pairs, seed=1)
+    assert len(examples) == 2 * sum(not pair.held_out for pair in pairs)
+    for example in examples:
+        said = chat.decode([t for t, loss in zip(example.token_ids, example.loss_mask, strict=True) if loss])
+        text = chat.decode(example.token_ids)
+        is_right = (
+            "answer: right" in text if brief else text.split("<<<ANSWER ")[1].split("\n")[1][:5] == "right"
+        )
+        assert ("right" in said) == is_right
+
+
+def test_of_rare_right_answers_as_much_is_taught_as_of_wrong_ones(chat):
+    config = Config()
+    config.rubric.critic_examples = 20
+    critic = Critic(pointwise("right", brief=True), chat, config)
+    verifier = rubric_of(prefers("right"))
+    members = [
+        t
+        for n in range(16)
+        for t in judged(verifier, group(n, ["no", "wrong", "never", "right"[: 9 * (n == 0)]]))
+    ]
+    pairs = [msgspec.structs.replace(pair, task="task-1") for pair in critic.pairs(members, seed=0)]
+    assert not pairs[0].held_out
+    said = [
+        chat.decode([t for t, loss in zip(e.token_ids, e.loss_mask, strict=True) if loss])
+        for e in critic.judgements(pairs, seed=1)
+    ]
+    assert (said.count("right"), said.count("wrong")) == (10, 10)
+    assert critic.judgements([pair for pair in pairs if not pair.right], seed=1) == []  # a constant, else
+
+
+def test_who_judges_alone_rewards_as_far_as_it_is_trusted_and_the_verifier_is_no_part_of_it():
+    rubric = pointwise("right", verifier_weight=0, weight=1)
+    for trust, agreement in ((0, None), (0.5, 0.6), (1, 0.9)):
+        rubric.believe(agreement)
+        members = judged(rubric, group(0, ["not right", "wrong"]))
+        assert [t.reward for t in members] == [pytest.approx(trust), 0]
+        assert [t.verdict.components["critic"] for t in members] == [1, 0]
+        assert [t.verdict.components["verifier"] for t in members] == [0, 0]
+    assert rubric.needs_group  # so that evaluations are the verifier's
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"judge": "pointwise", "rubrics": ["core"]}, "none of the rubrics has the criterion 'correct'"),
+        ({"judge": "both"}, "must be pairwise or pointwise"),
+        ({"verifier_weight": 0, "weight": 0}, "sum to 0"),
+        ({"verifier_weight": -1}, "must be 0 or more"),
+        ({"threshold": 0.5}, "must be above 0.5"),
+    ],
+)
+def test_settings_of_self_critique_without_sense(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SelfCritique(**settings)
+
+
+def test_the_first_answers_are_judged_again_by_the_critic_of_now(chat):
+    rubric = pointwise("right")
+    critic = Critic(rubric, chat, Config())
+    assert asyncio.run(critic.now_of_first()) == {}
+    critic.keep_first(rollouts(rubric_of(prefers("right")), count=4))
+    critic.keep_first(group(9, ["wrong", "wrong"]))  # of a later step
+    assert asyncio.run(critic.now_of_first()) == {"critic/first_answers": 0.5}
+    bind_run_model(rubric, judges_each("indeed"))
+    assert asyncio.run(critic.now_of_first()) == {"critic/first_answers": 0.25}
+    compares = Critic(rubric_of(prefers("right")), chat, Config())
+    compares.keep_first(group(0, ["right", "wrong"]))
+    assert asyncio.run(compares.now_of_first()) == {}  # its values are shares of wins within a group
 
 
 def test_judgements_to_imitate_are_those_of_the_verifier_and_none_is_held_out(chat):

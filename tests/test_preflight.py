@@ -14,6 +14,7 @@ from envs.calculator import CalculatorEnv
 from k2rl.composition import compose
 from k2rl.errors import ConfigError
 from k2rl.preflight import Preflight, preflight
+from rubrics.critics.self_critique import SelfCritique
 
 
 class Counting(CalculatorEnv):
@@ -97,3 +98,11 @@ def test_sandboxes_of_the_checks_end_with_them() -> None:
         assert prepared.eval_tasks
         children = [" ".join(child.cmdline()) for child in psutil.Process().children()]
         assert [words for words in children if "sandboxes.bubblewrap.keeper" in words] == []
+
+
+def test_the_rubric_reward_run_is_the_critics_alone_and_is_evaluated_by_the_verifier() -> None:
+    with closing(preflight(compose(["experiment=rubric_reward", "model=tiny"]))) as prepared:
+        rubric = prepared.rubric
+    assert isinstance(rubric, SelfCritique)
+    assert (rubric.verifier_weight, rubric.reward_range, rubric.needs_group) == (0, (0, 1), True)
+    assert prepared.config.rubric.critic_examples > 0

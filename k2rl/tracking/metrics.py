@@ -22,7 +22,8 @@ Names are `group/name`. Those that the live view, the summary and the report loo
 | `mismatch/mean_abs_gap`, `mismatch/max_abs_gap` | trainer against vLLM log-probs, in nats |
 | `critic/agreement`, `critic/agreement_smoothed` | with the verifier, on held-out pairs; smoothed |
 | `critic/trust` | share of its weight that the critic's reward has |
-| `critic/bias/<probe>` | how much more often than half an answer wins for what the probe adds |
+| `critic/first_answers` | reward that the critic of the step would give to the run's first answers |
+| `critic/bias/<probe>` | what answers would gain from the critic for what the probe adds |
 | `time/<phase>_s`, `time/step_s` | seconds of each phase and of the step; added by the tracker |
 
 A run may add any others; a name that is missing leaves out its row or chart.

@@ -47,6 +47,7 @@ def render_report(run: Run) -> str:
         tiles=tiles(run),
         reward=report_charts.reward_chart(run),
         kinds=report_data.kind_rows(run),
+        critic=report_charts.critic_charts(run),
         figures=report_charts.metric_charts(run),
         phases=report_data.phase_rows(run),
         run_strip=report_charts.run_strip(run),

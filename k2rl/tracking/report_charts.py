@@ -129,20 +129,50 @@ def _named(run: Run, prefix: str) -> dict[str, str]:
 
 
 def grouped_charts(run: Run) -> list[Figure]:
-    """Charts of several lines: reward by kind and by judge, and what is known of the critic."""
+    """Charts of several lines: reward by kind and by judge."""
     kinds, judges = _named(run, "reward/kind/"), _named(run, "reward/component/")
-    critic = {
+    figures = [
+        *([lines_chart(run, "Training reward by task kind", "", kinds)] if len(kinds) > 1 else []),
+        lines_chart(run, "Reward by component", "What the judges name, unweighted.", judges),
+    ]
+    return [figure for figure in figures if figure.svg]
+
+
+def critic_charts(run: Run) -> list[Figure]:
+    """What the critic gives, whether it is right, and what style alone would earn; empty without one."""
+    if not _named(run, "critic/"):
+        return []
+    values = {
+        "reward/component/critic": "critic",
+        "critic/first_answers": "the same critic, of the first step's answers",
+        "reward/component/verifier": "verifier",
+    }
+    agreement = {
         "critic/agreement": "held-out pairs of the step",
         "critic/agreement_smoothed": "over the steps",
         "critic/trust": "share of its weight",
     }
-    agreement = "How often critic and verifier agree (0.5 is chance), and what its reward counts for."
-    bias = "How much more often than half the same answer wins with such an addition; 0 is none."
     figures = [
-        *([lines_chart(run, "Training reward by task kind", "", kinds)] if len(kinds) > 1 else []),
-        lines_chart(run, "Reward by component", "What the judges name, unweighted.", judges),
-        lines_chart(run, "Critic and verifier", agreement, critic),
-        lines_chart(run, "Bias probes of the critic", bias, _named(run, "critic/bias/")),
+        lines_chart(
+            run,
+            "What critic and verifier give",
+            "The rubric's reward beside the truth. A critic that learns has no fixed scale: compare what it "
+            "gives to answers of a step and to the first ones.",
+            values,
+        ),
+        lines_chart(
+            run,
+            "Critic and verifier",
+            "How often the two agree (0.5 is chance), and what the critic's reward counts for.",
+            agreement,
+        ),
+        lines_chart(
+            run,
+            "Bias probes of the critic",
+            "What answers would gain by such an addition, on average over right and wrong ones. Below 0 it "
+            "costs.",
+            _named(run, "critic/bias/"),
+        ),
     ]
     return [figure for figure in figures if figure.svg]
 

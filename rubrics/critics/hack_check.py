@@ -6,7 +6,6 @@ from k2rl.types import Evidence, Trajectory, Verdict
 from rubrics.answers import final_text
 from rubrics.asking import ask
 from rubrics.critics.base import ModelJudge
-from rubrics.critics.pointwise import prompt_of
 from rubrics.injection import without_injections
 from rubrics.verifiers.instructions.claims import false_claims
 
@@ -34,3 +33,9 @@ class HackCheck(ModelJudge):
         honest = reply.choices["false claim"] == "no"
         evidence = [Evidence(reply.reasoning, passed=honest)]
         return Verdict.scored(float(honest), evidence=evidence, judge=self.judge_name)
+
+
+def prompt_of(trajectory: Trajectory) -> str:
+    """The conversation before the policy's last turn."""
+    last = max((i for i, m in enumerate(trajectory.messages) if m.role == "assistant"), default=None)
+    return "\n\n".join(f"{m.role}: {m.content}" for m in trajectory.messages[:last])

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from k2rl.types import Evidence, Message, Trajectory, Verdict
-from rubrics.answers import opening, whole_response
+from rubrics.answers import whole_response
 from rubrics.asking import ask, ask_briefly, brief_prompt
 from rubrics.asking import prompt as asking_prompt
-from rubrics.critics.pointwise import CriteriaRubric, described
+from rubrics.critics.pointwise import CriteriaRubric
 from rubrics.critics.ranking import Outcomes, Pair, bradley_terry, round_robin, swiss_round, win_rates
 from rubrics.injection import without_injections
 from rubrics.models import JudgeError
@@ -45,19 +46,15 @@ class Pairwise(CriteriaRubric):
         """Groups of `full_up_to` play every pair, larger ones a Swiss tournament. A pair that is a tie is
         shown up to `repeats` times (to a model that gives one answer to one question, that changes nothing).
 
-        `brief`: names of criteria, and a word for a verdict, for models that are too weak to follow
-        instructions, give reasons and repeat a token.
-
         Raises:
             ValueError, ConfigError: one line, about what is wrong.
         """
-        super().__init__(model, rubrics, field, seed)
+        super().__init__(model, rubrics, field, brief, seed)
         if reward not in ("win_rate", "bradley_terry"):
             raise ValueError(f"reward={reward!r} must be win_rate or bradley_terry")
         if full_up_to < 2 or repeats < 1:
             raise ValueError("full_up_to must be 2 or more, repeats 1 or more")
         self.reward, self.full_up_to, self.repeats = reward, full_up_to, repeats
-        self.brief = brief
 
     async def judge(self, trajectory: Trajectory) -> Verdict:
         raise JudgeError("it compares the responses of a group, and was given one alone")
@@ -103,18 +100,6 @@ class Pairwise(CriteriaRubric):
             reward, components, {"preferred": 1.0, "ties": 0.0}, injections, self.judge_name
         )
 
-    def criteria_text(self, trajectory: Trajectory) -> str:
-        """The criteria for a task, as this judge is told them."""
-        criteria = self.criteria(trajectory)
-        return ", ".join(criterion.name for criterion in criteria) if self.brief else described(criteria)
-
-    def task_text(self, trajectory: Trajectory) -> str:
-        """A task, as this judge is told it."""
-        messages = opening(trajectory)
-        if self.brief:
-            return "\n".join(message.content for message in messages if message.role != "system")
-        return "\n\n".join(f"{message.role}: {message.content}" for message in messages)
-
     async def _settled(self, criteria: str, prompt: str, one: str, other: str, round: int) -> float | str:
         """As `compared`, again as long as it is a tie."""
         found: float | str = ""
@@ -147,6 +132,20 @@ class Pairwise(CriteriaRubric):
             return WINNERS[await ask_briefly(self.model, question, material, options, seed)]
         reply = await ask(self.model, question, material, {"winner": options}, seed)
         return WINNERS[reply.choices["winner"]]
+
+    async def gained(self, criteria: str, prompt: str, changed: str, plain: str) -> float | str:
+        """By how much the changed answer wins more often than half of the time; why that is not known."""
+        outcome = await self.compared(criteria, prompt, changed, plain, 0)
+        return outcome if isinstance(outcome, str) else outcome - TIE
+
+    def taught(self, criteria: str, prompt: str, right: str, wrong: str, first: bool) -> list[Message]:
+        """The right judgement of two answers, the right one standing first or second."""
+        answers = (right, wrong) if first else (wrong, right)
+        return self.example(criteria, prompt, *answers, "A" if first else "B")
+
+    def drawn(self, criteria: str, prompt: str, one: str, other: str, draw: random.Random) -> list[Message]:
+        """A judgement of two answers, with a verdict drawn by lot."""
+        return self.example(criteria, prompt, one, other, draw.choice(list(WINNERS)))
 
     def example(self, criteria: str, prompt: str, first: str, second: str, winner: str) -> list[Message]:
         """A comparison as this judge is asked for it, with the reply that is right: something to imitate."""

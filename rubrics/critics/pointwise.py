@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from k2rl.types import Evidence, Trajectory, Verdict
-from rubrics.answers import final_text
-from rubrics.asking import Reply, ask
+from k2rl.types import Evidence, Message, Trajectory, Verdict
+from rubrics.answers import opening, whole_response
+from rubrics.asking import Reply, ask, ask_briefly, brief_prompt
+from rubrics.asking import prompt as asking_prompt
 from rubrics.criteria import Criteria, Criterion, check, from_task, load
 from rubrics.critics.base import ModelJudge
 from rubrics.injection import without_injections
+from rubrics.models import JudgeError
 
+KNOWN = "correct"
+"""The criterion of the shipped rubric `correctness`."""
 OVERALL = ["1", "2", "3", "4", "5", "6", "7", "8", "9", "10"]
 
 
@@ -25,14 +30,19 @@ class CriteriaRubric(ModelJudge):
         model: Any,
         rubrics: Sequence[str] = ("core", "prescriptive"),
         field: str = "rubric",
+        brief: bool = False,
         seed: int = 0,
     ) -> None:
         """`model`: `policy`, or `{url: …, name: …}`; `field` of `task.data`: further criteria, if any.
+
+        `brief`: names of criteria, and a word for a verdict, for models that are too weak to follow
+        instructions, give reasons and repeat a token.
 
         Raises:
             ValueError, ConfigError: one line, about the model or a rubric.
         """
         super().__init__(model, seed)
+        self.brief = brief
         self.rubrics: list[Criteria] = [load(name) for name in rubrics]
         self.field = field
         if self.rubrics:
@@ -41,7 +51,7 @@ class CriteriaRubric(ModelJudge):
     @property
     def identity(self) -> str:
         texts = "; ".join(f"{rubric.identity} {rubric!r}" for rubric in self.rubrics)
-        return f"{super().identity} {texts}"
+        return f"{super().identity} {texts}{' brief' if self.brief else ''}"
 
     def criteria(self, trajectory: Trajectory) -> list[Criterion]:
         """The criteria for a task.
@@ -56,11 +66,27 @@ class CriteriaRubric(ModelJudge):
         return found
 
     def content(self, trajectory: Trajectory) -> object:
-        return [prompt_of(trajectory), final_text(trajectory), trajectory.task.data.get(self.field)]
+        own = trajectory.task.data.get(self.field)
+        return [self.task_text(trajectory), whole_response(trajectory), own]
+
+    def criteria_text(self, trajectory: Trajectory) -> str:
+        """The criteria for a task, as this judge is told them."""
+        criteria = self.criteria(trajectory)
+        return ", ".join(criterion.name for criterion in criteria) if self.brief else described(criteria)
+
+    def task_text(self, trajectory: Trajectory) -> str:
+        """A task, as this judge is told it."""
+        messages = opening(trajectory)
+        if self.brief:
+            return "\n".join(message.content for message in messages if message.role != "system")
+        return "\n\n".join(f"{message.role}: {message.content}" for message in messages)
 
 
 class Pointwise(CriteriaRubric):
-    """A model judges each answer: a choice for each criterion (`explicit`), or one for all (`implicit`)."""
+    """A model judges each answer: a choice for each criterion (`explicit`), or one for all (`implicit`).
+
+    Asked briefly, it is asked about one criterion at a time.
+    """
 
     def __init__(
         self,
@@ -68,11 +94,19 @@ class Pointwise(CriteriaRubric):
         rubrics: Sequence[str] = ("core", "prescriptive"),
         aggregate: Literal["explicit", "implicit"] = "explicit",
         field: str = "rubric",
+        brief: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(model, rubrics, field, seed)
+        """See `CriteriaRubric`.
+
+        Raises:
+            ValueError, ConfigError: one line, about what is wrong.
+        """
+        super().__init__(model, rubrics, field, brief, seed)
         if aggregate not in ("explicit", "implicit"):
             raise ValueError(f"aggregate={aggregate!r} must be explicit or implicit")
+        if brief and aggregate == "implicit":
+            raise ValueError("brief questions are about one criterion each: aggregate must be explicit")
         self.aggregate = aggregate
 
     @property
@@ -81,22 +115,106 @@ class Pointwise(CriteriaRubric):
 
     async def judge(self, trajectory: Trajectory) -> Verdict:
         criteria = self.criteria(trajectory)
-        answer, injections = without_injections(final_text(trajectory))
+        answer, injections = without_injections(whole_response(trajectory))
         if not answer:
             return self.worthless([*injections, Evidence("no answer", passed=False)])
-        # In another order for each answer, so that none profits from its place.
-        order = random.Random(f"{self.seed}/{trajectory.id}").sample(criteria, len(criteria))
-        material = {"task": prompt_of(trajectory), "answer": answer}
+        prompt = self.task_text(trajectory)
         if self.aggregate == "implicit":
-            question = f"{described(order)}\n\nHow good is the answer by all of these together, from 1 to 10?"
-            reply = await ask(self.model, question, material, {"overall": OVERALL}, self.seed)
-            value = OVERALL.index(reply.choices["overall"]) / (len(OVERALL) - 1)
-            evidence = [*injections, Evidence(reply.reasoning)]
-            return Verdict.scored(value, {"overall": value}, evidence=evidence, judge=self.judge_name)
-        question = f"{described(order)}\n\nWhich choice fits the answer best, for each criterion?"
-        choices = {criterion.name: criterion.labels for criterion in order}
-        reply = await ask(self.model, question, material, choices, self.seed)
-        return self._explicit(criteria, reply, injections)
+            return await self._implicit(criteria, trajectory.id, prompt, answer, injections)
+        return self._explicit(
+            criteria, await self._asked(criteria, prompt, answer, trajectory.id), injections
+        )
+
+    async def _implicit(
+        self, criteria: Sequence[Criterion], name: str, prompt: str, answer: str, injections: list[Evidence]
+    ) -> Verdict:
+        question = (
+            f"{described(self._shuffled(criteria, name))}\n\n"
+            "How good is the answer by all of these together, from 1 to 10?"
+        )
+        material = {"task": prompt, "answer": answer}
+        reply = await ask(self.model, question, material, {"overall": OVERALL}, self.seed)
+        value = OVERALL.index(reply.choices["overall"]) / (len(OVERALL) - 1)
+        evidence = [*injections, Evidence(reply.reasoning)]
+        return Verdict.scored(value, {"overall": value}, evidence=evidence, judge=self.judge_name)
+
+    async def _asked(self, criteria: Sequence[Criterion], prompt: str, answer: str, name: str) -> Reply:
+        """The choice for each criterion; raises JudgeError if there is none for one of them."""
+        if not self.brief:
+            order = self._shuffled(criteria, name)
+            question, material, choices = self._question(order, prompt, answer)
+            return await ask(self.model, question, material, choices, self.seed)
+        asked = [self._brief_question(criterion, prompt, answer) for criterion in criteria]
+        words = await asyncio.gather(*(ask_briefly(self.model, *each, self.seed) for each in asked))
+        return Reply({c.name: word for c, word in zip(criteria, words, strict=True)}, "")
+
+    def _shuffled(self, criteria: Sequence[Criterion], name: str) -> list[Criterion]:
+        """In another order for each answer, so that no criterion profits from its place."""
+        return random.Random(f"{self.seed}/{name}").sample(criteria, len(criteria))
+
+    def _question(
+        self, criteria: Sequence[Criterion], prompt: str, answer: str
+    ) -> tuple[str, dict[str, str], dict[str, list[str]]]:
+        """The question, the material and the choices."""
+        question = f"{described(criteria)}\n\nWhich choice fits the answer best, for each criterion?"
+        choices = {criterion.name: criterion.labels for criterion in criteria}
+        return question, {"task": prompt, "answer": answer}, choices
+
+    def _brief_question(
+        self, criterion: Criterion, prompt: str, answer: str
+    ) -> tuple[str, dict[str, str], list[str]]:
+        return f"{criterion.name}:", {"task": prompt, "answer": answer}, criterion.labels
+
+    # What a critic learns and is examined in ----------------------------------------------------------
+
+    def known(self) -> Criterion:
+        """The criterion whose truth a verifier knows.
+
+        Raises:
+            ValueError: none of the rubrics has it.
+        """
+        for rubric in self.rubrics:
+            for criterion in rubric.criteria:
+                if criterion.name == KNOWN:
+                    return criterion
+        raise ValueError(
+            f"none of the rubrics has the criterion {KNOWN!r}, whose truth the verifier knows: "
+            "rubrics=[correctness, …]"
+        )
+
+    async def value_of(self, prompt: str, answer: str) -> float | str:
+        """An answer's value by the known criterion, from 0 to 1; why there is none, if there is none."""
+        if not answer:
+            return 0.0
+        known = self.known()
+        try:
+            reply = await self._asked([known], prompt, answer, "")
+        except JudgeError as error:
+            return str(error)
+        return known.value(reply.choices[known.name])
+
+    async def gained(self, criteria: str, prompt: str, changed: str, plain: str) -> float | str:
+        """By how much the changed answer is worth more than the plain one; why that is not known."""
+        first, second = await asyncio.gather(self.value_of(prompt, changed), self.value_of(prompt, plain))
+        if isinstance(first, str) or isinstance(second, str):
+            return first if isinstance(first, str) else second
+        return first - second
+
+    def taught(self, criteria: str, prompt: str, right: str, wrong: str, first: bool) -> list[Message]:
+        """The right judgement of the right answer (`first`) or of the wrong one: something to imitate."""
+        return self._example(prompt, right if first else wrong, self.known().labels[-1 if first else 0])
+
+    def drawn(self, criteria: str, prompt: str, one: str, other: str, draw: random.Random) -> list[Message]:
+        """A judgement of the first answer, with a verdict drawn by lot."""
+        return self._example(prompt, one, draw.choice(self.known().labels))
+
+    def _example(self, prompt: str, answer: str, label: str) -> list[Message]:
+        known = self.known()
+        if self.brief:
+            made = brief_prompt(*self._brief_question(known, prompt, answer))
+        else:
+            made = asking_prompt(*self._question([known], prompt, answer), self.seed)
+        return [*made.messages, Message("assistant", made.verdict({known.name: label}))]
 
     def _explicit(self, criteria: Sequence[Criterion], reply: Reply, injections: list[Evidence]) -> Verdict:
         values = {criterion.name: criterion.value(reply.choices[criterion.name]) for criterion in criteria}
@@ -109,10 +227,11 @@ class Pointwise(CriteriaRubric):
         return Verdict.scored(min(1.0, value), values, weights, evidence, self.judge_name)
 
 
-def prompt_of(trajectory: Trajectory) -> str:
-    """The conversation before the policy's last turn."""
-    last = max((i for i, m in enumerate(trajectory.messages) if m.role == "assistant"), default=None)
-    return "\n\n".join(f"{m.role}: {m.content}" for m in trajectory.messages[:last])
+def preferred(one: float | str, other: float | str) -> float | str:
+    """1 if the first value is larger, 0.5 if both are equal, else 0; a problem with either stays one."""
+    if isinstance(one, str) or isinstance(other, str):
+        return one if isinstance(one, str) else other
+    return 0.5 if one == other else float(one > other)
 
 
 def described(criteria: Sequence[Criterion]) -> str:

@@ -7,6 +7,7 @@ from fractions import Fraction
 from itertools import combinations_with_replacement, islice, permutations, product
 from typing import Any
 
+import msgspec
 import pytest
 
 import envs
@@ -141,3 +142,28 @@ def test_comparison_wants_one_word() -> None:
             env.reset(seed=0, options={"task": task})
             _, got, ended, *_ = env.step(said)  # type: ignore[misc]
             assert (got, ended) == (reward, True)
+
+
+def test_a_sentence_has_its_words_as_they_were_given() -> None:
+    env = envs.make("wording")
+    train, held_out = (list(islice(env.tasks(split, 3), 400)) for split in ("train", "eval"))  # type: ignore[arg-type]
+    assert not {w for t in train for w in t.data["words"]} & {w for t in held_out for w in t.data["words"]}
+    assert [len(task.data["words"]) for task in train[:4]] == [1, 2, 1, 2]
+    one, two = msgspec.structs.replace(train[0], data={"words": ["river"]}), train[1]
+    two = msgspec.structs.replace(two, data={"words": ["river", "coin"]})
+    for task, said, reward in (
+        (one, "The River was cold.", 1.0),
+        (one, "What a great question! The river was cold.", 0.0),
+        (one, "The rivers were cold.", 0.0),
+        (one, "A cold river.", 0.0),
+        (one, "The river was cold", 0.0),
+        (one, "river " * 10, 0.0),
+        (one, "", 0.0),
+        (two, "A coin lay in the river.\n", 1.0),
+        (two, "A coin lay in the sea.", 0.0),
+    ):
+        env.reset(seed=0, options={"task": task})
+        assert env.step(said)[1] == reward, said
+    for task in train[:40]:
+        env.reset(seed=0, options={"task": task})
+        assert env.step(str(env.demonstration(task)[0]))[1] == 1.0  # type: ignore[index]

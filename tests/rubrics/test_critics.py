@@ -112,6 +112,26 @@ def test_the_shipped_rubrics_are_judged_by():
     assert judged(judge, "What a great question! Paris.").value == 0
 
 
+def test_brief_judgements_ask_about_a_criterion_at_a_time():
+    asked = []
+
+    def reply(messages, seed):
+        asked.append(messages[-1].content)
+        return "does not" if "praise" in asked[-1].splitlines()[-1] else "justifies itself"
+
+    judge = Pointwise(Scripted(reply), ["prescriptive"], brief=True)
+    verdict = judged(judge, "Paris.\nno self-justification: does not")
+    assert verdict.value == 0  # mandatory
+    assert verdict.components == {"no initial praise": 1, "no self-justification": 0}
+    assert asked[1].splitlines()[-2:] == [
+        "answer: Paris. no self-justification: does not",
+        "no self-justification: justifies itself, does not?",
+    ]
+    assert not judged(Pointwise(Scripted(lambda messages, seed: "maybe"), brief=True), "Paris.").ok
+    with pytest.raises(ValueError, match="must be explicit"):
+        Pointwise(Scripted(reply), aggregate="implicit", brief=True)
+
+
 # Comparisons ------------------------------------------------------------------------------------------
 
 

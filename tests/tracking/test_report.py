@@ -194,6 +194,7 @@ def test_what_is_known_of_a_critic_is_shown_beside_the_reward(tmp_path: Path) ->
             agreement = {} if step == 2 else {"critic/agreement": 0.5 + step / 10}  # no pair was held out
             bias = {"critic/bias/praise": 0.25 - step / 8, "critic/bias/padding": 0.0}
             judges = {"reward/component/verifier": 0.1 * step, "reward/component/critic": 0.5}
+            judges["critic/first_answers"] = 0.3
             tracker.step(
                 step, {"reward/mean": 0.2 * step, "critic/trust": step / 3, **agreement, **bias, **judges}
             )
@@ -201,7 +202,9 @@ def test_what_is_known_of_a_critic_is_shown_beside_the_reward(tmp_path: Path) ->
     text = Page(html).text
     for part in ("Critic and verifier", "held-out pairs of the step", "share of its weight", "0.5 is chance"):
         assert part in text
-    assert "Bias probes of the critic" in text
+    critic = text.split("The critic: reward and biases")[1].split("Health of the training")[0]
+    assert "Bias probes of the critic" in critic
+    assert "What critic and verifier give" in critic
     assert "over the steps" not in text.split("Critic and verifier")[1].split("Bias probes")[0]
     titles = [
         title
@@ -214,6 +217,7 @@ def test_what_is_known_of_a_critic_is_shown_beside_the_reward(tmp_path: Path) ->
         "praise, step 3: \u22120.125",
         "padding, step 1: 0.000",
         "verifier, step 2: 0.200",
+        "the same critic, of the first step's answers, step 2: 0.300",
     ):
         assert shown in titles, titles
 
