@@ -227,7 +227,7 @@ class ObjectiveConfig:
 
 @dataclass
 class OptimizerConfig:
-    #: `muon` (Muon for matrices, AdamW for the rest) or `adamw`.
+    #: `muon` (Muon for matrices, AdamW for the rest, to which the factors of adapters belong) or `adamw`.
     name: str = "muon"
     #: Learning rate of the RL phase, for both (Muon's update is matched to AdamW's RMS).
     lr: float = 2e-5
@@ -253,6 +253,24 @@ class OptimizerConfig:
     #: By how much the biases of routers move in a step, towards experts that are less busy (DeepSeek V3:
     #: 0.001); 0: they stay. For models with `e_score_correction_bias`.
     router_bias_rate: float = 0.0
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters, by peft, in place of training all weights; the model's own stay as they are."""
+
+    #: Rank of the adapters; 0: there are none, and all weights are trained.
+    rank: int = 0
+    #: What an adapter computes is multiplied by `alpha / rank`.
+    alpha: float = 16.0
+    #: Linear layers that get one, by the last part of their names: `[q_proj,v_proj]`. Empty: all linear
+    #: layers of the model's decoder layers (not routed experts).
+    target_modules: list[str] = field(default_factory=list)
+
+    @property
+    def scale(self) -> float:
+        """What the product of an adapter's factors is multiplied by."""
+        return self.alpha / self.rank
 
 
 @dataclass
@@ -382,7 +400,8 @@ class InferenceConfig:
 
 @dataclass
 class CheckpointEngineConfig:
-    #: `broadcast` sends all weights to every inference rank, `shard_aware` each rank only what it reads,
+    #: With `lora.rank` pushes are of the adapters alone, after a first one of everything. Else `broadcast`
+    #: sends all weights to every inference rank, `shard_aware` each rank only what it reads,
     #: `delta` every rank the blocks of rows that are not as they were; all weights if more than half of the
     #: bytes have changed. Dense optimizers change every weight at every step: then `delta` only adds a pass
     #: over the weights. It pays where much stays as it is: frozen parts, adapters, experts that few tokens
@@ -513,6 +532,7 @@ class Config:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     ptx: PTXConfig = field(default_factory=PTXConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     data: DataConfig = field(default_factory=DataConfig)

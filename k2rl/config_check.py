@@ -115,6 +115,8 @@ BOUNDS = {
     "optimizer.max_grad_norm": FROM_0,
     "optimizer.qk_clip": FROM_0,
     "optimizer.router_bias_rate": FROM_0,
+    "lora.rank": FROM_0,
+    "lora.alpha": ABOVE_0,
     "ptx.weight": FROM_0,
     "ptx.sequences_per_step": FROM_1,
     "warm_start.steps": FROM_0,
@@ -239,6 +241,7 @@ def check(config: Config) -> None:
     _check_engine_args(config)
     _check_workers(config)
     _check_offload(config)
+    _check_lora(config)
     request, episode = config.deadlines.generate_s, config.rollout.episode_deadline_s
     if request >= episode:
         raise ConfigError(
@@ -257,6 +260,28 @@ def _check_offload(config: Config) -> None:
         )
     if config.train.gradients == "offload" and offload == "none":
         raise ConfigError("train.gradients=offload goes where train.offload says; that is none")
+
+
+def _check_lora(config: Config) -> None:
+    lora = config.lora
+    if not lora.rank:
+        if lora.target_modules:
+            raise ConfigError(
+                f"lora.target_modules={lora.target_modules} does nothing with lora.rank=0: raise that, "
+                "or leave it out"
+            )
+        return
+    if config.optimizer.qk_clip or config.optimizer.router_bias_rate:
+        key = "qk_clip" if config.optimizer.qk_clip else "router_bias_rate"
+        raise ConfigError(
+            f"optimizer.{key}={getattr(config.optimizer, key):g} changes the model's own weights, which stay "
+            f"as they are with lora.rank={lora.rank}: set optimizer.{key}=0"
+        )
+    if config.checkpoint_engine.strategy == "shard_aware":
+        raise ConfigError(
+            "checkpoint_engine.strategy=shard_aware is for pushes of all weights; with "
+            f"lora.rank={lora.rank} adapters go to all engines alike: leave it out"
+        )
 
 
 def _check_debug(config: Config) -> None:

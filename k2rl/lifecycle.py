@@ -18,6 +18,7 @@ from k2rl.checkpointed import CheckpointedRun
 from k2rl.config import Config
 from k2rl.diagnosis import activity
 from k2rl.errors import ConfigError, RunError
+from k2rl.models.adapters import settings
 from k2rl.models.hub import shapes_fingerprint
 from k2rl.tracking import phases
 from k2rl.tracking.live import LiveView
@@ -128,6 +129,11 @@ def resume_step(prepared: Prepared) -> int | None:
         raise ConfigError(
             f"resume={config.resume}: optimizer.name={config.optimizer.name} cannot take up the state of "
             f"{about.optimizer}; leave optimizer.name={about.optimizer}"
+        )
+    if about.adapters != settings(config.lora):
+        raise ConfigError(
+            f"resume={config.resume}: {folder.name} was trained with {about.adapters}, not "
+            f"{settings(config.lora)}; leave that as it was"
         )
     if about.shapes != shapes_fingerprint(prepared.model_path):
         raise ConfigError(

@@ -25,6 +25,7 @@ from k2rl.critic import Critic
 from k2rl.errors import ConfigError
 from k2rl.hardware import fast_dtype
 from k2rl.inference.arguments import check_engine_args
+from k2rl.models.adapters import adapted_layers
 from k2rl.models.attention import check_attention_config, says_full_attention
 from k2rl.models.chat import ChatTemplate
 from k2rl.models.hub import resolve_model
@@ -171,11 +172,13 @@ def preflight(config: Config, training: bool = True) -> Preflight:
 
 
 def check_trainable(config: Config, model_path: Path) -> None:
-    """Whether the trainer knows the model's attention.
+    """Whether the trainer knows the model's attention, and the model has the layers that shall get adapters.
 
     Raises:
-        ConfigError: it does not, or QK-Clip does not.
+        ConfigError: it does not, or QK-Clip does not, or a layer is not there.
     """
+    if config.lora.rank:
+        adapted_layers(model_path, config.lora)
     if config.optimizer.qk_clip or not says_full_attention(model_path):
         model = check_attention_config(model_path)
     if config.optimizer.qk_clip:

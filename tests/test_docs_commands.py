@@ -55,6 +55,7 @@ QUICK: dict[str, Callable[[Path, str], None]] = {
 FINE_TUNED = [
     "k2rl sft experiment=tiny data.path=curated",
     "k2rl sft experiment=tiny data.path=chats.jsonl data.held_out_share=0.3",
+    "k2rl sft experiment=tiny data.path=curated lora.rank=4 'lora.target_modules=[q_proj,v_proj]'",
 ]
 #: Trains for minutes; tests/integration/test_k2_mini.py runs it.
 LONG = ["k2rl train experiment=k2_mini"]
@@ -65,6 +66,7 @@ ELSEWHERE = [MULTIRUN]
 WHOLE_RUNS = [
     "k2rl train experiment=tiny env.id=guess:GuessEnv",
     "k2rl train experiment=tiny rollout=partial temperature=constant",
+    "k2rl train experiment=tiny lora.rank=8",
     "k2rl train experiment=quickstart env.service.workers=2",
     "k2rl train experiment=quickstart optimizer=adamw rollout.group_size=16 seed=1",
     "k2rl train experiment=quickstart env.id=guess:GuessEnv env.max_turns=6 'warm_start.kinds=[]'",

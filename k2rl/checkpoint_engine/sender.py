@@ -5,7 +5,7 @@ It remembers digests of what it has pushed, and so finds out which rows have cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -61,18 +61,30 @@ class Source(Protocol):
         """Changes when functions made by `copier` are no longer right."""
         ...
 
+    @property
+    def frozen(self) -> Collection[str]:
+        """Tensors that never change: no delta looks at them."""
+        ...
+
 
 class TensorSource:
     """Tensors of the trainer: plain ones are held whole, DTensors (FSDP2) by rows."""
 
+    frozen: Collection[str] = ()
+
     def __init__(
-        self, named_tensors: Iterable[tuple[str, Tensor]], rank: int, dtype: str | None = None
+        self,
+        named_tensors: Iterable[tuple[str, Tensor]],
+        rank: int,
+        dtype: str | None = None,
+        frozen: Collection[str] = (),
     ) -> None:
         """
         Args:
             named_tensors: by the names of the checkpoint; sharded along dimension 0 or not at all.
             rank: of this trainer.
             dtype: that floating tensors are sent in (torch's name); default: their own.
+            frozen: names of those that never change.
 
         Raises:
             ValueError: a tensor is sharded along another dimension, or holds partial sums.
@@ -80,6 +92,7 @@ class TensorSource:
         specs: list[TensorSpec] = []
         shards: list[Shard] = []
         self._local: dict[str, tuple[Tensor, int]] = {}
+        self.frozen = frozenset(frozen)
         for name, tensor in named_tensors:
             kind = str(tensor.dtype).removeprefix("torch.")
             if dtype is not None and tensor.is_floating_point() and not name.endswith(FLOAT32_SUFFIX):
@@ -145,7 +158,9 @@ class Sender:
     def changes(
         self, source: Source, plan: Plan, base: int, version: int
     ) -> dict[str, list[tuple[int, int]]]:
-        """Read all of this rank's weights, and find what differs from what was pushed as version `base`.
+        """Read this rank's weights, and find what differs from what was pushed as version `base`.
+
+        Buckets of frozen tensors alone are not read.
 
         Args:
             source: this rank's weights; they must not change until the push of them has ended.
@@ -164,17 +179,24 @@ class Sender:
             raise ValueError(f"version {version} is not newer than {base}, which is committed")
         key = (plan.digest, source.identity)
         cells: list[dict[int, bytes]] = [{} for _ in plan.buckets]
-        for bucket, steps in self._scans.get(key, lambda: _scan(plan, self._peer.rank, source)):
-            _, cells[bucket.index] = _fill(steps, plan.cell_bytes)
         held = self._held.get(base)
+        known = held is not None and held.plan.digest == plan.digest
+        before = held.cells if held is not None and known else [{} for _ in plan.buckets]
+        frozen = {number for number, spec in enumerate(plan.tensors) if known and spec.name in source.frozen}
+        for bucket, steps in self._scans.get(key, lambda: _scan(plan, self._peer.rank, source)):
+            if all(block.tensor in frozen for block in bucket.blocks):
+                cells[bucket.index] = before[bucket.index]
+            else:
+                _, cells[bucket.index] = _fill(steps, plan.cell_bytes)
         self._hold(version, _Held(plan, cells))
-        before = held.cells if held and held.plan.digest == plan.digest else [{} for _ in plan.buckets]
         changed: dict[str, list[tuple[int, int]]] = {}
         for bucket, now, then in zip(plan.buckets, cells, before, strict=True):
             different = [number for number, digest in now.items() if then.get(number) != digest]
             if not different:
                 continue
             for tensor, start, stop in rows_in(bucket, self._peer.rank, different, plan.cell_bytes):
+                if tensor in frozen:  # it shares a cell with what has changed
+                    continue
                 changed.setdefault(plan.tensors[tensor].name, []).append((start, stop))
         return changed
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -35,6 +35,10 @@ class StoredWeights:
     @property
     def identity(self) -> object:
         return id(self)
+
+    @property
+    def frozen(self) -> Collection[str]:
+        return ()
 
     def copier(self, plan: Plan, pieces: Sequence[Piece]) -> Callable[[], None]:
         """See `Source`; a piece that is not whole rows is read with the rest of its rows."""

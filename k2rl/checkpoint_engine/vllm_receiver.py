@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from k2rl.checkpoint_engine.adapters import AdapterTarget
 from k2rl.checkpoint_engine.manifest import TensorSpec
 from k2rl.checkpoint_engine.messages import RECEIVER, DeltaRefusedError, Peer, PushInvitation
 from k2rl.checkpoint_engine.pieces import Piece, blocks_of, bytes_of, chunks
 from k2rl.checkpoint_engine.placement import ModelLoader
 from k2rl.checkpoint_engine.plan import Box, Bucket, Needs, Plan, whole
-from k2rl.checkpoint_engine.receiver import Receiver, Step
+from k2rl.checkpoint_engine.receiver import Receiver, Step, Target
 
 #: Bytes handed to the model's loader at once.
 LOAD_BYTES = 4 << 20
@@ -114,16 +115,22 @@ class ModelTarget:
 class WeightReceiver:
     """A vLLM worker's part in pushes, from the first to the last."""
 
-    def __init__(self, model: Any, model_config: Any, device: torch.device, rank: int) -> None:
+    def __init__(
+        self, model: Any, model_config: Any, device: torch.device, rank: int, adapter_scale: float | None
+    ) -> None:
         """
         Args:
             model: that is updated.
             model_config: vLLM's.
             device: of the model.
             rank: of this worker in its engine.
+            adapter_scale: where pushes bring adapters: what their products are multiplied by.
         """
         self._rank = rank
         self._loader = ModelLoader(model, model_config, device)
+        self._target: Target = ModelTarget(self._loader)
+        if adapter_scale is not None:
+            self._target = AdapterTarget(self._target, self._loader, adapter_scale, device)
         self._receiver: Receiver | None = None
 
     @property
@@ -139,7 +146,7 @@ class WeightReceiver:
         """
         number = invitation.first_receiver + self._rank
         if self._receiver is None:
-            self._receiver = Receiver(number, ModelTarget(self._loader), invitation.host)
+            self._receiver = Receiver(number, self._target, invitation.host)
         # Engines that come and go renumber the others.
         self._receiver.peer = Peer(RECEIVER, number)
         self._receiver.receive(invitation.address, invitation.deadline_s)
@@ -148,3 +155,8 @@ class WeightReceiver:
         """Between pushes: hold none of the arena's memory."""
         if self._receiver is not None:
             self._receiver.unload()
+
+    def forget(self) -> None:
+        """The model's weights are gone: no delta can build on them."""
+        if self._receiver is not None:
+            self._receiver.version = None

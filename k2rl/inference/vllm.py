@@ -74,6 +74,8 @@ class VLLMEngine:
         config: InferenceConfig,
         seed: int,
         cores: Sequence[int] = (),
+        adapter_scale: float | None = None,
+        keeps_weights: bool = False,
     ) -> None:
         """Configure the engine; `start` starts it.
 
@@ -87,6 +89,8 @@ class VLLMEngine:
             config: of the engine.
             seed: of vLLM's own generator.
             cores: that it may use on a CPU; default: those that this process may.
+            adapter_scale: where pushes bring adapters: what their products are multiplied by.
+            keeps_weights: when it sleeps, for pushes that build on what it has.
 
         Raises:
             EngineDeadError: vLLM takes no such configuration.
@@ -125,12 +129,14 @@ class VLLMEngine:
             "max_num_batched_tokens": max(8192, config.max_model_len),
             **config.engine_args,
         }
+        ours: dict[str, Any] = {} if adapter_scale is None else {"k2rl_adapter_scale": adapter_scale}
         if config.return_routed_experts and current_platform.is_cpu():
             # vLLM's own way needs its Model Runner V2, and that Triton.
-            given = arguments.get("additional_config") or {}
-            arguments["additional_config"] = {**given, "k2rl_record_routes": True}
+            ours["k2rl_record_routes"] = True
         elif config.return_routed_experts:
             arguments["enable_return_routed_experts"] = True
+        if ours:
+            arguments["additional_config"] = {**(arguments.get("additional_config") or {}), **ours}
         try:
             self._vllm_config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
         except (RuntimeError, TypeError, ValueError) as error:
@@ -139,6 +145,8 @@ class VLLMEngine:
         self.host = 0
         self._stop_token_ids = list(stop_token_ids)
         self._running_requests = config.running_requests
+        #: vLLM's: 1 keeps the weights (on a GPU, in the host's memory).
+        self._sleep_level = 1 if keeps_weights else 2
         self._returns_routes = config.return_routed_experts
         #: Requests that failed: nobody asks which experts computed them.
         self._forgotten: list[str] = []
@@ -338,7 +346,7 @@ class VLLMEngine:
         return self._asleep
 
     async def sleep(self) -> None:
-        """Give the memory of weights and KV cache back; running requests are aborted.
+        """Give the memory of weights (unless they are kept) and KV cache back; requests are aborted.
 
         The engine is fenced until it was woken up and has received a push.
 
@@ -346,7 +354,7 @@ class VLLMEngine:
             EngineDeadError: vLLM died.
         """
         self._fenced = self._asleep = True
-        await self._call_engine(self._llm.sleep(level=2))
+        await self._call_engine(self._llm.sleep(level=self._sleep_level))
 
     async def wake_up(self) -> None:
         """Take the memory again, for the push that is to fill it; raises as `sleep`."""

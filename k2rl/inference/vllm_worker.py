@@ -28,6 +28,8 @@ else:
 
 logger = init_logger(__name__)
 
+#: In vLLM's `additional_config`: of the adapters that pushes bring.
+ADAPTER_SCALE = "k2rl_adapter_scale"
 
 #: Kernels kept for each shape of weights; a step uses one of them, for its number of tokens.
 _KERNELS_KEPT = 2
@@ -80,9 +82,12 @@ class ColocatedVLLMWorker(PlatformWorker):
     def sleep(self, level: int = 1) -> None:
         """Give back the KV cache's memory, from level 2 on also the weights'.
 
-        On a GPU through vLLM's own allocator. On a CPU, where vLLM does nothing, the pages are given back and
-        the addresses stay, so that nobody who holds a tensor need know.
+        On a GPU through vLLM's own allocator, which moves weights to the host at level 1. On a CPU, where
+        vLLM does nothing, the pages are given back and the addresses stay, so that nobody who holds a tensor
+        need know.
         """
+        if level > 1 and "weight_receiver" in self.__dict__:
+            self.weight_receiver.forget()
         if not current_platform.is_cpu():
             super().sleep(level)
             return
@@ -105,7 +110,8 @@ class ColocatedVLLMWorker(PlatformWorker):
     @cached_property
     def weight_receiver(self) -> WeightReceiver:
         model = self.model_runner.get_model()
-        return WeightReceiver(model, self.vllm_config.model_config, self.device, self.rank)
+        scale = self.vllm_config.additional_config.get(ADAPTER_SCALE)
+        return WeightReceiver(model, self.vllm_config.model_config, self.device, self.rank, scale)
 
     def take_part(self, invitation: bytes) -> bytes:
         """Receive a push, from an encoded `PushInvitation`; returns an encoded `Outcome`.

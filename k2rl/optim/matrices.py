@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from k2rl.models.adapters import is_factor
+
 
 @dataclass(frozen=True)
 class Box:
@@ -29,9 +31,14 @@ class Box:
 def is_muon_matrix(name: str, parameter: Tensor) -> bool:
     """Whether Muon updates it: a matrix or a stack of experts, and neither embedding nor output head.
 
-    Moonlight, section 2.2. Other tensors of three dimensions (convolutions) are no matrices.
+    Moonlight, section 2.2. Nor a factor of an adapter: the map is the product of two, and to orthogonalise
+    each says nothing about it. Other tensors of three dimensions (convolutions) are no matrices.
     """
-    if name.endswith("bias") or any(part in name for part in ("embed", "lm_head", "wte", "wpe")):
+    if (
+        name.endswith("bias")
+        or is_factor(name)
+        or any(part in name for part in ("embed", "lm_head", "wte", "wpe"))
+    ):
         return False
     return parameter.ndim == 2 or (parameter.ndim == 3 and ".experts." in f".{name}")
 

@@ -17,6 +17,8 @@ from pathlib import Path
 import msgspec
 import xxhash
 
+from k2rl.models.adapters import NO_ADAPTERS
+
 ABOUT_FILE = "checkpoint.json"
 FORMAT = 3
 
@@ -42,6 +44,8 @@ class About(msgspec.Struct, frozen=True):
     model: str
     #: `k2rl.models.hub.shapes_fingerprint` of that model.
     shapes: str
+    #: `k2rl.models.adapters.settings` of the adapters whose state this is, if it is not all of the model.
+    adapters: str = NO_ADAPTERS
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:

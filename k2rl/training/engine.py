@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from k2rl.checkpoint_engine.sender import TensorSource
-from k2rl.config import ObjectiveConfig, OptimizerConfig
+from k2rl.config import LoraConfig, ObjectiveConfig, OptimizerConfig
 from k2rl.diagnosis.activity import TRAINER
 from k2rl.errors import ConfigError, RunError
+from k2rl.models.adapters import settings
 from k2rl.models.hub import shapes_fingerprint
 from k2rl.models.logit_probe import LogitProbe
 from k2rl.objective.losses import build_policy_loss
@@ -30,6 +31,7 @@ from k2rl.training.experts import unstacked
 from k2rl.training.export import export
 from k2rl.training.group import DistributedGroup, Group
 from k2rl.training.loading import check_packing, checkpoint_activations, load_causal_lm
+from k2rl.training.lora import Adapters
 from k2rl.training.masters import MasterWeights
 from k2rl.training.measures import Clock, added, longest
 from k2rl.training.offload import residence
@@ -65,6 +67,7 @@ class TrainEngine:
         gradients: str = "drop",
         activation_checkpointing: bool = False,
         ranks: Ranks = ALONE,
+        lora: LoraConfig | None = None,
     ) -> None:
         """Load the model and its master weights, all of them or one rank's shards.
 
@@ -85,6 +88,7 @@ class TrainEngine:
             activation_checkpointing: keep each layer's input alone, and compute the layer again in the
                 backward pass.
             ranks: our place among those that train this model together.
+            lora: train adapters; the model's own weights stay as they are.
 
         Raises:
             ConfigError: if the model cannot be loaded or trained, or the dtype is unknown.
@@ -98,6 +102,7 @@ class TrainEngine:
         self._dtype = DTYPES[dtype]
         self._device = torch.device(device)
         self._optimizer_config = optimizer or OptimizerConfig()
+        self._adapters = None if lora is None else Adapters(self._path, lora, seed)
         self.step_count = 0
         self._offloads_gradients = gradients == "offload"
         self._residence = residence(offload, offload_folder)
@@ -111,10 +116,11 @@ class TrainEngine:
 
     def _build(self, micro_batch_tokens: int, activation_checkpointing: bool, keep_gradients: bool) -> None:
         if isinstance(self._group, DistributedGroup):
-            self._model = load_sharded(self._path, self._dtype, self._device, self._group)
+            group, adapters = self._group, self._adapters
+            self._model = load_sharded(self._path, self._dtype, self._device, group, adapters)
             dtype = self._dtype
         else:
-            self._model = load_causal_lm(self._path, self._device)
+            self._model = load_causal_lm(self._path, self._device, self._adapters)
             dtype = torch.float32
         self._probe = self._make_probe()
         self._passes = Passes(
@@ -409,7 +415,7 @@ class TrainEngine:
     def weights_source(self) -> TensorSource:
         """What this rank sends in a push; not a collective."""
         dtype = str(self._dtype).removeprefix("torch.")
-        return TensorSource(self.named_weights(), self._group.rank, dtype)
+        return TensorSource(self.named_weights(), self._group.rank, dtype, self._weights.frozen)
 
     def save(self, folder: str | Path) -> None:
         """Begin a resumable checkpoint: its files are written while other things are done, see `saved`.
@@ -428,6 +434,7 @@ class TrainEngine:
                 optimizer=self._optimizer_config.name,
                 model=str(self._path),
                 shapes=self._shapes,
+                adapters=self._adapters_settings,
             )
             self._saver.start(Path(folder), state, about)
 
@@ -481,13 +488,14 @@ class TrainEngine:
 
     def _loadable(self, folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """The tensors of a checkpoint that is of our model and optimizer."""
-        shapes = read_shapes(folder)
+        shapes, about = read_shapes(folder), read_about(folder)
+        if about is not None and about.adapters != self._adapters_settings:
+            raise ConfigError(f"{folder} was trained with {about.adapters}, not {self._adapters_settings}")
         ours = {f"masters/{name}": master.shape for name, master in self._weights.named_masters()}
         theirs = {name: shape for name, (shape, _) in shapes.items() if name.startswith("masters/")}
         if ours != theirs:
             name = min(name for name, _ in ours.items() ^ theirs.items()).removeprefix("masters/")
             raise ConfigError(f"{folder} is a checkpoint of another model: {name} differs")
-        about = read_about(folder)
         if about is not None and about.optimizer != self._optimizer_config.name:
             raise ConfigError(
                 f"{folder} was trained with optimizer.name={about.optimizer}, "
@@ -496,10 +504,14 @@ class TrainEngine:
         return shapes
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a plain Hugging Face checkpoint in the compute dtype, with tokenizer and chat template."""
+        """Write a plain Hugging Face checkpoint in the compute dtype, with tokenizer and chat template.
+
+        Adapters are merged into it, and also in a folder of their own (`ADAPTER_FOLDER`).
+        """
         with self._group.call():
             self._residence.need()
-            export(self._model, self._stacked_weights(), self._dtype, self._path, Path(folder), self._group)
+            weights, path, target = self._stacked_weights(), self._path, Path(folder)
+            export(self._model, weights, self._dtype, path, target, self._group, self._adapters)
 
     def close(self) -> None:
         """Wait for a checkpoint that is being written, and leave the other ranks.
@@ -511,6 +523,10 @@ class TrainEngine:
             self.saved()
         finally:
             self._group.close()
+
+    @property
+    def _adapters_settings(self) -> str:
+        return settings(None if self._adapters is None else self._adapters.lora)
 
     @property
     def _lr(self) -> float:

@@ -19,6 +19,7 @@ from k2rl.models.logit_probe import LogitProbe
 from k2rl.training import tree_attention
 from k2rl.training.batch import SupervisedSequence
 from k2rl.training.logprobs import TokenLogprobs, token_logprobs
+from k2rl.training.lora import Adapters
 from k2rl.training.packing import MicroBatch, pack
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
@@ -27,8 +28,13 @@ PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 CPU = torch.device("cpu")
 
 
-def load_causal_lm(path: Path, device: torch.device = CPU) -> Any:
+def load_causal_lm(path: Path, device: torch.device = CPU, adapters: Adapters | None = None) -> Any:
     """The model in float32 and evaluation mode (no dropout: log-probs must be those of the policy).
+
+    Args:
+        path: folder of its checkpoint.
+        device: that it is for.
+        adapters: put into it, all else frozen.
 
     Raises:
         ConfigError: if the folder holds no checkpoint, or its model has layers without full attention.
@@ -40,6 +46,9 @@ def load_causal_lm(path: Path, device: torch.device = CPU) -> Any:
         attn_implementation=tree_attention.NAME,
         local_files_only=True,
     )
+    if adapters is not None:
+        adapters.add_to(model)
+        adapters.fill(model)
     return model.to(device).eval()
 
 

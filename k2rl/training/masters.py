@@ -8,17 +8,20 @@ rounded image. Gradients of micro-batches are summed in float32 too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from k2rl.models.adapters import checkpoint_name
 from k2rl.training.group import Group
 from k2rl.training.sharding import fsdp_parameters, hold, holds_first_row, local
 
 
 class MasterWeights:
     """Masters of all trainable parameters of `model`, under their checkpoint names, tied weights once.
+
+    Frozen parameters have none: they are there in the compute dtype alone.
 
     In float32 the masters are the model's own parameters and nothing is copied. Those of a sharded model are,
     too: FSDP2 rounds what it gathers, and adds gradients up in float32.
@@ -38,7 +41,9 @@ class MasterWeights:
         self._dtype = dtype
         self._group = group
         self._keep_gradients = keep_gradients
-        self._compute: dict[str, nn.Parameter] = dict(model.named_parameters())
+        named = [(checkpoint_name(name), parameter) for name, parameter in model.named_parameters()]
+        self._compute: dict[str, nn.Parameter] = {name: p for name, p in named if p.requires_grad}
+        self._frozen: dict[str, nn.Parameter] = {name: p for name, p in named if not p.requires_grad}
         self._masters: dict[str, nn.Parameter] = {}
         self._held = list(fsdp_parameters(model))
         self._shared = dtype == torch.float32 or group.world > 1
@@ -49,6 +54,9 @@ class MasterWeights:
             self._masters[name] = nn.Parameter(parameter.detach().clone())
             parameter.data = parameter.data.to(dtype)
             parameter.register_post_accumulate_grad_hook(self._collector(self._masters[name]))
+        if not self._shared:
+            for parameter in self._frozen.values():
+                parameter.data = parameter.data.to(dtype)
 
     @staticmethod
     def _collector(master: nn.Parameter) -> Callable[[Tensor], None]:
@@ -70,7 +78,7 @@ class MasterWeights:
         """All that masters and compute copies lie in, here. Who moves it calls `moved_in` afterwards."""
         if self._held:
             return [held._sharded_param_data for held in self._held]
-        return list(self._parameters())
+        return [*self._frozen.values(), *self._parameters()]
 
     def moved_in(self) -> None:
         """See `memory`."""
@@ -87,9 +95,17 @@ class MasterWeights:
         return [local(master.grad) for master in self._masters.values() if master.grad is not None]
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """What the model computes with, detached; of a sharded one the masters, which round to that."""
-        for name, parameter in self._compute.items():
+        """What the model computes with, detached; of a sharded one the masters, which round to that.
+
+        Frozen ones come first.
+        """
+        for name, parameter in (*self._frozen.items(), *self._compute.items()):
             yield name, parameter.detach()
+
+    @property
+    def frozen(self) -> Collection[str]:
+        """Names of the parameters that never change."""
+        return self._frozen.keys()
 
     @torch.no_grad()
     def publish(self) -> None:

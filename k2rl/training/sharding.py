@@ -19,9 +19,11 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from k2rl.checkpoint_engine.disk import CheckpointSource
+from k2rl.models.adapters import checkpoint_name, is_factor
 from k2rl.training import tree_attention
 from k2rl.training.group import DistributedGroup
 from k2rl.training.loading import checked_config, layers_of, load_causal_lm, packed_logprobs
+from k2rl.training.lora import Adapters
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -34,7 +36,13 @@ def holds_first_row(tensor: Tensor) -> bool:
     return not isinstance(tensor, DTensor) or tensor.device_mesh.get_local_rank() == 0
 
 
-def load_sharded(path: Path, dtype: torch.dtype, device: torch.device, group: DistributedGroup) -> Any:
+def load_sharded(
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    group: DistributedGroup,
+    adapters: Adapters | None = None,
+) -> Any:
     """The model of a checkpoint with this rank's float32 rows of its parameters, to compute in `dtype`.
 
     Where the checkpoint has the model's own tensors, nothing but these rows is ever read. A model that
@@ -48,12 +56,14 @@ def load_sharded(path: Path, dtype: torch.dtype, device: torch.device, group: Di
         model = _empty_model(path)
         parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if parameters.items() <= shapes.items():
+            if adapters is not None:
+                adapters.add_to(model)
             shard(model, dtype, device, group)
-            _read_rows(model, stored, device)
+            _read_rows(model, stored, device, adapters)
             for module in model.modules():
                 module._buffers.update({n: b.to(device) for n, b in module._buffers.items() if b is not None})
         else:
-            model = load_causal_lm(path, device)
+            model = load_causal_lm(path, device, adapters)
             shard(model, dtype, device, group)
     return model.eval()
 
@@ -82,14 +92,18 @@ def shard(model: Any, dtype: torch.dtype, device: torch.device, group: Distribut
     register_fsdp_forward_method(model, "packed_logprobs")
 
 
-def _read_rows(model: nn.Module, stored: CheckpointSource, device: torch.device) -> None:
+def _read_rows(
+    model: nn.Module, stored: CheckpointSource, device: torch.device, adapters: Adapters | None
+) -> None:
     index = {spec.name: number for number, spec in enumerate(stored.tensors)}
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): checkpoint_name(name) for name, parameter in model.named_parameters()}
     for held in fsdp_parameters(model):
         name = names[id(held.sharded_param)]
         first, rows = _rows_of(held.sharded_param)
         flat = torch.zeros(held.padded_sharded_param_size, dtype=torch.float32)
-        if rows:
+        if adapters is not None and is_factor(name):
+            flat[:rows] = adapters.first(name, held.sharded_param.shape)[first : first + rows]
+        elif rows:
             raw = flat[:rows].view(-1).view(torch.uint8).numpy().data
             stored.write(index[name], first, first + rows, raw)
         hold(held, flat.to(device).view(-1))
@@ -121,7 +135,8 @@ def hold(held: Any, flat: Tensor) -> None:
     ]
     held._sharded_param_data = flat
     if held.sharded_param.is_meta:
-        held.sharded_param = nn.Parameter(held.to_sharded_dtensor(rows))
+        trained = held.sharded_param.requires_grad
+        held.sharded_param = nn.Parameter(held.to_sharded_dtensor(rows), requires_grad=trained)
         held._setattr_on_modules(held.sharded_param)
     else:
         held.sharded_param._local_tensor = rows

@@ -115,6 +115,7 @@ class ColocatedWorker(PushingWorker):
             spec.gradients,
             spec.activation_checkpointing,
             Ranks(place.rank, place.world, place.meeting_point, spec.collective_s),
+            spec.lora,
         )
 
     async def _configured_vllm(self) -> VLLMEngine:
@@ -132,6 +133,8 @@ class ColocatedWorker(PushingWorker):
             spec.inference,
             spec.seed,
             place.engine_cores,
+            None if spec.lora is None else spec.lora.scale,
+            spec.vllm_keeps_weights,
         )
 
     @property
@@ -274,7 +277,8 @@ class ColocatedWorker(PushingWorker):
             hold("trainer", "gradients", gradients, spec.device, moves)
         if turn != "trainer" and self._vllm is not None:
             for kind, nbytes in self._vllm_bytes.items():
-                hold("vllm", kind, nbytes, spec.device, spec.inference.sleep_while_training)
+                stays = kind == "weights" and spec.vllm_keeps_weights and spec.device == "cpu"
+                hold("vllm", kind, nbytes, spec.device, spec.inference.sleep_while_training and not stays)
 
     def _holdings(self, phase: str) -> dict[str, float]:
         return {f"memory/{phase}/{name}": gib for name, gib in self._ledger.gib().items()}

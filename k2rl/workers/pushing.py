@@ -95,6 +95,7 @@ class PushingWorker:
             receivers: vLLM's workers, by the rank of each worker that leads a replica.
         """
         from k2rl.checkpoint_engine.publisher import Publisher, expected_tensors
+        from k2rl.models.adapters import adapter_tensors
 
         spec, place = self._spec, self._place
         self._actors, self._places = actors, places
@@ -103,6 +104,8 @@ class PushingWorker:
             first = {other.host: other.rank for other in reversed(places)}
             agents = {host: _remote_agent(actors[rank]) for host, rank in first.items()}
         expected = expected_tensors(Path(spec.model_path), spec.dtype)
+        if spec.lora is not None:
+            expected |= adapter_tensors(Path(spec.model_path), spec.lora, spec.dtype)
         engines = {engine_name(rank): self._engine_of(rank, count) for rank, count in receivers.items()}
         self._publisher = Publisher(
             engines, spec.checkpoint_engine, expected, agents, place.host, place.listen

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
-from k2rl.config import CheckpointEngineConfig, Config, InferenceConfig, OptimizerConfig
+from k2rl.config import CheckpointEngineConfig, Config, InferenceConfig, LoraConfig, OptimizerConfig
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
@@ -26,6 +27,8 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     num_threads: int
     inference: InferenceConfig
     checkpoint_engine: CheckpointEngineConfig
+    #: Adapters that are trained in place of all weights.
+    lora: LoraConfig | None = None
     #: Seconds that trainer ranks wait for each other.
     collective_s: float = 1800.0
     #: Without a trainer the workers serve the checkpoint as it is (evaluation alone).
@@ -38,6 +41,11 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     #: And its gradients.
     gradients: str = "drop"
     activation_checkpointing: bool = False
+
+    @property
+    def vllm_keeps_weights(self) -> bool:
+        """Whether vLLM sleeps with its weights: pushes bring but a part of them."""
+        return self.checkpoint_engine.strategy == "delta"
 
 
 def worker_spec(
@@ -58,6 +66,11 @@ def worker_spec(
         trains: False where it is only evaluated.
         serves: False where nothing is sampled.
     """
+    trains = trains and config.debug.mode != "rollout_only"
+    checkpoint_engine, lora = config.checkpoint_engine, config.lora if trains and config.lora.rank else None
+    if lora is not None:
+        # What changes are the adapters.
+        checkpoint_engine = replace(checkpoint_engine, strategy="delta")
     return WorkerSpec(
         model_path=str(model_path),
         dtype=config.model.dtype,
@@ -69,10 +82,11 @@ def worker_spec(
         micro_batch_tokens=config.train.micro_batch_tokens,
         num_threads=config.train.num_threads,
         inference=config.inference,
-        checkpoint_engine=config.checkpoint_engine,
+        checkpoint_engine=checkpoint_engine,
+        lora=lora,
         # Ranks that wait for one that hangs name it before the driver's own deadline has passed.
         collective_s=0.9 * config.deadlines.train_s,
-        trains=trains and config.debug.mode != "rollout_only",
+        trains=trains,
         serves=serves and config.debug.mode != "train_only",
         offload=config.train.offload,
         gradients=config.train.gradients,

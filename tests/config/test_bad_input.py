@@ -51,6 +51,23 @@ CASES = {
         ["+inference.engine_args.enable_return_routed_experts=true"],
         "inference.return_routed_experts",
     ),
+    "adapters of layers that are not there": (
+        ["lora.rank=2", "lora.target_modules=[q_proj,query]"],
+        "lora.target_modules names 'query', but the linear layers of model",
+    ),
+    "adapters larger than layers": (["lora.rank=4096"], "lora.rank=4096 makes the adapter of"),
+    "adapters of a negative rank": (["lora.rank=-1"], "lora.rank=-1 must be a finite number, at least 0"),
+    "adapters that do nothing": (["lora.rank=2", "lora.alpha=0"], "lora.alpha=0.0 must be a finite number"),
+    "targets without adapters": (["lora.target_modules=[q_proj]"], "does nothing with lora.rank=0"),
+    "adapters and QK-Clip": (["lora.rank=2", "optimizer.qk_clip=100"], "set optimizer.qk_clip=0"),
+    "adapters and balanced routers": (
+        ["lora.rank=2", "optimizer.router_bias_rate=0.001"],
+        "set optimizer.router_bias_rate=0",
+    ),
+    "adapters for those that read them": (
+        ["lora.rank=2", "checkpoint_engine.strategy=shard_aware"],
+        "checkpoint_engine.strategy=shard_aware is for pushes of all weights",
+    ),
     "no such strategy": (["checkpoint_engine.strategy=p2p"], "not one of: broadcast, shard_aware, delta"),
     "no room for a push": (["checkpoint_engine.memory_mib=0.1"], "checkpoint_engine.memory_mib"),
     "long chat": (["train.micro_batch_tokens=20"], "train.micro_batch_tokens=20"),

@@ -24,7 +24,7 @@ FREE = {
         "train.activation_checkpointing",
         "tracking.record_rollouts",
     ),
-    *("debug.rollouts", "gateway.url", "data.path", "data.held_out"),
+    *("debug.rollouts", "lora.target_modules", "gateway.url", "data.path", "data.held_out"),
     *("rollout.store", "rollout.max_per_kind", "rollout.longest_first", "rubric.cache_verdicts"),
     *("tracking.tensorboard", "tracking.wandb", "resume"),
 }

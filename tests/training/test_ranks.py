@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from k2rl.checkpoint_engine.manifest import merge
 from k2rl.checkpoint_engine.pieces import pieces_of
 from k2rl.checkpoint_engine.plan import plan_push
-from k2rl.config import ObjectiveConfig, OptimizerConfig
+from k2rl.config import LoraConfig, ObjectiveConfig, OptimizerConfig
 from k2rl.errors import ConfigError, RunError
 from k2rl.models.hub import resolve_model
 from k2rl.training import export
@@ -540,3 +540,44 @@ def test_neither_places_nor_recomputation_change_a_bit(
             assert manifest == same
             assert all((values == others[name]).all() for name, values in weights.items()), place
         assert result["bytes"] == expected["bytes"]
+
+
+LORA = LoraConfig(rank=3, alpha=6, target_modules=["q_proj", "v_proj", "down_proj"])
+
+
+def train_adapters(ranks: Ranks, path: Path, folder: Path, loaded: Path | None = None) -> dict[str, Any]:
+    engine = make_engine(ranks, path, lora=LORA)
+    if loaded is not None:
+        engine.load(loaded)
+    metrics = engine.policy_step(batch(0), objective=OBJECTIVE, temperature=1.1)
+    engine.sft_step(random_texts(8, count=5))
+    engine.save(folder)
+    engine.saved()
+    engine.save_pretrained(folder.with_suffix(".model"))
+    weights = {name: whole(tensor).numpy() for name, tensor in engine.named_weights()}
+    result = {"metrics": metrics, "masters": masters(engine), "weights": weights}
+    engine.close()
+    return result
+
+
+def test_two_ranks_train_adapters_as_one(hosts: RankHosts, llama_path: Path, tmp_path: Path) -> None:
+    alone = train_adapters(ALONE, llama_path, tmp_path / "alone")
+    both, other = hosts.run(train_adapters, llama_path, tmp_path / "both")
+    assert both["metrics"] == other["metrics"]
+    assert untimed(both["metrics"]) == pytest.approx(untimed(alone["metrics"]), rel=1e-3, abs=1e-6)
+    assert both["masters"].keys() == alone["masters"].keys()
+    assert all(".lora_" in name for name in both["masters"])
+    model = LlamaForCausalLM.from_pretrained(llama_path, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        assert (both["weights"][name] == parameter.detach().numpy()).all(), name
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        saved, expected = (load_file(tmp_path / f"{name}.model" / file) for name in ("both", "alone"))
+        assert saved.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.allclose(saved[name], tensor, atol=1e-5), name
+    # Each goes on from the other's checkpoint.
+    again = train_adapters(ALONE, llama_path, tmp_path / "alone again", tmp_path / "both")
+    others, _ = hosts.run(train_adapters, llama_path, tmp_path / "both again", tmp_path / "alone")
+    for one, two in ((alone, both), (again, others)):
+        for name, weights in one["masters"].items():
+            assert abs(weights - two["masters"][name]).max() < 1e-5, name

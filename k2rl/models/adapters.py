@@ -1,0 +1,110 @@
+"""Which linear layers of a model get low-rank adapters, and what their factors are called. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from k2rl.checkpoint_engine.disk import checkpoint_manifest
+from k2rl.config import LoraConfig
+from k2rl.errors import ConfigError
+
+FACTORS = (".lora_A.weight", ".lora_B.weight")
+"""Of the layer's module in a push, a checkpoint and a saved adapter: [rank, in], and [out, rank]."""
+
+NO_ADAPTERS = "lora.rank=0"
+
+#: Matrices of decoder layers. Not of routed experts and their routers, which transformers' models do not have
+#: as linear layers.
+_LINEAR = re.compile(r"(?!.*\.experts\.)(.*\.layers\.\d+\..*\.(?!gate\.)\w+)\.weight")
+
+
+def linear_layers(folder: Path) -> dict[str, tuple[int, int]]:
+    """The linear layers of a checkpoint's decoder layers: [out, in] of each, by the name of its module.
+
+    Raises:
+        ConfigError: as `checkpoint_manifest`.
+    """
+    return {
+        match[1]: (spec.shape[0], spec.shape[1])
+        for spec in checkpoint_manifest(folder, 1).tensors
+        if len(spec.shape) == 2 and (match := _LINEAR.fullmatch(spec.name))
+    }
+
+
+def adapted_layers(folder: Path, lora: LoraConfig) -> dict[str, tuple[int, int]]:
+    """Those of `linear_layers` that get an adapter.
+
+    Raises:
+        ConfigError: a target is not there, or an adapter would be no smaller than what it adapts.
+    """
+    layers = linear_layers(folder)
+    known = kinds(layers)
+    for target in lora.target_modules:
+        if target not in known:
+            raise ConfigError(
+                f"lora.target_modules names {target!r}, but the linear layers of model {folder.name} are: "
+                f"{', '.join(known) or 'none'}"
+            )
+    wanted = set(lora.target_modules or known)
+    found = {name: shape for name, shape in layers.items() if kind(name) in wanted}
+    for name, (outputs, inputs) in found.items():
+        if lora.rank * (outputs + inputs) >= outputs * inputs:
+            raise ConfigError(
+                f"lora.rank={lora.rank} makes the adapter of {name} no smaller than its {outputs} x {inputs} "
+                "weight: lower it, or train all weights with lora.rank=0"
+            )
+    return found
+
+
+def kinds(names: Iterable[str]) -> list[str]:
+    """The last parts of modules' names, each once, in their order."""
+    return list(dict.fromkeys(kind(name) for name in names))
+
+
+def kind(name: str) -> str:
+    """The last part of a module's name, which `lora.target_modules` has."""
+    return name.rpartition(".")[2]
+
+
+def adapter_tensors(folder: Path, lora: LoraConfig, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of all factors, by name.
+
+    Raises:
+        ConfigError: as `adapted_layers`.
+    """
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, (outputs, inputs) in adapted_layers(folder, lora).items():
+        for factor, shape in zip(FACTORS, ((lora.rank, inputs), (outputs, lora.rank)), strict=True):
+            tensors[name + factor] = (dtype, shape)
+    return tensors
+
+
+def is_factor(name: str) -> bool:
+    """Whether a tensor is a factor of an adapter."""
+    return name.endswith(FACTORS)
+
+
+def adapted_weight(factor: str) -> str:
+    """The weight that an adapter's factor belongs to."""
+    return f"{factor.removesuffix(FACTORS[0]).removesuffix(FACTORS[1])}.weight"
+
+
+def factors_of(weight: str) -> tuple[str, str]:
+    """Names of the factors that a weight would have."""
+    module = weight.removesuffix(".weight")
+    return module + FACTORS[0], module + FACTORS[1]
+
+
+def checkpoint_name(parameter: str) -> str:
+    """What a parameter of a model with adapters is called in a checkpoint; peft puts names of its own in."""
+    return parameter.replace(".base_layer.", ".").replace("_A.default.", "_A.").replace("_B.default.", "_B.")
+
+
+def settings(lora: LoraConfig | None) -> str:
+    """What must stay as it is for a run to go on with its adapters, as overrides of its configuration."""
+    if lora is None or not lora.rank:
+        return NO_ADAPTERS
+    targets = ",".join(sorted(lora.target_modules))
+    return f"lora.rank={lora.rank} lora.alpha={lora.alpha:g} lora.target_modules=[{targets}]"
