@@ -215,21 +215,31 @@ class Critic:
         settings = self._config.rubric
         draw = random.Random(f"critic {seed}")
         taught = [pair for pair in pairs if not pair.held_out]
-        # As many of each, rare ones again and again: else it would learn what most answers are.
+        if self._rubric.critic.needs_group:
+            both = [(pair, first) for pair in taught for first in (True, False)]
+            chosen = draw.sample(both, min(len(both), settings.critic_examples))
+        else:
+            chosen = self._balanced(taught, draw)
+        made = []
+        for pair, first in chosen:
+            chat = self._rubric.critic.taught(pair.criteria, pair.prompt, pair.right, pair.wrong, first)
+            made.append(chat_sequence(chat, self._chat, f"critic-{pair.task}"))
+        return [each for each in made if len(each.token_ids) <= self._config.train.micro_batch_tokens]
+
+    def _balanced(self, taught: Sequence[Pair], draw: random.Random) -> list[tuple[Pair, bool]]:
+        """As many right answers as wrong ones, rare ones again and again: else what most are would be learned.
+
+        All of one side first: `batches` deals them out, and each update gets its share of both.
+        """
         sides = [
             [(pair, True) for pair in taught if pair.right],
             [(pair, False) for pair in taught if pair.wrong],
         ]
         chosen = []
         for number, side in enumerate(sides if all(sides) else []):
-            share = min(max(map(len, sides)), (settings.critic_examples + 1 - number) // 2)
+            share = min(max(map(len, sides)), (self._config.rubric.critic_examples + 1 - number) // 2)
             chosen += draw.sample(side * -(-share // len(side)), share)
-        # All of one side first: `batches` deals them out, and each update gets its share of both.
-        made = []
-        for pair, first in chosen:
-            chat = self._rubric.critic.taught(pair.criteria, pair.prompt, pair.right, pair.wrong, first)
-            made.append(chat_sequence(chat, self._chat, f"critic-{pair.task}"))
-        return [each for each in made if len(each.token_ids) <= self._config.train.micro_batch_tokens]
+        return chosen
 
     def drawn(self, trajectories: Sequence[Trajectory], count: int, seed: int) -> list[SupervisedSequence]:
         """Judgements of these episodes' answers, with verdicts drawn by lot.
