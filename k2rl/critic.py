@@ -227,7 +227,7 @@ class Critic:
         return [each for each in made if len(each.token_ids) <= self._config.train.micro_batch_tokens]
 
     def _balanced(self, taught: Sequence[Pair], draw: random.Random) -> list[tuple[Pair, bool]]:
-        """As many right answers as wrong ones, rare ones again and again: else what most are would be learned.
+        """As many right answers as wrong ones, rare ones again and again: else it learns what most are.
 
         All of one side first: `batches` deals them out, and each update gets its share of both.
         """
