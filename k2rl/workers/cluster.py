@@ -14,7 +14,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from k2rl.config import ClusterConfig, Config
-from k2rl.errors import ConfigError
+from k2rl.errors import ConfigError, RunError
 from k2rl.workers.colocated import ColocatedWorker
 from k2rl.workers.handle import WorkerLostError
 from k2rl.workers.placement import bundle
@@ -22,6 +22,8 @@ from k2rl.workers.spec import WorkerSpec
 
 #: How often nodes are looked for.
 POLL_S = 2.0
+#: Ray gives a node of its own half a minute, which a busy machine may need more of.
+STARTS, LATE = 3, "timed out during startup"
 
 
 @contextmanager
@@ -31,13 +33,7 @@ def ray_cluster(config: ClusterConfig) -> Iterator[None]:
     # Ray makes its workers nice to others by default; here the worker is the run.
     os.environ.setdefault("RAY_worker_niceness", "0")
     try:
-        ray.init(
-            address="local" if local else config.address,
-            include_dashboard=False if local else None,
-            log_to_driver=False,
-            logging_level="error",
-            **({"object_store_memory": 256 * 2**20} if local else {}),
-        )
+        _begin("local" if local else config.address, local)
     except ConnectionError as error:
         cause = " ".join(str(error.__cause__ or "").split())
         raise ConfigError(f"cluster.address={config.address!r}: {error}{cause and f': {cause}'}") from error
@@ -45,6 +41,34 @@ def ray_cluster(config: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _begin(address: str, local: bool) -> None:
+    """Begin or join a cluster; what is late is begun again.
+
+    Raises:
+        ConnectionError: there is none at the address.
+        RunError: this machine has no time for one.
+    """
+    for _ in range(STARTS):
+        try:
+            ray.init(
+                address=address,
+                include_dashboard=False if local else None,
+                log_to_driver=False,
+                logging_level="error",
+                **({"object_store_memory": 256 * 2**20} if local else {}),
+            )
+        except Exception as error:
+            if LATE not in str(error):  # Ray has no class for it
+                raise
+            late = error
+            ray.shutdown()
+        else:
+            return
+    raise RunError(
+        f"Ray did not start on this machine in {STARTS} tries; is it busy with others' work?"
+    ) from late
 
 
 async def placed(config: Config, spec: WorkerSpec, patient: bool = False) -> tuple[list[Any], PlacementGroup]:

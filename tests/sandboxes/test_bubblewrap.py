@@ -220,7 +220,7 @@ def test_a_stopped_sandbox_does_not_hold_up_its_deadline(monkeypatch):
         backend = BubblewrapBackend()
         sandbox = await backend.open(SandboxSpec())
         marker = f"9{os.getpid()}.5"
-        run = asyncio.ensure_future(sandbox.exec(["sleep", marker], timeout=1.0))
+        run = asyncio.ensure_future(sandbox.exec(["sleep", marker], timeout=5.0))
         await until_async(lambda: bool(running(marker)), "the run has begun")
         os.kill(parent(parent(running(marker)[0])), signal.SIGSTOP)
         result = await run
