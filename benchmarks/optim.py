@@ -26,8 +26,6 @@ from k2rl.hardware import fast_dtype
 from k2rl.optim import muon
 from k2rl.optim.muon import build_optimizer
 from k2rl.optim.newton_schulz import CPU_BATCH_SIDE, orthogonalise
-from k2rl.training.engine import TrainEngine
-from k2rl.training.supervised import SupervisedSequence
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FAST = fast_dtype(DEVICE.type == "cuda")
@@ -191,6 +189,9 @@ def smollm2() -> None:
 
 
 def step() -> None:
+    from k2rl.training.engine import TrainEngine  # the rest needs torch and transformers alone
+    from k2rl.training.supervised import SupervisedSequence
+
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         LlamaForCausalLM(LlamaConfig(**SMOLLM2)).save_pretrained(folder)

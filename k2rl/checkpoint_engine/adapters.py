@@ -20,7 +20,7 @@ from k2rl.checkpoint_engine.pieces import Piece, blocks_of, bytes_of
 from k2rl.checkpoint_engine.placement import ModelLoader
 from k2rl.checkpoint_engine.plan import Block, Box, Bucket, Plan, whole
 from k2rl.checkpoint_engine.receiver import Step, Target
-from k2rl.models.adapters import adapted_weight, factors_of, is_factor
+from k2rl.models.factors import adapted_weight, factors_of, is_factor
 from k2rl.models.merging import merged
 
 

@@ -1,4 +1,4 @@
-"""Which linear layers of a model get low-rank adapters, and what their factors are called. No torch."""
+"""Which linear layers of a model get low-rank adapters. No torch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from pathlib import Path
 from k2rl.checkpoint_engine.disk import checkpoint_manifest
 from k2rl.config import LoraConfig
 from k2rl.errors import ConfigError
-
-FACTORS = (".lora_A.weight", ".lora_B.weight")
-"""Of the layer's module in a push, a checkpoint and a saved adapter: [rank, in], and [out, rank]."""
+from k2rl.models.factors import FACTORS
 
 NO_ADAPTERS = "lora.rank=0"
 
@@ -79,27 +77,6 @@ def adapter_tensors(folder: Path, lora: LoraConfig, dtype: str) -> dict[str, tup
         for factor, shape in zip(FACTORS, ((lora.rank, inputs), (outputs, lora.rank)), strict=True):
             tensors[name + factor] = (dtype, shape)
     return tensors
-
-
-def is_factor(name: str) -> bool:
-    """Whether a tensor is a factor of an adapter."""
-    return name.endswith(FACTORS)
-
-
-def adapted_weight(factor: str) -> str:
-    """The weight that an adapter's factor belongs to."""
-    return f"{factor.removesuffix(FACTORS[0]).removesuffix(FACTORS[1])}.weight"
-
-
-def factors_of(weight: str) -> tuple[str, str]:
-    """Names of the factors that a weight would have."""
-    module = weight.removesuffix(".weight")
-    return module + FACTORS[0], module + FACTORS[1]
-
-
-def checkpoint_name(parameter: str) -> str:
-    """What a parameter of a model with adapters is called in a checkpoint; peft puts names of its own in."""
-    return parameter.replace(".base_layer.", ".").replace("_A.default.", "_A.").replace("_B.default.", "_B.")
 
 
 def settings(lora: LoraConfig | None) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from k2rl.models.adapters import is_factor
+from k2rl.models.factors import is_factor
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,8 @@ class MuonAdamW(torch.optim.Optimizer):
         for parameter in params:
             state = self.state[parameter]
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                # Where the parameter is: the fused kernel reads it there.
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
         states = [self.state[parameter] for parameter in params]
@@ -171,7 +172,13 @@ class _MuonUpdate:
 
 
 def _views(tensors: Sequence[Tensor], matrices: Sequence[Matrix], pieces: Sequence[Piece]) -> list[Tensor]:
-    return [tensors[m.parameter][piece.in_shard] for m, piece in zip(matrices, pieces, strict=True)]
+    return [_view(tensors[m.parameter], piece) for m, piece in zip(matrices, pieces, strict=True)]
+
+
+def _view(stack: Tensor, piece: Piece) -> Tensor:
+    expert, rows, columns = piece.in_shard
+    whole = stack[expert]
+    return whole if piece.shape == whole.shape else whole[rows, columns]  # slices cost a GPU's host dear
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ class RouterBalance:
         self._rate = rate
         self._routers = {name: module for name, module in model.named_modules() if hasattr(module, BIAS)}
         experts = max((getattr(router, BIAS).numel() for router in self._routers.values()), default=0)
-        self._counts = torch.zeros(len(self._routers), experts, dtype=torch.float64)
+        device = next((getattr(router, BIAS).device for router in self._routers.values()), None)
+        #: Where the routers are: to fetch each choice of a GPU's would make it wait.
+        self._counts = torch.zeros(len(self._routers), experts, dtype=torch.float64, device=device)
         for row, router in enumerate(self._routers.values()):
             router.register_forward_hook(partial(self._count, row))
 
@@ -39,11 +41,12 @@ class RouterBalance:
     def _count(self, row: int, router: nn.Module, arguments: Any, output: tuple[Tensor, ...]) -> None:
         if torch.is_grad_enabled():
             chosen = output[-1].detach().flatten()  # logits, weights, indices
-            self._counts[row] += torch.bincount(chosen, minlength=self._counts.shape[1]).cpu()
+            ones = torch.ones_like(chosen, dtype=self._counts.dtype)
+            self._counts[row].index_add_(0, chosen, ones)
 
     def take(self) -> Tensor:
-        """[routers, experts] float64: how often each expert was chosen since the last call."""
-        taken = self._counts.clone()
+        """[routers, experts] float64 on the CPU: how often each expert was chosen since the last call."""
+        taken = self._counts.to("cpu", copy=True)
         self._counts.zero_()
         return taken
 

@@ -604,4 +604,4 @@ def _empty_like(master: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor
     """Room for an optimizer's state: sharded as its parameter is, if it is of its shape."""
     if shape == master.shape:
         return torch.zeros_like(master, dtype=dtype, requires_grad=False)
-    return torch.zeros(shape, dtype=dtype)
+    return torch.zeros(shape, dtype=dtype, device=master.device)

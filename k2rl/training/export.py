@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from k2rl.checkpoint_engine.manifest import FLOAT32_SUFFIX
-from k2rl.models.adapters import is_factor
+from k2rl.models.factors import is_factor
 from k2rl.training.checkpoint import replaced_folder
 from k2rl.training.experts import unstacked
 from k2rl.training.group import Group

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from k2rl.config import LoraConfig
-from k2rl.models.adapters import FACTORS, adapted_layers, checkpoint_name, factors_of, is_factor, kinds
+from k2rl.models.adapters import adapted_layers, kinds
+from k2rl.models.factors import FACTORS, checkpoint_name, factors_of, is_factor
 from k2rl.models.merging import merged
 from k2rl.seeds import derive_seed
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 from torch import Tensor, nn
 
-from k2rl.models.adapters import checkpoint_name
+from k2rl.models.factors import checkpoint_name
 from k2rl.training.group import Group
 from k2rl.training.sharding import fsdp_parameters, hold, holds_first_row, local
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from k2rl.checkpoint_engine.disk import CheckpointSource
-from k2rl.models.adapters import checkpoint_name, is_factor
+from k2rl.models.factors import checkpoint_name, is_factor
 from k2rl.training import tree_attention
 from k2rl.training.group import DistributedGroup
 from k2rl.training.loading import checked_config, layers_of, load_causal_lm, packed_logprobs

@@ -16,7 +16,8 @@ from k2rl.checkpoint_engine.sender import Sender
 from k2rl.config import CheckpointEngineConfig, InferenceConfig, LoraConfig
 from k2rl.inference.engine import Sampling
 from k2rl.inference.vllm import VLLMEngine
-from k2rl.models.adapters import adapter_tensors, is_factor
+from k2rl.models.adapters import adapter_tensors
+from k2rl.models.factors import is_factor
 from k2rl.models.hub import resolve_model
 from k2rl.training.engine import TrainEngine
 

@@ -26,7 +26,7 @@ def plain(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
 @pytest.fixture(params=[(1, 1), (5, 7), (4096, 256)])
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     elements, tokens = request.param
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(module, "CPU_CHUNK_ELEMENTS", elements)
     monkeypatch.setattr(module, "MIN_CHUNK_TOKENS", tokens)
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from k2rl.config import LoraConfig, ObjectiveConfig, OptimizerConfig
 from k2rl.errors import ConfigError
-from k2rl.models.adapters import is_factor
+from k2rl.models.factors import is_factor
 from k2rl.training.engine import TrainEngine
 from k2rl.training.lora import ADAPTER_FOLDER
 from k2rl.training.saving import read_state
