@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Written last, so that a broken-off installation is taken up again.
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart test test-slow lint format docs lock bench-trl bench-push bench-stall bench-hosts bench-placement bench-start bench-swap bench-lora bench-sandbox bench-episodes bench-store bench-partial bench-staleness bench-ranks bench-optim bench-muonclip bench-math bench-critic bench-router bench-logprobs bench-train bench-claims clean
+.PHONY: help setup quickstart test test-slow lint format docs lock bench-trl bench-push bench-stall bench-hosts bench-placement bench-start bench-swap bench-lora bench-sandbox bench-episodes bench-store bench-partial bench-staleness bench-ranks bench-optim bench-cuda bench-muonclip bench-math bench-critic bench-router bench-logprobs bench-train bench-claims clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,6 +81,9 @@ bench-lora: setup ## Pushes of adapters into a live vLLM beside pushes of all we
 
 bench-optim: setup ## Muon's step beside torch's, and Newton-Schulz beside plain matrix products
 	$(BIN)/python benchmarks/optim.py $(ARGS)
+
+bench-cuda: setup ## On a CUDA device: Muon, log-probs and the attention probe beside torch's own
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 bench-muonclip: setup ## How attention logits grow under Muon, and under MuonClip
 	$(BIN)/python benchmarks/muonclip.py $(ARGS)

@@ -27,7 +27,15 @@ def step(bench: Bench) -> None:
     """
     shape = SMOLLM2
     if bench.small:
-        shape = {**SMOLLM2, "vocab_size": 512, "num_hidden_layers": 2}
+        shape = {
+            "vocab_size": 512,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        }
     count, length = (8, 16) if bench.small else (8, 1024)
     tokens = count * length
     torch.manual_seed(0)

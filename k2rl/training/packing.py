@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from k2rl.training.batch import LabelledSequence
-from k2rl.training.tree_attention import QueryBlock, plan_blocks
+from k2rl.training.tree_attention import CPU_BLOCK, QueryBlock, plan_blocks
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,15 @@ class MicroBatch:
         )
 
 
-def pack(groups: Sequence[Sequence[LabelledSequence]], micro_batch_tokens: int) -> list[MicroBatch]:
+def pack(
+    groups: Sequence[Sequence[LabelledSequence]], micro_batch_tokens: int, block: int = CPU_BLOCK
+) -> list[MicroBatch]:
     """Pack sequences into micro-batches; groups stay together where they fit.
 
     Args:
         groups: sequences that are likely to share a prefix. One-sequence groups are fine.
         micro_batch_tokens: positions in a micro-batch, at most. A longer sequence gets one of its own.
+        block: queries in a block of its attention.
 
     Returns:
         Micro-batches in which every sequence occurs once. Sequences are numbered in the order given and
@@ -88,7 +91,7 @@ def pack(groups: Sequence[Sequence[LabelledSequence]], micro_batch_tokens: int) 
             home.insert(items)
         else:
             trees.extend(_plant(items, micro_batch_tokens))
-    return [tree.to_micro_batch() for tree in trees]
+    return [tree.to_micro_batch(block) for tree in trees]
 
 
 def empty_micro_batch() -> MicroBatch:
@@ -199,7 +202,7 @@ class _PrefixTree:
             stack.extend((child, False) for child in reversed(self.children[node].values()))
         return order, [end[node] for node in order]
 
-    def to_micro_batch(self) -> MicroBatch:
+    def to_micro_batch(self, block: int = CPU_BLOCK) -> MicroBatch:
         order, ends = self.depth_first()
         column = {node: place for place, node in enumerate(order)}
         predictors, targets, sequence_index = [], [], []
@@ -212,7 +215,7 @@ class _PrefixTree:
         return MicroBatch(
             input_ids=torch.tensor([[self.tokens[node] for node in order] or [0]]),
             position_ids=torch.tensor([[self.depth[node] for node in order] or [0]]),
-            tree=plan_blocks(torch.tensor(ends or [1])),
+            tree=plan_blocks(torch.tensor(ends or [1]), block),
             predictors=unique,
             label_predictor=inverse,
             targets=torch.tensor(targets, dtype=torch.int64),

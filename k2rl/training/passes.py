@@ -22,6 +22,7 @@ from k2rl.training.logprobs import TokenLogprobs
 from k2rl.training.packing import MicroBatch, empty_micro_batch, pack
 from k2rl.training.replay import RouterReplay
 from k2rl.training.sharing import share
+from k2rl.training.tree_attention import block_size
 
 
 @dataclass
@@ -82,7 +83,8 @@ class Passes:
         def packed() -> list[MicroBatch]:
             dealt = share(groups, self._group.world)[self._group.rank]
             order = [index for unit in dealt for index in unit]
-            batches = pack([[flat[index] for index in unit] for unit in dealt], self._micro_batch_tokens)
+            units = [[flat[index] for index in unit] for unit in dealt]
+            batches = pack(units, self._micro_batch_tokens, block_size(self._device))
             return [replace(batch, sequences=tuple(order[i] for i in batch.sequences)) for batch in batches]
 
         batches = self._group.agreed(packed)

@@ -25,8 +25,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from k2rl.models.logit_probe import LogitProbe
 
 NAME = "k2rl_tree"
-BLOCK = 96
+CPU_BLOCK = 96
 """Queries in a block: fewer see fewer foreign keys, more make larger matrix products."""
+CUDA_BLOCK = 512
+"""On a GPU: each block is some thirty launches, however small."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,12 @@ class QueryBlock:
             offset += last - first
 
 
-def plan_blocks(subtree_end: Tensor, size: int = BLOCK) -> tuple[QueryBlock, ...]:
+def block_size(device: torch.device) -> int:
+    """Queries in a block that suit a device."""
+    return CUDA_BLOCK if device.type == "cuda" else CPU_BLOCK
+
+
+def plan_blocks(subtree_end: Tensor, size: int = CPU_BLOCK) -> tuple[QueryBlock, ...]:
     """Cut a row into query blocks.
 
     Args:

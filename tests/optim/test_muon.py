@@ -121,6 +121,18 @@ def test_adamw_follows_torch_adamw() -> None:
         torch.testing.assert_close(mine, reference, rtol=1e-6, atol=1e-7)
 
 
+def test_state_is_where_the_parameters_are() -> None:
+    """The fused kernel of a GPU reads the number of steps there; stood for by a device without memory."""
+    weight, bias = (nn.Parameter(torch.empty(shape, device="meta")) for shape in ((16, 8), (16,)))
+    optimizer = build_optimizer([("layer.weight", weight), ("layer.bias", bias)], OptimizerConfig(), 1e-3)
+    for parameter in (weight, bias):
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    state = [value for values in optimizer.state.values() for value in values.values()]
+    assert len(state) == 4
+    assert {tensor.device.type for tensor in state} == {"meta"}
+
+
 def test_muon_config_gives_embeddings_and_vectors_to_adamw() -> None:
     names = ["model.embed_tokens.weight", "layers.0.q_proj.weight", "model.norm.weight", "lm_head.weight"]
     shapes: list[tuple[int, ...]] = [(32, 8), (8, 8), (8,), (32, 8)]

@@ -56,6 +56,38 @@ def test_bfloat16_logits_are_rounded_as_the_model_rounds_them() -> None:
     assert hidden.grad.dtype == torch.bfloat16
 
 
+def test_gradient_of_a_sure_token_is_rounded_once() -> None:
+    """1 - p of a token with p near 1 would be lost in bfloat16, had the two been rounded before."""
+    hidden = torch.tensor([[8.0, 1.0]], dtype=torch.bfloat16).requires_grad_()
+    head = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.5]], dtype=torch.bfloat16).requires_grad_()
+    zero = torch.tensor([0])
+    token_logprobs(hidden, head, zero, zero, 1.0).logprobs.sum().backward()
+    probs = torch.softmax((hidden @ head.T).detach().float(), dim=-1)[0]
+    assert head.grad is not None
+    expected = (torch.tensor([1.0, 0.0, 0.0]) - probs)[:, None] * hidden.detach().float()
+    torch.testing.assert_close(head.grad.float(), expected, rtol=1e-2, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_gives_what_is_given_step_by_step(dtype: torch.dtype) -> None:
+    """As on a GPU; with other numbers of rows and temperatures than those of the first call, none too."""
+    for rows, temperature in ((5, 1.0), (5, 0.7), (4, 0.9), (3, 1.1), (1, 1.2), (0, 1.3)):
+        hidden, head, *_ = problem(dtype)
+        labels = torch.arange(rows) % 3
+        results = []
+        for compiled in (False, True):
+            states = hidden[:rows].detach().requires_grad_()
+            out = token_logprobs(
+                states, head, labels[labels < rows], labels[labels < rows] * 7, temperature, 40, compiled
+            )
+            results.append(
+                (out.logprobs, out.entropy, *torch.autograd.grad(out.logprobs.sum(), (states, head)))
+            )
+        for eager, fused in zip(*results, strict=True):
+            torch.testing.assert_close(fused, eager)
+
+
 def test_no_labels() -> None:
     hidden, head, *_ = problem()
     none = torch.zeros(0, dtype=torch.int64)
