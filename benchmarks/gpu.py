@@ -6,7 +6,7 @@ matrix products of the same shapes. Times are the device's (events), so they hol
 that is what a kernel waits for.
 
     make bench-cuda                                     all of it, about three minutes on an H200
-    make bench-cuda ARGS="--only muon --out muon.json"  one part: ceilings, muon, choice, logprobs, probe,
+    make bench-cuda ARGS="--only muon --out muon.json"  one part: ceilings, muon, choice, probe, logprobs,
                                                         step or flex; rows also as JSON
     make bench-cuda ARGS="--device cpu --small"         tries the code on a CPU; its figures say nothing
 """
@@ -195,8 +195,8 @@ PARTS = {
     "ceilings": (ceilings, 15),
     "muon": (muon, 45),
     "choice": (choice, 15),
-    "logprobs": (logprobs, 75),
     "probe": (probe, 30),
+    "logprobs": (logprobs, 75),
     "step": (step, 40),
     "flex": (flex, 80),
 }

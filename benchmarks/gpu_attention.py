@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from gpu_bench import Bench, relative
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from k2rl.models.logit_probe import LogitProbe
 from k2rl.training.tree_attention import (
@@ -51,7 +51,7 @@ class Row:
         def sees(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return (j <= i) & (i < end[j])
 
-        return create_block_mask(sees, None, None, length, length, device=device)
+        return create_block_mask(sees, None, None, length, length, device=str(device))
 
     @property
     def pairs(self) -> int:
@@ -101,6 +101,8 @@ class Problem:
         heads = (self.query, self.key, self.value)
         if not probed:
             return fused(*heads, block_mask=mask, enable_gqa=True).transpose(1, 2)
+        from torch.nn.attention.flex_attention import AuxRequest  # newer than the rest
+
         output, aux = fused(*heads, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(max_scores=True))
         self.probe.record(self.layer, aux.max_scores[0].detach().amax(dim=1))
         return output.transpose(1, 2)

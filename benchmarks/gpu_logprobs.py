@@ -56,21 +56,21 @@ def slices(chunks: tuple[int, ...], compiled: bool) -> dict[str, Side]:
 
 def logprobs(bench: Bench) -> None:
     tokens, vocabulary = (64, 1024) if bench.small else (8192, 163_840)
-    for hidden in (16,) if bench.small else (576, 2048, 7168):
-        states = bench.random(tokens, hidden, dtype=torch.bfloat16).requires_grad_()
-        head = bench.random(vocabulary, hidden, dtype=torch.bfloat16, scale=hidden**-0.5).requires_grad_()
-        targets = torch.randint(vocabulary, (tokens,), generator=bench.generator, device=bench.device)
-        inputs = (states, head, targets)
-        default = partial(in_slices, chunk=None, compiled=None)
-        wide = hidden > 2048
-        sides: dict[str, Side] = {"plain": plain, **others(), **slices(EAGER_CHUNKS[wide:], False)}
-        _compare(bench, sides, inputs)
-        # What is compiled comes last: the rows above are there if it fails.
-        sides = {"plain": plain, "k2rl": default, **slices(WIDE_CHUNKS if wide else COMPILED_CHUNKS, True)}
-        _compare(bench, sides, inputs)
-        _numerics(bench, inputs, default)
-        del states, head, targets, inputs
-        bench.free()
+    default = partial(in_slices, chunk=None, compiled=None)
+    for compiled in (False, True):  # what is compiled comes last: the rows before are there if it fails
+        for hidden in (16,) if bench.small else (576, 2048, 7168):
+            states = bench.random(tokens, hidden, dtype=torch.bfloat16).requires_grad_()
+            head = bench.random(vocabulary, hidden, dtype=torch.bfloat16, scale=hidden**-0.5).requires_grad_()
+            targets = torch.randint(vocabulary, (tokens,), generator=bench.generator, device=bench.device)
+            inputs = (states, head, targets)
+            if compiled:
+                chunks = WIDE_CHUNKS if hidden > 2048 else COMPILED_CHUNKS
+                _compare(bench, {"plain": plain, "k2rl": default, **slices(chunks, True)}, inputs)
+                _numerics(bench, inputs, default)
+            else:
+                _compare(bench, {"plain": plain, **others(), **slices(EAGER_CHUNKS, False)}, inputs)
+            del states, head, targets, inputs
+            bench.free()
 
 
 def _compare(bench: Bench, sides: dict[str, Side], inputs: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -25,8 +25,9 @@ class RouterReplay:
     def __init__(self, model: Any) -> None:
         """Before others look at what the routers choose."""
         self._routes: Tensor | None = None
-        #: Choices for a token in a layer since `use`, and how many of them the router had made otherwise.
-        self.choices = self.other_choices = 0
+        #: By layer since `use`, where they were counted: to fetch each would make a GPU wait.
+        self._known: list[Tensor] = []
+        self._others: list[Tensor] = []
         for number, layer in enumerate(layers_of(model)):
             for router in layer.modules():
                 if hasattr(router, BIAS):
@@ -39,7 +40,17 @@ class RouterReplay:
             routes: see `MicroBatch.routes`.
         """
         self._routes = routes
-        self.choices = self.other_choices = 0
+        self._known, self._others = [], []
+
+    @property
+    def choices(self) -> int:
+        """Choices for a token in a layer since `use`."""
+        return int(sum(self._known))
+
+    @property
+    def other_choices(self) -> int:
+        """How many of them the router had made otherwise."""
+        return int(sum(self._others))
 
     def _replay(self, layer: int, router: nn.Module, arguments: Any, output: Any) -> Any:
         if self._routes is None:
@@ -49,8 +60,8 @@ class RouterReplay:
         told = self._routes[:, layer * size : (layer + 1) * size]
         known = told[:, :1] >= 0
         chosen = torch.where(known, told, own)
-        self.choices += int(known.sum())
-        self.other_choices += int((chosen.sort(1).values != own.sort(1).values).any(1).sum())
+        self._known.append(known.sum())
+        self._others.append((chosen.sort(1).values != own.sort(1).values).any(1).sum())
         scores = logits.sigmoid().gather(1, chosen)
         if router.norm_topk_prob:
             scores = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
