@@ -224,6 +224,7 @@ def main() -> None:
             bench.row(name, "left out", {"elapsed s": bench.elapsed(), "takes s at most": longest})
             continue
         print(f"{name} ({bench.elapsed():.0f} s)", flush=True)
+        torch.set_float32_matmul_precision("highest")  # no TF32, unless a part asks for it
         part(bench)
         bench.free()
     print(f"{bench.elapsed():.0f} s in all")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -101,6 +103,18 @@ def test_bfloat16_scores_are_float32() -> None:
     assert [tensor.grad.dtype for tensor in (query, key, value) if tensor.grad is not None] == [
         torch.bfloat16
     ] * 3
+
+
+def test_nothing_is_made_on_another_device() -> None:
+    """A GPU is stood for by a device without memory: a CPU's tensor among its own is refused."""
+    query, key, value = (tensor.detach().to("meta").requires_grad_() for tensor in inputs(12))
+    blocks = plan_blocks(torch.tensor([12] * 4 + [8] * 4 + [12] * 4), 5)
+    tree = tuple(replace(block, mask=block.mask.to("meta")) for block in blocks)
+    layer, probe = nn.Module(), LogitProbe(1, 6, "meta")
+    layer.layer_idx = 0  # type: ignore[assignment]
+    output, _ = tree_attention(layer, query, key, value, None, tree=tree, probe=probe)
+    output.sum().backward()
+    assert {tensor.device.type for tensor in (output, probe.take(), query.grad, key.grad)} == {"meta"}
 
 
 @pytest.mark.parametrize("length", [1, 9])
