@@ -80,20 +80,22 @@ class _ChunkedLogprobs(torch.autograd.Function):
         compiled: bool,
     ) -> tuple[Tensor, Tensor]:
         pairs = _Pairs.of(predictor, targets, len(hidden), len(head), size)
+        # A tensor, as each other number would be compiled anew.
+        scale = None if temperature == 1.0 else hidden.new_full((), temperature, dtype=torch.float32)
         normaliser = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
         mean = torch.zeros_like(normaliser)
         chosen = torch.empty_like(pairs.rows, dtype=torch.float32)
         summarise = _fused(_summary) if compiled else _summary
         for tokens, some in pairs.slices():
             logits = hidden @ head[tokens].T
-            chosen[some] = _scaled(logits[pairs.at(tokens, some)], temperature)
-            of_slice, mean_of_slice = summarise(logits, temperature)
+            chosen[some] = _scaled(logits[pairs.at(tokens, some)], scale)
+            of_slice, mean_of_slice = summarise(logits, scale)
             previous, normaliser = normaliser, torch.logaddexp(normaliser, of_slice)
             mean = mean * torch.exp(previous - normaliser)
             mean += mean_of_slice * torch.exp(of_slice - normaliser)
         entropy = (normaliser - mean)[predictor]
         ctx.save_for_backward(hidden, head, predictor, normaliser)
-        ctx.pairs, ctx.temperature, ctx.compiled = pairs, temperature, compiled
+        ctx.pairs, ctx.scale, ctx.compiled = pairs, scale, compiled
         ctx.mark_non_differentiable(entropy)
         return chosen[pairs.of_label] - normaliser[predictor], entropy
 
@@ -101,7 +103,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, head, predictor, normaliser = ctx.saved_tensors
         pairs: _Pairs = ctx.pairs
-        grad = grads[0].float() / ctx.temperature
+        grad = _scaled(grads[0], ctx.scale)
         row_grad = torch.zeros_like(normaliser).index_add_(0, predictor, grad)
         pair_grad = row_grad.new_zeros(len(pairs.rows)).index_add_(0, pairs.of_label, grad)
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
@@ -111,9 +113,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
             logits = hidden @ head[tokens].T
             # d logp / d logits = onehot - softmax, of which the difference is taken before it is rounded.
             rows = pairs.rows[some]
-            probs = torch.exp(_scaled(logits[pairs.at(tokens, some)], ctx.temperature) - normaliser[rows])
+            probs = torch.exp(_scaled(logits[pairs.at(tokens, some)], ctx.scale) - normaliser[rows])
             exact = pair_grad[some] - probs * row_grad[rows]
-            grad_logits = spread(logits, normaliser, row_grad, ctx.temperature)
+            grad_logits = spread(logits, normaliser, row_grad, ctx.scale)
             grad_logits[pairs.at(tokens, some)] = exact.to(grad_logits.dtype)
             grad_hidden += grad_logits @ head[tokens]
             torch.mm(grad_logits.T, hidden, out=grad_head[tokens])
@@ -156,22 +158,22 @@ class _Pairs:
         return self.rows[some], self.tokens[some] - tokens.start
 
 
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    """float32; the same memory if they are it already and the temperature is 1."""
-    return logits.float() if temperature == 1.0 else logits.float() / temperature
+def _scaled(values: Tensor, scale: Tensor | None) -> Tensor:
+    """`values / scale` in float32; without a scale the same memory, if they are float32 already."""
+    return values.float() if scale is None else values.float() / scale
 
 
-def _summary(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _summary(logits: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """Of [U, slice]: log-normaliser, and mean logit under the softmax; [U] float32 each."""
-    logits = _scaled(logits, temperature)
+    logits = _scaled(logits, scale)
     probs = torch.softmax(logits, dim=1)
     normaliser = logits.amax(dim=1) - torch.log(probs.amax(dim=1))
     return normaliser, probs.mul_(logits).sum(dim=1)
 
 
-def _gradient(logits: Tensor, normaliser: Tensor, row_grad: Tensor, temperature: float) -> Tensor:
+def _gradient(logits: Tensor, normaliser: Tensor, row_grad: Tensor, scale: Tensor | None) -> Tensor:
     """-row_grad * softmax in the logits' dtype, [U, slice]; their own memory where that is float32."""
-    probs = _scaled(logits, temperature).sub_(normaliser[:, None]).exp_()
+    probs = _scaled(logits, scale).sub_(normaliser[:, None]).exp_()
     return probs.mul_(-row_grad[:, None]).to(logits.dtype)
 
 
