@@ -2,10 +2,10 @@
 
 A model of SmolLM2-135M's shape (random weights) reads 8,192 tokens in sequences of lognormal lengths; each
 token but the first is learned: forward and backward, in the dtype that the processor is fast at. Plain is
-`LlamaForCausalLM(input_ids, attention_mask, labels).loss` with transformers' own attention (SDPA), eight
-sequences at a time in the order in which they are drawn, padded to the longest of them; "sorted" is the same
-with sequences of like lengths together. k2rl's is a `sft_step` in one row. All take turns, with one set of
-weights; loss and gradient norm are compared.
+`LlamaForCausalLM(input_ids, attention_mask, labels).loss` with transformers' own attention (SDPA), four
+sequences at a time in the order in which they are drawn, padded to the longest of them (eight do not fit into
+24 GB); "sorted" is the same with sequences of like lengths together. k2rl's is a `sft_step` in one row. All
+take turns, with one set of weights; loss and gradient norm are compared.
 
     make bench-train                          some five minutes on two cores
     make bench-train ARGS="--tokens 2048"
@@ -35,7 +35,6 @@ from k2rl.training.supervised import SupervisedSequence
 BAR = 1.5
 SHAPE = SMOLLM2 | {"initializer_range": 0.04}
 MEDIAN, SIGMA, SHORTEST, LONGEST = 150, 0.8, 16, 1024
-AT_ONCE = 8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -71,16 +70,16 @@ class Step(NamedTuple):
     grad_norm: float
 
 
-def plain_step(model: LlamaForCausalLM, batch: Sequence[Sequence[int]]) -> Step:
+def plain_step(model: LlamaForCausalLM, batch: Sequence[Sequence[int]], at_once: int) -> Step:
     """Forward and backward."""
     labels = sum(len(row) - 1 for row in batch)
     model.zero_grad()
     began, worked, total = time.perf_counter(), time.process_time(), 0.0
-    for start in range(0, len(batch), AT_ONCE):
-        inputs = padded(batch[start : start + AT_ONCE])
+    for start in range(0, len(batch), at_once):
+        inputs = padded(batch[start : start + at_once])
         loss = model(**inputs, num_items_in_batch=labels, use_cache=False).loss
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     took, cpu = time.perf_counter() - began, time.process_time() - worked
     return Step(took, cpu, total, float(torch.nn.utils.clip_grad_norm_(model.parameters(), torch.inf)))
 
@@ -93,9 +92,9 @@ def packed_step(engine: TrainEngine, texts: Sequence[SupervisedSequence]) -> Ste
     return Step(learned["forward_backward_s"], cpu, learned["loss"], learned["grad_norm"])
 
 
-def padding(batch: Sequence[Sequence[int]]) -> float:
+def padding(batch: Sequence[Sequence[int]], at_once: int) -> float:
     """Positions that are computed, as a multiple of the tokens."""
-    parts = [batch[start : start + AT_ONCE] for start in range(0, len(batch), AT_ONCE)]
+    parts = [batch[start : start + at_once] for start in range(0, len(batch), at_once)]
     return sum(len(part) * max(map(len, part)) for part in parts) / sum(map(len, batch))
 
 
@@ -106,8 +105,10 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="of the model's 30")
+    parser.add_argument("--at-once", type=int, default=4, help="sequences that are padded to one length")
     parser.add_argument("--threads", type=int, default=0, help="with one, CPU time can be compared")
     arguments = parser.parse_args()
+    at_once = arguments.at_once
     drawn = sequences(arguments.tokens)
     by_length = sorted(drawn, key=len)
     dtype = fast_dtype(DEVICE == "cuda")
@@ -127,13 +128,14 @@ def main() -> int:
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(DEVICE)
     print(
         f"{DEVICE}, {dtype}: {len(drawn)} sequences of {min(map(len, drawn))} to {max(map(len, drawn))} "
-        f"tokens; padded, {padding(drawn):.2f} positions a token, sorted {padding(by_length):.2f}",
+        f"tokens; padded, {padding(drawn, at_once):.2f} positions a token, "
+        f"sorted {padding(by_length, at_once):.2f}",
         flush=True,
     )
     texts = [SupervisedSequence(tuple(row), (False,) + (True,) * (len(row) - 1)) for row in drawn]
-    sides = {"k2rl": lambda: packed_step(engine, texts), "plain": lambda: plain_step(plain, drawn)}
-    if len(drawn) > AT_ONCE:
-        sides["sorted"] = lambda: plain_step(plain, by_length)
+    sides = {"k2rl": lambda: packed_step(engine, texts), "plain": lambda: plain_step(plain, drawn, at_once)}
+    if len(drawn) > at_once:
+        sides["sorted"] = lambda: plain_step(plain, by_length, at_once)
     ratios: dict[str, list[float]] = {}
     for number in range(arguments.rounds):
         steps: dict[str, Step] = {}

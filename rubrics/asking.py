@@ -115,6 +115,18 @@ async def ask_briefly(
     return said[0]
 
 
+async def weigh_briefly(
+    model: JudgeModel, question: str, material: Mapping[str, str], options: Sequence[str], seed: int
+) -> dict[str, float]:
+    """The probabilities that a model gives to these words, on this material; their sum is 1.
+
+    Raises:
+        JudgeError: as `ask`, and if the model does not tell them.
+    """
+    made = brief_prompt(question, material, options)
+    return await model.weigh(made.messages, options, seed=seed)
+
+
 def understood(text: str, token: str, choices: Mapping[str, Sequence[str]]) -> Reply:
     """The verdict in a reply: its last with the token. Spelled loosely it may be, ambiguous it may not.
 

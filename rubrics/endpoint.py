@@ -16,6 +16,8 @@ from rubrics.models import JudgeError, Usage
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 LONGEST_WAIT_S = 30.0
+MOST_TOP_LOGPROBS = 20
+"""More no OpenAI-compatible server is bound to tell."""
 
 
 class EndpointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -62,27 +64,14 @@ class Endpoint:
     async def reply(
         self, messages: Sequence[Message], *, seed: int, schema: Mapping[str, Any] | None = None
     ) -> str:
-        body: dict[str, Any] = {
-            "model": self.settings.name,
-            "messages": [{"role": message.role, "content": message.content} for message in messages],
-            "temperature": self.settings.temperature,
-            "max_tokens": self.settings.max_tokens,
-            "seed": seed,
-        }
+        body = self._body(messages, seed)
         if schema is not None and self.settings.constrained:
             body["response_format"] = {
                 "type": "json_schema",
                 "json_schema": {"name": "verdict", "strict": True, "schema": schema},
             }
-        answer = await self._post(body)
-        try:
-            choice = answer["choices"][0]
-            text, usage = choice["message"]["content"], answer.get("usage") or {}
-            self._count(int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise JudgeError(
-                f"judge {self.settings.url} answered with no chat completion: {str(answer)[:200]}"
-            ) from error
+        choice = await self._choice(body)
+        text = choice["message"]["content"]
         if not isinstance(text, str) or not text.strip():
             raise JudgeError(f"judge {self.settings.url} gave an empty reply")
         if choice.get("finish_reason") == "length":
@@ -90,6 +79,58 @@ class Endpoint:
                 f"judge {self.settings.url}: its reply was cut at max_tokens={self.settings.max_tokens}"
             )
         return text
+
+    async def weigh(
+        self, messages: Sequence[Message], words: Sequence[str], *, seed: int
+    ) -> dict[str, float]:
+        """Of the likeliest first tokens: one counts for the word that it begins, and for no other's."""
+        body = self._body(messages, seed) | {
+            "max_tokens": 1,
+            "logprobs": True,
+            "top_logprobs": MOST_TOP_LOGPROBS,
+        }
+        choice = await self._choice(body)
+        weights = dict.fromkeys(words, 0.0)
+        try:
+            for entry in choice["logprobs"]["content"][0]["top_logprobs"]:
+                said = entry["token"].strip().casefold()
+                begun = [word for word in words if said and word.casefold().startswith(said)]
+                if len(begun) == 1:
+                    weights[begun[0]] += math.exp(float(entry["logprob"]))
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise JudgeError(
+                f"judge {self.settings.url} tells no log-probs of its tokens (top_logprobs): "
+                "by_probability=false takes its word"
+            ) from error
+        total = math.fsum(weights.values())
+        if not (total > 0 and math.isfinite(total)):
+            raise JudgeError(
+                f"judge {self.settings.url}: none of its likeliest tokens begins one of: {', '.join(words)}"
+            )
+        return {word: weight / total for word, weight in weights.items()}
+
+    def _body(self, messages: Sequence[Message], seed: int) -> dict[str, Any]:
+        return {
+            "model": self.settings.name,
+            "messages": [{"role": message.role, "content": message.content} for message in messages],
+            "temperature": self.settings.temperature,
+            "max_tokens": self.settings.max_tokens,
+            "seed": seed,
+        }
+
+    async def _choice(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The completion's only choice, whose text is a string or missing; raises JudgeError."""
+        answer = await self._post(body)
+        try:
+            choice: dict[str, Any] = answer["choices"][0]
+            usage = answer.get("usage") or {}
+            choice["message"]["content"], choice.get("finish_reason")
+            self._count(int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise JudgeError(
+                f"judge {self.settings.url} answered with no chat completion: {str(answer)[:200]}"
+            ) from error
+        return choice
 
     def _count(self, prompt: int, completion: int) -> None:
         self.usage.requests += 1
@@ -99,7 +140,7 @@ class Endpoint:
             prompt * self.settings.prompt_price + completion * self.settings.completion_price
         ) / 1e6
 
-    async def _post(self, body: dict[str, Any]) -> Any:
+    async def _post(self, body: Mapping[str, Any]) -> Any:
         problem, wait = "", self._first_wait_s
         for attempt in range(self.settings.retries + 1):
             if attempt:

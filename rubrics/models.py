@@ -42,6 +42,15 @@ class JudgeModel(Protocol):
             JudgeError: there is none.
         """
 
+    async def weigh(
+        self, messages: Sequence[Message], words: Sequence[str], *, seed: int
+    ) -> dict[str, float]:
+        """The probability of each of these words as the reply, where it must be one of them.
+
+        Raises:
+            JudgeError: they cannot be known.
+        """
+
 
 class Scripted:
     """A function as a model."""
@@ -60,6 +69,15 @@ class Scripted:
         self.usage.requests += 1
         return self._function(messages, seed)
 
+    async def weigh(
+        self, messages: Sequence[Message], words: Sequence[str], *, seed: int
+    ) -> dict[str, float]:
+        """It is sure of what it says."""
+        said = await self.reply(messages, seed=seed)
+        if said not in words:
+            raise JudgeError(f"the verdict is {said[:120]!r}, none of: {', '.join(words)}")
+        return {word: float(word == said) for word in words}
+
 
 class RunModel:
     """The model of a run, which binds it; its version is that of the weights it has at the time."""
@@ -75,12 +93,20 @@ class RunModel:
     async def reply(
         self, messages: Sequence[Message], *, seed: int, schema: Mapping[str, Any] | None = None
     ) -> str:
+        return await self._run().reply(messages, seed=seed, schema=schema)
+
+    async def weigh(
+        self, messages: Sequence[Message], words: Sequence[str], *, seed: int
+    ) -> dict[str, float]:
+        return await self._run().weigh(messages, words, seed=seed)
+
+    def _run(self) -> JudgeModel:
         if self.bound is None:
             raise JudgeError(
                 "model=policy is the model of a run, and there is no run: name an endpoint, url=…"
             )
         self.usage = self.bound.usage
-        return await self.bound.reply(messages, seed=seed, schema=schema)
+        return self.bound
 
 
 def model_from(spec: Any) -> JudgeModel:

@@ -31,6 +31,8 @@ class Generation(msgspec.Struct, frozen=True):
 
     `routes`, if asked for, says which experts computed each position, from the first of the prompt to the
     last but one that was sampled: [layers, experts a token] uint16 as bytes, zero in layers without experts.
+
+    `allowed_logprobs`: where `Sampling.allowed` names tokens, those of each as the first one, in that order.
     """
 
     token_ids: tuple[int, ...]
@@ -38,6 +40,7 @@ class Generation(msgspec.Struct, frozen=True):
     weight_spans: tuple[tuple[int, int], ...]
     finish_reason: FinishReason
     routes: tuple[bytes, ...] = ()
+    allowed_logprobs: tuple[float, ...] = ()
 
     def followed_by(self, rest: Generation) -> Generation:
         """This one, interrupted, and what was sampled after it, perhaps from later weights."""
@@ -52,6 +55,7 @@ class Generation(msgspec.Struct, frozen=True):
             rest.finish_reason,
             # What was sampled before is replayed as it was.
             self.routes + rest.routes[len(self.routes) :],
+            self.allowed_logprobs or rest.allowed_logprobs,
         )
 
 

@@ -120,6 +120,8 @@ class VLLMEngine:
             "enable_prefix_caching": True,
             # Log-probs of what was really sampled from: after the temperature.
             "logprobs_mode": "processed_logprobs",
+            # As many as a judge has words to choose from.
+            "max_logprobs": -1,
             # Its allocator can give memory back.
             "enable_sleep_mode": not current_platform.is_cpu(),
             "worker_cls": "k2rl.inference.vllm_worker.ColocatedVLLMWorker",
@@ -204,7 +206,7 @@ class VLLMEngine:
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens,
             seed=sampling.seed,
-            logprobs=0,
+            logprobs=len(sampling.allowed),
             detokenize=False,
             stop_token_ids=self._stop_token_ids,
             allowed_token_ids=list(sampling.allowed) or None,
@@ -239,10 +241,12 @@ class VLLMEngine:
         logprobs = tuple(
             position[token].logprob for position, token in zip(output.logprobs or (), token_ids, strict=True)
         )
+        first = output.logprobs[0] if output.logprobs else {}
+        allowed = tuple(first[token].logprob for token in sampling.allowed if first)
         spans = tuple((span.start, int(span.version)) for span in output.weight_versions or ())
         if routes and token_ids and len(routes) < known:
             raise GenerationError(f"vLLM says of {len(routes)} positions of {known} which experts they had")
-        return Generation(token_ids, logprobs, spans, reason, routes[:known])
+        return Generation(token_ids, logprobs, spans, reason, routes[:known], allowed)
 
     async def _routes(self, request_id: str, output: Any) -> tuple[bytes, ...]:
         """Which experts computed each position of a request that has ended, if that is asked for."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from k2rl.config import Config
-from k2rl.inference.engine import GenerationError, InferenceEngine, Sampling
+from k2rl.inference.engine import Generation, GenerationError, InferenceEngine, Sampling
 from k2rl.models.chat import ChatTemplate
 from k2rl.types import Message
 from rubrics.models import JudgeError, Usage
@@ -33,7 +34,28 @@ class EngineModel:
     async def reply(
         self, messages: Sequence[Message], *, seed: int, schema: Mapping[str, Any] | None = None
     ) -> str:
-        prompt, words = self._chat.prompt_ids(messages), self._words(schema)
+        words = self._words((schema or {}).get("enum", ()))
+        made = await self._generated(messages, tuple(words), seed)
+        return words[made.token_ids[0]] if words else self._chat.decode(made.token_ids)
+
+    async def weigh(
+        self, messages: Sequence[Message], words: Sequence[str], *, seed: int
+    ) -> dict[str, float]:
+        first = self._words(words)
+        if not first:
+            raise JudgeError(
+                f"two of the words begin with the same token, so none has a probability: {', '.join(words)}"
+            )
+        made = await self._generated(messages, tuple(first), seed)
+        weights = [math.exp(logprob) for logprob in made.allowed_logprobs]
+        total = math.fsum(weights)
+        return {word: weight / total for word, weight in zip(first.values(), weights, strict=True)}
+
+    async def _generated(
+        self, messages: Sequence[Message], allowed: tuple[int, ...], seed: int
+    ) -> Generation:
+        """A greedy reply, or one of the tokens that are allowed; raises JudgeError."""
+        prompt = self._chat.prompt_ids(messages)
         room = self._context - len(prompt)
         if room <= 0:
             raise JudgeError(
@@ -41,21 +63,17 @@ class EngineModel:
                 f"inference.max_model_len={self._context}"
             )
         try:
-            most = 1 if words else min(room, self._most)
-            made = await self._engine.generate(prompt, Sampling(0.0, most, seed, allowed=tuple(words)))
+            most = 1 if allowed else min(room, self._most)
+            made = await self._engine.generate(prompt, Sampling(0.0, most, seed, allowed=allowed))
         except GenerationError as error:
             raise JudgeError(f"the engine gave no reply: {error}") from error
         self.version = made.weight_spans[-1][1] if made.weight_spans else self.version
         self.usage.requests += 1
         self.usage.prompt_tokens += len(prompt)
         self.usage.completion_tokens += len(made.token_ids)
-        return words[made.token_ids[0]] if words else self._chat.decode(made.token_ids)
+        return made
 
-    def _words(self, schema: Mapping[str, Any] | None) -> dict[int, str]:
-        """The words that a schema lets choose from, by the token that each begins with.
-
-        Empty, if it is another schema, or two words begin alike.
-        """
-        words = (schema or {}).get("enum", ())
+    def _words(self, words: Sequence[str]) -> dict[int, str]:
+        """Words to choose from, by the token that each begins with; empty, if two begin alike."""
         first = {self._chat.turn_ids(word)[0]: word for word in words}
         return first if len(first) == len(words) else {}

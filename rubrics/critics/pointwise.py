@@ -10,13 +10,15 @@ from typing import Any, Literal
 
 from k2rl.types import Evidence, Message, Trajectory, Verdict
 from rubrics.answers import opening, whole_response
-from rubrics.asking import Reply, ask, ask_briefly, brief_prompt
+from rubrics.asking import ask, ask_briefly, brief_prompt, weigh_briefly
 from rubrics.asking import prompt as asking_prompt
 from rubrics.criteria import Criteria, Criterion, check, from_task, load
 from rubrics.critics.base import ModelJudge
 from rubrics.injection import without_injections
 from rubrics.models import JudgeError
 
+Weights = dict[str, float]
+"""How likely each choice is; those that are missing are not."""
 KNOWN = "correct"
 """The criterion of the shipped rubric `correctness`."""
 OVERALL = ["1", "2", "3", "4", "5", "6", "7", "8", "9", "10"]
@@ -85,7 +87,9 @@ class CriteriaRubric(ModelJudge):
 class Pointwise(CriteriaRubric):
     """A model judges each answer: a choice for each criterion (`explicit`), or one for all (`implicit`).
 
-    Asked briefly, it is asked about one criterion at a time.
+    Asked briefly, it is asked about one criterion at a time. `by_probability`, an answer's value is then the
+    mean of the choices' values under the probabilities that the model gives to their words (G-Eval, arXiv
+    2303.16634): answers between which it would not change its word differ in it.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class Pointwise(CriteriaRubric):
         aggregate: Literal["explicit", "implicit"] = "explicit",
         field: str = "rubric",
         brief: bool = False,
+        by_probability: bool = False,
         seed: int = 0,
     ) -> None:
         """See `CriteriaRubric`.
@@ -107,11 +112,13 @@ class Pointwise(CriteriaRubric):
             raise ValueError(f"aggregate={aggregate!r} must be explicit or implicit")
         if brief and aggregate == "implicit":
             raise ValueError("brief questions are about one criterion each: aggregate must be explicit")
-        self.aggregate = aggregate
+        if by_probability and not brief:
+            raise ValueError("by_probability needs brief=true: only a verdict of one word has a probability")
+        self.aggregate, self.by_probability = aggregate, by_probability
 
     @property
     def identity(self) -> str:
-        return f"{super().identity} {self.aggregate}"
+        return f"{super().identity} {self.aggregate}{' by probability' if self.by_probability else ''}"
 
     async def judge(self, trajectory: Trajectory) -> Verdict:
         criteria = self.criteria(trajectory)
@@ -121,9 +128,8 @@ class Pointwise(CriteriaRubric):
         prompt = self.task_text(trajectory)
         if self.aggregate == "implicit":
             return await self._implicit(criteria, trajectory.id, prompt, answer, injections)
-        return self._explicit(
-            criteria, await self._asked(criteria, prompt, answer, trajectory.id), injections
-        )
+        weighed, reasoning = await self._asked(criteria, prompt, answer, trajectory.id)
+        return self._explicit(criteria, weighed, [*injections, Evidence(reasoning)])
 
     async def _implicit(
         self, criteria: Sequence[Criterion], name: str, prompt: str, answer: str, injections: list[Evidence]
@@ -138,15 +144,25 @@ class Pointwise(CriteriaRubric):
         evidence = [*injections, Evidence(reply.reasoning)]
         return Verdict.scored(value, {"overall": value}, evidence=evidence, judge=self.judge_name)
 
-    async def _asked(self, criteria: Sequence[Criterion], prompt: str, answer: str, name: str) -> Reply:
-        """The choice for each criterion; raises JudgeError if there is none for one of them."""
+    async def _asked(
+        self, criteria: Sequence[Criterion], prompt: str, answer: str, name: str
+    ) -> tuple[list[Weights], str]:
+        """For each criterion how likely its choices are (a word is certain), and the reasoning.
+
+        Raises:
+            JudgeError: there is none for one of them.
+        """
         if not self.brief:
             order = self._shuffled(criteria, name)
             question, material, choices = self._question(order, prompt, answer)
-            return await ask(self.model, question, material, choices, self.seed)
+            reply = await ask(self.model, question, material, choices, self.seed)
+            return [{reply.choices[criterion.name]: 1.0} for criterion in criteria], reply.reasoning
         asked = [self._brief_question(criterion, prompt, answer) for criterion in criteria]
+        if self.by_probability:
+            weighing = (weigh_briefly(self.model, *each, self.seed) for each in asked)
+            return list(await asyncio.gather(*weighing)), ""
         words = await asyncio.gather(*(ask_briefly(self.model, *each, self.seed) for each in asked))
-        return Reply({c.name: word for c, word in zip(criteria, words, strict=True)}, "")
+        return [{word: 1.0} for word in words], ""
 
     def _shuffled(self, criteria: Sequence[Criterion], name: str) -> list[Criterion]:
         """In another order for each answer, so that no criterion profits from its place."""
@@ -188,10 +204,10 @@ class Pointwise(CriteriaRubric):
             return 0.0
         known = self.known()
         try:
-            reply = await self._asked([known], prompt, answer, "")
+            (weights,), _ = await self._asked([known], prompt, answer, "")
         except JudgeError as error:
             return str(error)
-        return known.value(reply.choices[known.name])
+        return mean_value(known, weights)
 
     async def gained(self, criteria: str, prompt: str, changed: str, plain: str) -> float | str:
         """By how much the changed answer is worth more than the plain one; why that is not known."""
@@ -216,15 +232,33 @@ class Pointwise(CriteriaRubric):
             made = asking_prompt(*self._question([known], prompt, answer), self.seed)
         return [*made.messages, Message("assistant", made.verdict({known.name: label}))]
 
-    def _explicit(self, criteria: Sequence[Criterion], reply: Reply, injections: list[Evidence]) -> Verdict:
-        values = {criterion.name: criterion.value(reply.choices[criterion.name]) for criterion in criteria}
+    def _explicit(
+        self, criteria: Sequence[Criterion], weighed: Sequence[Weights], evidence: Sequence[Evidence]
+    ) -> Verdict:
+        values = {c.name: mean_value(c, of) for c, of in zip(criteria, weighed, strict=True)}
         total = math.fsum(criterion.weight for criterion in criteria)
         weights = {criterion.name: criterion.weight / total for criterion in criteria}
-        evidence = [*injections, Evidence(reply.reasoning)]
-        broken = [c.name for c in criteria if c.mandatory and values[c.name] == 0]
-        evidence += [Evidence("mandatory, and not met", name, passed=False) for name in broken]
-        value = 0.0 if broken else math.fsum(weights[name] * values[name] for name in values)
-        return Verdict.scored(min(1.0, value), values, weights, evidence, self.judge_name)
+        # How likely it is that what is mandatory is met: 0 or 1, where the verdict is a word.
+        met = {
+            c.name: 1 - of.get(c.labels[0], 0.0)
+            for c, of in zip(criteria, weighed, strict=True)
+            if c.mandatory
+        }
+        broken = [Evidence("mandatory, and not met", name, passed=False) for name in met if met[name] < 0.5]
+        # A mandatory criterion's own value is 0 already where it is not met.
+        value = math.fsum(
+            weights[name] * values[name] * math.prod(met[other] for other in met if other != name)
+            for name in values
+        )
+        return Verdict.scored(
+            min(1.0, max(0.0, value)), values, weights, [*evidence, *broken], self.judge_name
+        )
+
+
+def mean_value(criterion: Criterion, weights: Weights) -> float:
+    """From 0 to 1: the mean of the choices' values."""
+    value = math.fsum(weight * criterion.value(label) for label, weight in weights.items())
+    return min(1.0, max(0.0, value))
 
 
 def preferred(one: float | str, other: float | str) -> float | str:

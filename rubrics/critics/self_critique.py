@@ -37,13 +37,14 @@ class SelfCritique(WeightedSum):
         weight: float = 0.5,
         threshold: float = 0.7,
         brief: bool = False,
+        by_probability: bool = False,
         deadline_s: float = 600.0,
         seed: int = 0,
     ) -> None:
         """`judge`: whether the critic compares a group's responses (its value is the share that a response
         wins, on average one half), or judges each (and says what it is worth). `weight` of the critic
         beside `verifier_weight`; `threshold`: agreement from which it has all of it; `brief`: see
-        `CriteriaRubric`.
+        `CriteriaRubric`, `by_probability` (of `pointwise`): see `Pointwise`.
 
         Raises:
             ValueError, ConfigError: one line, about what is wrong.
@@ -53,7 +54,7 @@ class SelfCritique(WeightedSum):
                 raise ValueError(f"{name}={value} must be 0 or more")
         if not CHANCE < threshold <= 1:
             raise ValueError(f"threshold={threshold} must be above 0.5, at most 1")
-        self.critic = _critic(judge, model, rubrics, brief, seed)
+        self.critic = _critic(judge, model, rubrics, brief, by_probability, seed)
         self.verifier_weight, self.weight = verifier_weight, weight
         self.threshold, self.trust = threshold, 0.0
         known = part_from(VERIFIER, verifier)
@@ -84,11 +85,15 @@ class SelfCritique(WeightedSum):
         return Verdict.scored(value, values, weights)
 
 
-def _critic(judge: str, model: Any, rubrics: Sequence[str], brief: bool, seed: int) -> Pairwise | Pointwise:
+def _critic(
+    judge: str, model: Any, rubrics: Sequence[str], brief: bool, by_probability: bool, seed: int
+) -> Pairwise | Pointwise:
     if judge == "pairwise":
+        if by_probability:
+            raise ValueError("by_probability is of judge=pointwise: pairs are won, or tied")
         return Pairwise(model, rubrics, brief=brief, seed=seed)
     if judge != "pointwise":
         raise ValueError(f"judge={judge!r} must be pairwise or pointwise")
-    made = Pointwise(model, rubrics, brief=brief, seed=seed)
+    made = Pointwise(model, rubrics, brief=brief, by_probability=by_probability, seed=seed)
     made.known()  # raises where there is nothing that the verifier could teach
     return made

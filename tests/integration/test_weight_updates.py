@@ -45,6 +45,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("weight updates")
 
 PROMPTS = [[5, 9, 17, 33, 60 + index] for index in range(8)]
 LIMIT = 1e-4
+CHOICE = (300, 7, 12, *range(400, 430))
+"""Tokens to choose from: more than vLLM tells by itself."""
 #: For workers that hang.
 SHORT_DEADLINE_S = 2.0
 
@@ -130,8 +132,11 @@ class Live:
         """The engine samples what transformers would, at every temperature, and greedily the same tokens."""
         for temperature in (0.0, 1.4):
             sampling = Sampling(temperature, 16, seed=3)
-            calls = ((engine or self.engine).generate(prompt, sampling) for prompt in PROMPTS)
-            generations = await asyncio.gather(*calls)
+            choice = Sampling(0.0, 1, seed=3, allowed=CHOICE)
+            asked = [(prompt, sampling) for prompt in PROMPTS] + [(PROMPTS[0], choice)]
+            calls = ((engine or self.engine).generate(*each) for each in asked)
+            *generations, chosen = await asyncio.gather(*calls)
+            _is_choice(model or self.model, PROMPTS[0], chosen)
             gaps = []
             for prompt, generation in zip(PROMPTS, generations, strict=True):
                 assert generation.weight_spans == ((0, self.version),)
@@ -153,6 +158,16 @@ def _gap(
         assert logits.argmax(-1).tolist() == list(generation.token_ids)
     ours = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
     return (ours - torch.tensor(generation.logprobs)).abs()
+
+
+@torch.no_grad()
+def _is_choice(model: torch.nn.Module, prompt: list[int], generation: Generation) -> None:
+    """The likeliest of `CHOICE`, with the log-probs of all of them among themselves."""
+    logits = model(torch.tensor([prompt])).logits[0, -1, list(CHOICE)].float()
+    assert generation.token_ids == (CHOICE[int(logits.argmax())],)
+    torch.testing.assert_close(
+        torch.tensor(generation.allowed_logprobs), logits.log_softmax(-1), rtol=0, atol=10 * LIMIT
+    )
 
 
 def rank_of(model: torch.nn.Module, sender: Sender | None = None) -> TrainerRank:

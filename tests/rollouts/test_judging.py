@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import pytest
 
@@ -35,7 +36,8 @@ class Answering:
             await asyncio.sleep(0)
         if sampling.allowed:
             assert (sampling.max_tokens, sampling.temperature) == (1, 0)
-            return Generation(sampling.allowed[-1:], (0.0,), ((0, 5),), "length")
+            logprobs = tuple(math.log(n) for n in range(1, len(sampling.allowed) + 1))
+            return Generation(sampling.allowed[-1:], (0.0,), ((0, 5),), "length", allowed_logprobs=logprobs)
         ids = tuple(self._chat.turn_ids(str((sampling.seed or 0) % 10)))
         return Generation(ids, (0.0,) * len(ids), ((0, 5),), "stop")
 
@@ -111,3 +113,10 @@ def test_the_policy_is_held_to_a_choice_of_words(chat):
     assert reply("A", "tie", "B") == "B"
     assert reply("yes", "no") == "no"
     assert reply("one1", "one2") == "3"  # they begin with the same token, and it is not held
+
+    def weights(*words):
+        return asyncio.run(model.weigh([Message("user", "Which?")], words, seed=3))
+
+    assert weights("A", "tie", "B") == pytest.approx({"A": 1 / 6, "tie": 2 / 6, "B": 3 / 6})
+    with pytest.raises(JudgeError, match="begin with the same token.*: one1, one2"):
+        weights("one1", "one2")

@@ -14,6 +14,7 @@ from rubrics.base import judge_safely
 from rubrics.critics.pairwise import Pairwise
 from rubrics.critics.pointwise import Pointwise
 from rubrics.critics.ranking import bradley_terry, kendall_tau, round_robin, swiss_round, win_rates
+from rubrics.critics.self_critique import SelfCritique
 from rubrics.groups import judge_group_safely
 from rubrics.injection import without_injections
 from rubrics.models import JudgeError, Scripted
@@ -130,6 +131,58 @@ def test_brief_judgements_ask_about_a_criterion_at_a_time():
     assert not judged(Pointwise(Scripted(lambda messages, seed: "maybe"), brief=True), "Paris.").ok
     with pytest.raises(ValueError, match="must be explicit"):
         Pointwise(Scripted(reply), aggregate="implicit", brief=True)
+
+
+class Weighing(Scripted):
+    """Thinks `weight` of each word."""
+
+    def __init__(self, **weights: float) -> None:
+        super().__init__(lambda messages, seed: max(weights, key=weights.__getitem__))
+        self.weights = weights
+
+    async def weigh(self, messages, words, *, seed):
+        return {word: self.weights[word] for word in words}
+
+
+def test_a_value_by_probability_is_the_mean_of_the_choices():
+    judge = Pointwise(Weighing(poor=0.2, fair=0.3, good=0.5), [], brief=True, by_probability=True)
+    verdict = judged(judge, "Hello.", rubric=CLARITY)
+    assert verdict.value == pytest.approx(0.5 * 0.3 + 0.5)
+    assert verdict.components == {"clarity": pytest.approx(0.65)}
+    # What is mandatory costs all, as likely as it is not met: the mean over all verdicts.
+    verdict = judged(judge, "Hello.", rubric=[{**CLARITY[0], "mandatory": True}])
+    assert verdict.value == pytest.approx(0.65)
+    both = [{**CLARITY[0], "mandatory": True}, {**CLARITY[0], "name": "depth"}]
+    mean = sum(
+        judge.weights[one] * judge.weights[other] * (0 if one == "poor" else (value[one] + value[other]) / 2)
+        for value in [{"poor": 0, "fair": 0.5, "good": 1}]
+        for one in value
+        for other in value
+    )
+    assert judged(judge, "Hello.", rubric=both).value == pytest.approx(mean)
+    assert judge.identity != Pointwise(judge.model, [], brief=True).identity
+
+
+def test_a_model_that_is_sure_is_worth_by_probability_what_it_says():
+    for word, value in (("poor", 0), ("fair", 0.5), ("good", 1)):
+        for mandatory in (False, True):
+            asked = Pointwise(Scripted(lambda messages, seed, word=word: word), [], brief=True)
+            weighed = Pointwise(asked.model, [], brief=True, by_probability=True)
+            rubric = [{**CLARITY[0], "mandatory": mandatory}]
+            assert judged(asked, "Hello.", rubric=rubric).value == value
+            assert judged(weighed, "Hello.", rubric=rubric).value == value
+    assert not judged(
+        Pointwise(Scripted(lambda messages, seed: "maybe"), [], brief=True, by_probability=True),
+        "Hello.",
+        rubric=CLARITY,
+    ).ok
+
+
+def test_probabilities_are_of_words():
+    with pytest.raises(ValueError, match="by_probability needs brief=true"):
+        Pointwise(Scripted(lambda messages, seed: ""), by_probability=True)
+    with pytest.raises(ValueError, match="by_probability is of judge=pointwise"):
+        SelfCritique(brief=True, by_probability=True)
 
 
 # Comparisons ------------------------------------------------------------------------------------------

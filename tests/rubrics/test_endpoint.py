@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import socket
 import threading
@@ -104,6 +105,48 @@ def test_a_server_that_can_be_held_to_a_schema(server):
 
     server.moods = [mood]
     assert judged(judge(server.url, constrained=True), "Ice floats.", rubric=CLARITY).value == 1
+
+
+def tells(*top, **more):
+    content = [{"token": top[0][0], "top_logprobs": [{"token": t, "logprob": math.log(p)} for t, p in top]}]
+    choice = {"message": {"content": top[0][0]}, "finish_reason": "length", "logprobs": {"content": content}}
+    return fixed(json.dumps({"choices": [choice | more], "usage": {"prompt_tokens": 7}}))
+
+
+def test_probabilities_of_words_are_those_of_the_tokens_that_begin_them(server):
+    # " go" and "Good" begin "good", "p" begins "poor"; "o" and "" begin none of them.
+    server.moods = [tells((" go", 0.3), ("Good", 0.1), ("o", 0.2), ("", 0.1), ("p", 0.1))]
+    model = judge(server.url).model
+    asked = Pointwise(model, [], brief=True, by_probability=True)
+    assert judged(asked, "Ice floats.", rubric=CLARITY).value == pytest.approx(0.8)
+    body = server.seen[0]
+    assert (body["max_tokens"], body["logprobs"], body["top_logprobs"]) == (1, True, 20)
+    assert model.usage.prompt_tokens == 7
+
+
+@pytest.mark.parametrize(
+    ("mood", "reason"),
+    [
+        (tells(("x", 0.9)), "none of its likeliest tokens begins one of: poor, good"),
+        (tells(("good", 0.9), logprobs=None), "tells no log-probs"),
+        (tells(("good", 0.9), logprobs={"content": []}), "tells no log-probs"),
+        (
+            tells(("x", 0.9), logprobs={"content": [{"top_logprobs": [{"token": "good", "logprob": "a"}]}]}),
+            "tells no log-probs",
+        ),
+        (
+            tells(("x", 0.9), logprobs={"content": [{"top_logprobs": [{"token": "good", "logprob": 1e9}]}]}),
+            "tells no log-probs",
+        ),
+        (fixed("{}"), "no chat completion"),
+    ],
+)
+def test_probabilities_that_are_not_told_are_a_failure(server, mood, reason):
+    server.moods = [mood]
+    asked = Pointwise(judge(server.url).model, [], brief=True, by_probability=True)
+    verdict = judged(asked, "Ice floats.", rubric=CLARITY)
+    assert verdict.value is None
+    assert reason in verdict.failure
 
 
 def test_what_passes_is_waited_for(server):
