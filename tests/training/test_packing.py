@@ -101,6 +101,11 @@ def group_of(prompt: list[int], responses: list[list[int]]) -> list[SupervisedSe
     ]
 
 
+def test_attention_goes_in_blocks_of_the_size_asked_for() -> None:
+    (batch,) = pack([group_of([1, 2, 3], [[4, 5], [6, 7, 8]])], 64, block=2)
+    assert [(block.start, block.stop) for block in batch.tree] == [(0, 2), (2, 4), (4, 6)]
+
+
 def test_a_group_reads_its_prompt_once() -> None:
     """Three responses to (1, 2, 3); the last token of each is only a target, never an input."""
     (batch,) = pack([group_of([1, 2, 3], [[4, 5], [6, 7, 8], [4, 9]])], 64)
