@@ -6,8 +6,8 @@ matrix products of the same shapes. Times are the device's (events), so they hol
 that is what a kernel waits for.
 
     make bench-cuda                                     all of it, about three minutes on an H200
-    make bench-cuda ARGS="--only muon --out muon.json"  one part: ceilings, muon, choice, probe, logprobs,
-                                                        step or flex; rows also as JSON
+    make bench-cuda ARGS="--only muon --out muon.json"  one part: ceilings, muon, choice, probe, logprobs
+                                                        or step; rows also as JSON
     make bench-cuda ARGS="--device cpu --small"         tries the code on a CPU; its figures say nothing
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from gpu_attention import flex, probe
+from gpu_attention import probe
 from gpu_bench import Bench, relative
 from gpu_logprobs import logprobs
 from gpu_step import step
@@ -195,10 +195,9 @@ PARTS = {
     "ceilings": (ceilings, 15),
     "muon": (muon, 45),
     "choice": (choice, 15),
-    "probe": (probe, 30),
+    "probe": (probe, 60),
     "logprobs": (logprobs, 75),
-    "step": (step, 40),
-    "flex": (flex, 80),
+    "step": (step, 60),
 }
 
 

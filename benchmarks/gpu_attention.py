@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from gpu_bench import Bench, relative
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from k2rl.models.logit_probe import LogitProbe
-from k2rl.training.tree_attention import (
-    CPU_BLOCK,
-    CUDA_BLOCK,
-    QueryBlock,
-    block_size,
-    plan_blocks,
-    tree_attention,
-)
+from k2rl.training import flex_tree
+from k2rl.training.tree_attention import Tree, tree_attention
 
 HEADS, KEY_HEADS, WIDTH = 16, 4, 128
-BLOCKS = (CPU_BLOCK, 256, 1024, CUDA_BLOCK)
+
+
+@contextmanager
+def by_blocks() -> Iterator[None]:
+    """As where flex_attention is not to be had."""
+    with patch.object(flex_tree, "fits", lambda heads: False):
+        yield
 
 
 @dataclass(frozen=True)
@@ -34,24 +34,14 @@ class Row:
     name: str
     subtree_end: Tensor
 
-    def blocks(self, size: int, device: torch.device) -> tuple[QueryBlock, ...]:
-        planned = plan_blocks(self.subtree_end, size)
-        return tuple(replace(block, mask=block.mask.to(device)) for block in planned)
+    def tree(self, device: torch.device) -> Tree:
+        return Tree(self.subtree_end, device)
 
     def visible(self, device: torch.device) -> Tensor:
         """[T, T] bool."""
         end = self.subtree_end.to(device)
         position = torch.arange(len(end), device=device)
         return (position[None, :] <= position[:, None]) & (position[:, None] < end[None, :])
-
-    def flex_mask(self, device: torch.device) -> BlockMask:
-        """The same for flex_attention."""
-        end, length = self.subtree_end.to(device), len(self.subtree_end)
-
-        def sees(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return (j <= i) & (i < end[j])
-
-        return create_block_mask(sees, None, None, length, length, device=str(device))
 
     @property
     def pairs(self) -> int:
@@ -73,45 +63,42 @@ def rows(length: int) -> list[Row]:
 class Problem:
     """Queries, keys and values [1, heads, T, d], and a layer that the probe knows."""
 
-    def __init__(self, bench: Bench, length: int, learns: bool = True) -> None:
-        shapes = [(1, heads, length, WIDTH) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
+    def __init__(
+        self, bench: Bench, length: int, heads: tuple[int, int, int] = (HEADS, KEY_HEADS, WIDTH)
+    ) -> None:
+        """`heads`: of queries, of keys, and their width."""
+        self.heads, self.key_heads, self.width = heads
+        shapes = [(1, count, length, self.width) for count in (self.heads, self.key_heads, self.key_heads)]
         made = [bench.random(*shape, dtype=torch.bfloat16) for shape in shapes]
-        self.query, self.key, self.value = (tensor.requires_grad_(learns) for tensor in made)
-        self.weights = bench.random(1, length, HEADS, WIDTH, dtype=torch.bfloat16)
-        self.layer, self.probe = nn.Module(), LogitProbe(1, HEADS, bench.device)
+        self.query, self.key, self.value = (tensor.requires_grad_() for tensor in made)
+        self.weights = bench.random(1, length, self.heads, self.width, dtype=torch.bfloat16)
+        self.layer, self.probe = nn.Module(), LogitProbe(1, self.heads, bench.device)
         self.layer.layer_idx = 0
 
     def run(self, attend: Callable[[], Tensor], backward: bool) -> Tensor:
         self.query.grad = self.key.grad = self.value.grad = None
         output = attend()
-        if backward and output.requires_grad:
+        if backward:
             output.backward(self.weights)
         return output
 
-    def tree(self, blocks: tuple[QueryBlock, ...], probed: bool, precision: str = "highest") -> Tensor:
-        """`precision`, of products of float32, also holds in the backward pass that follows."""
-        torch.set_float32_matmul_precision(precision)
+    def tree(self, tree: Tree, probed: bool = True) -> Tensor:
         return tree_attention(
             *(self.layer, self.query, self.key, self.value, None),
-            tree=blocks,
+            tree=tree,
             probe=self.probe if probed else None,
         )[0]
 
-    def flex(self, fused: Callable[..., Any], mask: BlockMask, probed: bool) -> Tensor:
-        heads = (self.query, self.key, self.value)
-        if not probed:
-            return fused(*heads, block_mask=mask, enable_gqa=True).transpose(1, 2)
-        from torch.nn.attention.flex_attention import AuxRequest  # newer than the rest
-
-        output, aux = fused(*heads, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(max_scores=True))
-        self.probe.record(self.layer, aux.max_scores[0].detach().amax(dim=1))
-        return output.transpose(1, 2)
+    def tree_by_blocks(self, tree: Tree) -> Tensor:
+        with by_blocks():
+            return self.tree(tree)
 
     def sdpa(self, mask: Tensor | None) -> Tensor:
         """As transformers calls it: its kernels take fewer heads of keys without a mask alone."""
         key, value = self.key, self.value
         if mask is not None:
-            key, value = (tensor.repeat_interleave(HEADS // KEY_HEADS, dim=1) for tensor in (key, value))
+            times = self.heads // self.key_heads
+            key, value = (tensor.repeat_interleave(times, dim=1) for tensor in (key, value))
         output = F.scaled_dot_product_attention(
             self.query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=mask is None
         )
@@ -120,9 +107,8 @@ class Problem:
     @torch.no_grad()
     def naive_maxima(self, visible: Tensor) -> Tensor:
         """[heads] float32, from the whole matrix of logits."""
-        torch.set_float32_matmul_precision("highest")
-        keys = self.key[0].float().repeat_interleave(HEADS // KEY_HEADS, dim=0)
-        logits = torch.bmm(self.query[0].float() * WIDTH**-0.5, keys.mT)
+        keys = self.key[0].float().repeat_interleave(self.heads // self.key_heads, dim=0)
+        logits = torch.bmm(self.query[0].float() * self.width**-0.5, keys.mT)
         return logits.masked_fill_(~visible, -torch.inf).amax(dim=(1, 2))
 
     def gradients(self) -> list[Tensor]:
@@ -130,22 +116,43 @@ class Problem:
         return [grad.clone() for grad in grads if grad is not None]
 
 
+def probe(bench: Bench) -> None:
+    """What k2rl takes for a row; the same block by block; and SDPA, which has no probe."""
+    _numerics(bench)
+    length = 128 if bench.small else 8192
+    problem = Problem(bench, length)
+    for row in rows(length):
+        tree, alone = row.tree(bench.device), row.name.startswith("one")
+        visible = row.visible(bench.device)
+        sdpa = "SDPA" if alone else "SDPA with a dense mask"
+        attends = {
+            "k2rl, probe off": partial(problem.tree, tree, False),
+            "k2rl": partial(problem.tree, tree),
+            "k2rl, by blocks": partial(problem.tree_by_blocks, tree),
+            sdpa: partial(problem.sdpa, None if alone else visible),
+        }
+        _report(bench, row, problem, attends, sdpa)
+        if alone:
+            naive = partial(problem.naive_maxima, visible)
+            figures = {"forward ms": bench.in_turns({"": naive})[""] * 1e3, "peak GiB": bench.peak(naive)}
+            bench.row("probe", f"{row.name}, the whole matrix of logits", figures)
+        made = bench.in_turns({"": lambda row=row: row.tree(bench.device).mask})[""]
+        bench.row("probe", f"{row.name}, the mask of a row, once for all layers", {"ms": made * 1e3})
+        del attends, visible, tree
+        bench.free()
+
+
 def _report(
-    bench: Bench,
-    part: str,
-    row: Row,
-    problem: Problem,
-    attends: dict[str, Callable[[], Tensor]],
-    beside: str,
+    bench: Bench, row: Row, problem: Problem, attends: dict[str, Callable[[], Tensor]], beside: str
 ) -> None:
     """Forward, and forward with backward, of each; beside one of them."""
     forward = bench.in_turns({name: partial(problem.run, one, False) for name, one in attends.items()})
     both = bench.in_turns({name: partial(problem.run, one, True) for name, one in attends.items()})
-    product = 2.0 * row.pairs * HEADS * WIDTH
+    product = 2.0 * row.pairs * problem.heads * problem.width
     for name, one in attends.items():
         bench.free()
         bench.row(
-            part,
+            "probe",
             f"{row.name}, {name}",
             {
                 "forward ms": forward[name] * 1e3,
@@ -159,93 +166,31 @@ def _report(
         )
 
 
-def probe(bench: Bench) -> None:
-    length = 128 if bench.small else 8192
-    _numerics(bench, 64 if bench.small else 1024)
-    problem = Problem(bench, length)
-    for row in rows(length):
-        attends: dict[str, Callable[[], Tensor]] = {}
-        for size in BLOCKS:
-            blocks = row.blocks(size, bench.device)
-            attends[f"k2rl, blocks of {size}, probe off"] = partial(problem.tree, blocks, False)
-            attends[f"k2rl, blocks of {size}, probe on"] = partial(problem.tree, blocks, True)
-        attends[f"k2rl, blocks of {size}, probe on, TF32"] = partial(problem.tree, blocks, True, "high")
-        alone = row.name.startswith("one")
-        beside = "SDPA" if alone else "SDPA with a dense mask"
-        attends[beside] = partial(problem.sdpa, None if alone else row.visible(bench.device))
-        _report(bench, "probe", row, problem, attends, beside)
-        if alone:
-            naive = partial(problem.naive_maxima, row.visible(bench.device))
-            figures = {"forward ms": bench.in_turns({"": naive})[""] * 1e3, "peak GiB": bench.peak(naive)}
-            bench.row("probe", f"{row.name}, the whole matrix of logits", figures)
-        del attends
-        bench.free()
+def _numerics(bench: Bench) -> None:
+    """Largest logits beside those of the whole matrix, outputs and gradients beside a dense mask's.
 
-
-def _numerics(bench: Bench, length: int) -> None:
-    """The probe's beside those of the whole matrix, and outputs and gradients beside a dense mask's."""
-    problem = Problem(bench, length)
-    for row in rows(length):
-        visible = row.visible(bench.device)
-        blocks = row.blocks(block_size(bench.device), bench.device)
+    In rows of several lengths, as micro-batches are: the kernel is compiled once for all.
+    """
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    cases = [(row, size) for size in ((64,) if bench.small else (1024,)) for row in rows(size)]
+    cases += [(rows(size)[-1], size) for size in ((77,) if bench.small else (777, 3001, 2048, 5000))]
+    for row, length in cases:
+        problem = Problem(bench, length)
+        visible, tree = row.visible(bench.device), row.tree(bench.device)
         expected = problem.naive_maxima(visible)
         dense = problem.run(partial(problem.sdpa, visible), True)
         theirs = problem.gradients()
-        for precision in ("highest", "high") if bench.on_cuda else ("highest",):
-            output = problem.run(partial(problem.tree, blocks, True, precision), True)
+        for name, attend in (("k2rl", problem.tree), ("k2rl, by blocks", problem.tree_by_blocks)):
+            problem.probe.take()
+            output = problem.run(partial(attend, tree), True)
             bench.row(
                 "probe",
-                f"{row.name}, {'TF32' if precision == 'high' else 'float32'}, against a dense mask",
+                f"{row.name}, {name} against a dense mask",
                 {
                     "largest logits off by": relative(problem.probe.take()[0], expected),
                     "output": relative(output, dense),
                     "gradients": max(map(relative, problem.gradients(), theirs)),
                 },
             )
-
-
-def flex(bench: Bench) -> None:
-    """torch's flex_attention under the same trees, which gives each query's largest logit on request.
-
-    On a CPU it gives none, and has no backward pass.
-    """
-    length = 128 if bench.small else 8192
-    problem = Problem(bench, length, learns=bench.on_cuda)
-    fused = torch.compile(flex_attention, dynamic=False) if bench.on_cuda else flex_attention
-    for row in rows(length):
-        blocks, mask = row.blocks(CUDA_BLOCK, bench.device), row.flex_mask(bench.device)
-        beside = f"k2rl, blocks of {CUDA_BLOCK}, probe on"
-        attends = {
-            beside: partial(problem.tree, blocks, True),
-            "flex_attention": partial(problem.flex, fused, mask, False),
-        }
-        if bench.on_cuda:
-            attends["flex_attention with max_scores"] = partial(problem.flex, fused, mask, True)
-        _report(bench, "flex", row, problem, attends, beside)
-        _flex_numerics(bench, row, problem, partial(problem.flex, fused, mask, bench.on_cuda))
-        del attends
-        bench.free()
-    # Last, whether one compiled kernel takes rows of any length, as micro-batches are.
-    fused = torch.compile(flex_attention, dynamic=True) if bench.on_cuda else flex_attention
-    for length in (100, 77) if bench.small else (8192, 5000, 777, 6001):
-        problem, row = Problem(bench, length, learns=bench.on_cuda), rows(length)[-1]
-        attend = partial(problem.flex, fused, row.flex_mask(bench.device), bench.on_cuda)
-        _flex_numerics(bench, row, problem, attend)
-
-
-def _flex_numerics(bench: Bench, row: Row, problem: Problem, attend: Callable[[], Tensor]) -> None:
-    problem.probe.take()
-    ours = problem.run(partial(problem.tree, row.blocks(CUDA_BLOCK, bench.device), True), True)
-    our_gradients, expected = problem.gradients(), problem.probe.take()[0]
-    theirs = problem.run(attend, True)
-    found = problem.probe.take()[0] if bench.on_cuda else expected
-    bench.row(
-        "flex",
-        f"{row.name}, flex_attention against k2rl",
-        {
-            "largest logits off by": relative(found, expected),
-            "output": relative(theirs, ours),
-            "gradients": max(map(relative, problem.gradients(), our_gradients), default=0.0),
-            "ms": bench.seconds(partial(problem.run, attend, True)) * 1e3,
-        },
-    )
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+    bench.row("probe", f"{len({size for _, size in cases})} lengths of rows", {"kernels compiled": compiled})

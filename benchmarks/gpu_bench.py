@@ -79,6 +79,15 @@ class Bench:
         stop.synchronize()
         return start.elapsed_time(stop) / 1e3 / calls
 
+    def host_seconds(self, run: Run) -> float:
+        """Until a call returns, while the device may be at work yet: where it takes as long, it waits."""
+        self.synchronise()
+        began = time.perf_counter()
+        run()
+        taken = time.perf_counter() - began
+        self.synchronise()
+        return taken
+
     def in_turns(self, runs: Mapping[str, Run]) -> dict[str, float]:
         """Median seconds of a call of each, which take turns after two calls that do not count."""
         calls = {}

@@ -38,7 +38,7 @@ def test_all_parts_run_with_torch_and_transformers_alone(tmp_path: Path) -> None
     assert ran.returncode == 0, ran.stderr
     rows = json.loads(out.read_text())["rows"]
     assert [*dict.fromkeys(row["part"] for row in rows)] == [
-        *("ceilings", "muon", "choice", "probe", "logprobs", "step", "flex")
+        *("ceilings", "muon", "choice", "probe", "logprobs", "step")
     ]
     errors = {
         (row["what"], name): value

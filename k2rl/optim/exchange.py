@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ WAVE_ELEMENTS = 32 * 2**20
 class Piece:
     """What one rank holds of a matrix."""
 
-    #: Index into the rank's shard, seen as [experts, rows, columns].
+    #: Index into the rank's shard, seen as [experts, rows, columns]; one of two dimensions is one expert.
     in_shard: tuple[int, slice, slice]
     in_matrix: tuple[slice, slice]
     shape: tuple[int, int]
@@ -48,7 +49,7 @@ class Matrix:
     pieces: tuple[Piece | None, ...]
     worker: int
 
-    @property
+    @cached_property
     def is_whole(self) -> bool:
         """Whether its worker has all of it already."""
         return all((piece is None) == (rank != self.worker) for rank, piece in enumerate(self.pieces))
@@ -92,12 +93,6 @@ class Sharding:
         """[first, last) of each rank's shard of a dimension: torch.chunk's, so the last may be empty."""
         chunk = -(-size // self.ranks)
         return [(min(rank * chunk, size), min((rank + 1) * chunk, size)) for rank in range(self.ranks)]
-
-
-def as_stack(tensor: Tensor) -> Tensor:
-    """The shard that this rank holds of a parameter, or all of a plain one, as [experts, rows, columns]."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local if local.ndim == 3 else local[None]
 
 
 def rows_held(parameter: Tensor) -> tuple[int, int]:

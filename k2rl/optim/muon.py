@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.optim.adamw import adamw
 
 from k2rl.config import OptimizerConfig
 from k2rl.errors import ConfigError
-from k2rl.optim.exchange import Matrix, Piece, Sharding, as_stack, plan_waves, run_waves
+from k2rl.optim.exchange import Matrix, Piece, Sharding, plan_waves, run_waves
 from k2rl.optim.matrices import Box, boxes_of, is_muon_matrix
 from k2rl.optim.newton_schulz import default_dtype, orthogonalise
 
@@ -55,7 +56,7 @@ class MuonAdamW(torch.optim.Optimizer):
             if group["algorithm"] == "muon":
                 self._add_boxes(group["params"], group.pop("boxes", None))
         super().__init__(param_groups, {})
-        self._waves: dict[tuple[int, ...], list[list[Matrix]]] = {}
+        self._plans: dict[tuple[int, ...], list[_Plan]] = {}
 
     def _add_boxes(self, params: Sequence[Tensor], boxes: Sequence[tuple[Box, ...]] | None) -> None:
         for parameter in params:
@@ -84,24 +85,32 @@ class MuonAdamW(torch.optim.Optimizer):
         for parameter in params:
             if not self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-        by_mesh: dict[Sharding, list[Tensor]] = defaultdict(list)
-        for parameter in params:
-            by_mesh[Sharding.of(parameter).across].append(parameter)
-        for across, members in by_mesh.items():
-            _MuonUpdate(members, [self.state[member]["momentum"] for member in members], group).run(
-                self._plan(members), across
-            )
+        for plan in self._planned(params):
+            members = [params[index] for index in plan.members]
+            momenta = [self.state[member]["momentum"] for member in members]
+            _MuonUpdate(members, momenta, group).run(plan.waves, plan.across)
 
-    def _plan(self, params: Sequence[Tensor]) -> list[list[Matrix]]:
+    def _planned(self, params: Sequence[Tensor]) -> list[_Plan]:
         """Who works on which matrix; the same for the same parameters at every step."""
         key = tuple(id(parameter) for parameter in params)
-        if key not in self._waves:
-            self._waves[key] = plan_waves(
-                [tuple(parameter.shape) for parameter in params],
-                [self._boxes[parameter] for parameter in params],
-                [Sharding.of(parameter) for parameter in params],
-            )
-        return self._waves[key]
+        if key not in self._plans:
+            shardings = [Sharding.of(parameter) for parameter in params]
+            by_mesh: dict[Sharding, list[int]] = defaultdict(list)
+            for index, sharding in enumerate(shardings):
+                by_mesh[sharding.across].append(index)
+            self._plans[key] = [
+                _Plan(
+                    members,
+                    across,
+                    plan_waves(
+                        [tuple(params[index].shape) for index in members],
+                        [self._boxes[params[index]] for index in members],
+                        [shardings[index] for index in members],
+                    ),
+                )
+                for across, members in by_mesh.items()
+            ]
+        return self._plans[key]
 
     def _adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in params:
@@ -130,13 +139,23 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """For parameters that are sharded over the same ranks."""
+
+    #: Indices into the parameters.
+    members: list[int]
+    across: Sharding
+    waves: list[list[Matrix]]
+
+
 class _MuonUpdate:
     """One update of parameters that are sharded over the same ranks."""
 
     def __init__(self, params: Sequence[Tensor], momenta: Sequence[Tensor], group: dict[str, Any]) -> None:
-        self._weights = [as_stack(parameter) for parameter in params]
-        self._gradients = [as_stack(parameter.grad) for parameter in params if parameter.grad is not None]
-        self._momenta = [as_stack(momentum) for momentum in momenta]
+        self._weights = [_local(parameter) for parameter in params]
+        self._gradients = [_local(parameter.grad) for parameter in params if parameter.grad is not None]
+        self._momenta = [_local(momentum) for momentum in momenta]
         self._group = group
 
     def run(self, waves: Sequence[Sequence[Matrix]], across: Sharding) -> None:
@@ -175,9 +194,9 @@ def _views(tensors: Sequence[Tensor], matrices: Sequence[Matrix], pieces: Sequen
     return [_view(tensors[m.parameter], piece) for m, piece in zip(matrices, pieces, strict=True)]
 
 
-def _view(stack: Tensor, piece: Piece) -> Tensor:
+def _view(held: Tensor, piece: Piece) -> Tensor:
     expert, rows, columns = piece.in_shard
-    whole = stack[expert]
+    whole = held if held.ndim == 2 else held[expert]
     return whole if piece.shape == whole.shape else whole[rows, columns]  # slices cost a GPU's host dear
 
 

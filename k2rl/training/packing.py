@@ -12,13 +12,13 @@ computed one by one, up to rounding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from k2rl.training.batch import LabelledSequence
-from k2rl.training.tree_attention import CPU_BLOCK, QueryBlock, plan_blocks
+from k2rl.training.tree_attention import Tree
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class MicroBatch:
     #: [1, T] int64, depth in the prefix tree.
     position_ids: Tensor
     #: What each position sees, for `tree_attention`.
-    tree: tuple[QueryBlock, ...]
+    tree: Tree
     #: [U] int64, ascending: positions whose hidden state predicts something.
     predictors: Tensor
     #: [N] int64 in [0, U): the predictor of each label.
@@ -53,7 +53,7 @@ class MicroBatch:
         return MicroBatch(
             input_ids=self.input_ids.to(device),
             position_ids=self.position_ids.to(device),
-            tree=tuple(replace(block, mask=block.mask.to(device)) for block in self.tree),
+            tree=self.tree.to(device),
             predictors=self.predictors.to(device),
             label_predictor=self.label_predictor.to(device),
             targets=self.targets.to(device),
@@ -63,15 +63,12 @@ class MicroBatch:
         )
 
 
-def pack(
-    groups: Sequence[Sequence[LabelledSequence]], micro_batch_tokens: int, block: int = CPU_BLOCK
-) -> list[MicroBatch]:
+def pack(groups: Sequence[Sequence[LabelledSequence]], micro_batch_tokens: int) -> list[MicroBatch]:
     """Pack sequences into micro-batches; groups stay together where they fit.
 
     Args:
         groups: sequences that are likely to share a prefix. One-sequence groups are fine.
         micro_batch_tokens: positions in a micro-batch, at most. A longer sequence gets one of its own.
-        block: queries in a block of its attention.
 
     Returns:
         Micro-batches in which every sequence occurs once. Sequences are numbered in the order given and
@@ -91,7 +88,7 @@ def pack(
             home.insert(items)
         else:
             trees.extend(_plant(items, micro_batch_tokens))
-    return [tree.to_micro_batch(block) for tree in trees]
+    return [tree.to_micro_batch() for tree in trees]
 
 
 def empty_micro_batch() -> MicroBatch:
@@ -202,7 +199,7 @@ class _PrefixTree:
             stack.extend((child, False) for child in reversed(self.children[node].values()))
         return order, [end[node] for node in order]
 
-    def to_micro_batch(self, block: int = CPU_BLOCK) -> MicroBatch:
+    def to_micro_batch(self) -> MicroBatch:
         order, ends = self.depth_first()
         column = {node: place for place, node in enumerate(order)}
         predictors, targets, sequence_index = [], [], []
@@ -215,7 +212,7 @@ class _PrefixTree:
         return MicroBatch(
             input_ids=torch.tensor([[self.tokens[node] for node in order] or [0]]),
             position_ids=torch.tensor([[self.depth[node] for node in order] or [0]]),
-            tree=plan_blocks(torch.tensor(ends or [1]), block),
+            tree=Tree(torch.tensor(ends or [1])),
             predictors=unique,
             label_predictor=inverse,
             targets=torch.tensor(targets, dtype=torch.int64),

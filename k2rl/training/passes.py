@@ -22,7 +22,6 @@ from k2rl.training.logprobs import TokenLogprobs
 from k2rl.training.packing import MicroBatch, empty_micro_batch, pack
 from k2rl.training.replay import RouterReplay
 from k2rl.training.sharing import share
-from k2rl.training.tree_attention import block_size
 
 
 @dataclass
@@ -84,7 +83,7 @@ class Passes:
             dealt = share(groups, self._group.world)[self._group.rank]
             order = [index for unit in dealt for index in unit]
             units = [[flat[index] for index in unit] for unit in dealt]
-            batches = pack(units, self._micro_batch_tokens, block_size(self._device))
+            batches = pack(units, self._micro_batch_tokens)
             return [replace(batch, sequences=tuple(order[i] for i in batch.sequences)) for batch in batches]
 
         batches = self._group.agreed(packed)

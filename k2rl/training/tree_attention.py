@@ -5,24 +5,27 @@ the row's length, most of it for pairs that do not see each other. Here queries 
 block meets only the keys that any of its queries sees: a few contiguous runs (its own branch, the prompt
 above it). The cost is that of the sequences' own attention, however many groups share the row.
 
-Registered with transformers as the attention `k2rl_tree`; the blocks travel as the model's keyword
-argument `tree`. Without them it is transformers' own `sdpa`. Another argument, `probe`, is told the largest
-logits.
+On a GPU torch's flex_attention does the same in one kernel (`flex_tree.py`), where it can.
+
+Registered with transformers as the attention `k2rl_tree`; the tree travels as the model's keyword argument
+`tree`. Without one it is transformers' own `sdpa`. Another argument, `probe`, is told the largest logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from k2rl.models.logit_probe import LogitProbe
+from k2rl.training import flex_tree
 
 NAME = "k2rl_tree"
 CPU_BLOCK = 96
@@ -82,6 +85,35 @@ def plan_blocks(subtree_end: Tensor, size: int = CPU_BLOCK) -> tuple[QueryBlock,
     return tuple(blocks)
 
 
+class Tree:
+    """What each position of a row sees, in the form that the attention on its device takes.
+
+    Made when it is first asked for, and kept: all layers and passes read one.
+    """
+
+    def __init__(self, subtree_end: Tensor, device: torch.device | str = "cpu") -> None:
+        """Args:
+        subtree_end: [T] int64, on the CPU; see `plan_blocks`.
+        device: of the attention.
+        """
+        self.subtree_end = subtree_end
+        self.device = torch.device(device)
+
+    @cached_property
+    def blocks(self) -> tuple[QueryBlock, ...]:
+        """For attention block by block."""
+        planned = plan_blocks(self.subtree_end, block_size(self.device))
+        return tuple(replace(block, mask=block.mask.to(self.device)) for block in planned)
+
+    @cached_property
+    def mask(self) -> BlockMask:
+        """For flex_attention."""
+        return flex_tree.tree_mask(self.subtree_end.to(self.device))
+
+    def to(self, device: torch.device) -> Tree:
+        return Tree(self.subtree_end, device)
+
+
 def tree_attention(
     module: nn.Module,
     query: Tensor,
@@ -89,7 +121,7 @@ def tree_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    tree: tuple[QueryBlock, ...] | None = None,
+    tree: Tree | None = None,
     probe: LogitProbe | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -102,7 +134,7 @@ def tree_attention(
         value: [1, H / G, T, d_v].
         attention_mask: ignored where `tree` is given.
         scaling: of the scores; default `d ** -0.5`.
-        tree: the row's query blocks.
+        tree: the row's.
         probe: told the largest logit of each head; with `tree` only.
         kwargs: passed on where `tree` is not given.
 
@@ -115,8 +147,14 @@ def tree_attention(
         )
         return plain
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output: Tensor
+    if flex_tree.fits(flex_tree.Heads.of(query, key, value)):
+        output, maxima = flex_tree.attend(query, key, value, scale, tree.mask, probe is not None)
+        if probe and maxima is not None:
+            probe.record(module, maxima)
+        return output, None
     record = partial(probe.record, module) if probe else None
-    output: Tensor = _TreeAttention.apply(query, key, value, scale, tree, record)  # type: ignore[no-untyped-call]
+    output = _TreeAttention.apply(query, key, value, scale, tree.blocks, record)  # type: ignore[no-untyped-call]
     return output, None
 
 

