@@ -58,9 +58,16 @@ def orthogonalise(
             if len(chunk) == 1:
                 results[chunk[0]] = newton_schulz(matrices[chunk[0]], steps, dtype)
                 continue
-            wide = [m.mT if m.shape[0] > m.shape[1] else m for m in (matrices[index] for index in chunk)]
-            for index, result in zip(chunk, newton_schulz(torch.stack(wide), steps, dtype), strict=True):
-                results[index] = result.mT if matrices[index].shape[0] > matrices[index].shape[1] else result
+            tall = [index for index in chunk if matrices[index].shape[0] > matrices[index].shape[1]]
+            wide = [index for index in chunk if matrices[index].shape[0] <= matrices[index].shape[1]]
+            # Transposed together: to stack transposed ones takes a GPU a launch for each.
+            parts = [torch.stack([matrices[index] for index in some]) for some in (tall, wide) if some]
+            if tall:
+                parts[0] = parts[0].mT
+            together = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+            batch = newton_schulz(together, steps, dtype)
+            results.update(zip(tall, batch[: len(tall)].mT, strict=True))
+            results.update(zip(wide, batch[len(tall) :], strict=True))
     return [results[index] for index in range(len(matrices))]
 
 
