@@ -2,7 +2,8 @@
 
 Fused attention never shows its logits, so the attention function itself reports them: transformers hands a
 keyword argument of the model on to it, and `k2rl_tree` (`k2rl/training/tree_attention.py`) knows `probe`. It
-works block by block of queries, so a long sequence's matrix of logits is never whole.
+works block by block of queries, or by a kernel that does, so a long sequence's matrix of logits is never
+whole.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ NAME = "k2rl_tree"
 CPU_BLOCK = 96
 """Queries in a block: fewer see fewer foreign keys, more make larger matrix products."""
 CUDA_BLOCK = 512
-"""On a GPU: each block is some thirty launches, however small."""
+"""On a GPU without flex_attention: each block is some thirty launches, however small."""
 
 
 @dataclass(frozen=True)
