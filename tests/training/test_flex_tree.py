@@ -83,6 +83,29 @@ def test_outputs_are_those_of_a_dense_mask(length: int, monkeypatch: pytest.Monk
     torch.testing.assert_close(output, expected)
 
 
+@pytest.mark.slow
+def test_new_lengths_are_not_traced_again() -> None:
+    """What comes before a GPU's compiler is the same on a CPU; the scale is a number in the kernel."""
+    graphs, scales = 0, set()
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        nonlocal graphs
+        graphs += 1
+        scales.update(node.args[5] for node in graph.graph.nodes if "flex" in str(node.target))
+        return graph
+
+    traced = torch.compile(flex_tree._attend, dynamic=True, fullgraph=True, backend=count)
+    for length in (520, 30, 256):
+        query, key, value = (tensor.detach() for tensor in inputs(length))
+        mask = tree_mask(torch.full((length,), length))
+        rows = [flex_tree._in_blocks(row, mask.shape[-1] - length) for row in (query, key, value)]
+        output, _ = traced(*rows, mask, repr(0.3))
+        expected = dense(query * 0.3 * 8**0.5, key, value, dense_mask(torch.full((length,), length)))
+        torch.testing.assert_close(output[:, :, :length].transpose(1, 2), expected)
+    assert graphs <= 2, "one more where the first number of blocks was another size"
+    assert scales == {0.3}
+
+
 def test_a_cpu_goes_block_by_block(caplog: pytest.LogCaptureFixture) -> None:
     assert not flex_tree.fits(Heads.of(*inputs(9)))
     assert caplog.records == []
