@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import random
 import sys
 import tempfile
 import time
@@ -30,7 +29,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import TypedDict
@@ -43,39 +42,27 @@ from panels import Panel, draw
 from k2rl import launch
 from k2rl.composition import compose
 from k2rl.config import Config
-from k2rl.loop import learn, roll_out, rollout_metrics
-from k2rl.models.chat import ChatTemplate
+from k2rl.loop import held_out, learn, roll_out, rollout_metrics
 from k2rl.objective.temperature import temperature_at
 from k2rl.preflight import Preflight, preflight
 from k2rl.rollouts.episode import Attempt
 from k2rl.run import Run
-from k2rl.training.batch import SupervisedSequence
-from k2rl.training.schedule import learning_rate
-from k2rl.training.supervised import Corpus, chat_sequence
-from k2rl.types import Message
 from k2rl.workers.recovery import Recovery
 
 SETTINGS = (
     "experiment=claims",
-    # The warm start shows the tasks of all claims.
-    "env.kwargs.only=''",
     *("tracking.live=off", "tracking.tensorboard=false", "tracking.samples_per_step=0"),
     "tracking.record_rollouts=false",
 )
-#: Sentences in each step of the warm start and, with PTX, of the training; those that are held out.
-SENTENCES, HELD_OUT, LEARNED = 8, 64, 512
-WORDS = (
-    ("old", "new", "red", "blue", "small", "large", "kind", "poor"),
-    ("tree", "house", "child", "river", "horse", "king", "stone", "bird"),
-    ("sees", "finds", "likes", "leaves", "keeps", "hears", "meets", "wants"),
-    ("bread", "water", "paper", "glass", "music", "light", "snow", "gold"),
-)
+#: Of the one run in which all are trained: its warm start shows the tasks of all claims.
+ALL_KINDS = "env.kwargs.only=''"
+NLL = "ptx/held_out_nll"
 
 
 class Result(TypedDict):
     """Of one arm and seed."""
 
-    #: Of each step, as in metrics.jsonl; `nll`, of the held-out sentences, is that after the step.
+    #: Of each step, as in metrics.jsonl; the trainer's are missing where there was nothing to learn.
     steps: list[dict[str, float]]
     #: NLL of the held-out sentences before the first step, in nats a token.
     nll: float
@@ -116,10 +103,10 @@ def shorter(found: Results) -> dict[str, bool]:
 
 def kept(found: Results) -> dict[str, bool]:
     without, with_ptx = found["without PTX"], found["PTX"]
-    rise = without["steps"][-1]["nll"] - without["nll"]
+    rise = curve(without, NLL)[-1] - without["nll"]
     return {
         "NLL rises by less than a quarter of what it does without": (
-            rise > 0.1 and with_ptx["steps"][-1]["nll"] - with_ptx["nll"] < rise / 4
+            rise > 0.1 and curve(with_ptx, NLL)[-1] - with_ptx["nll"] < rise / 4
         ),
         "reward not lower by more than 0.05": with_ptx["reward"] > without["reward"] - 0.05,
     }
@@ -144,10 +131,12 @@ def reward_of(result: Result) -> float:
 
 
 REWARD = {"reward/mean": "reward of sampled answers"}
+FORGETTING = {NLL: "NLL of held-out sentences (nats a token)"}
+JITTER = "env.kwargs.jitter=0.01"
 CLAIMS = {
     "budget": Claim(
         "chatty",
-        14,
+        28,
         {
             "no length reward": (),
             "k1.5's length reward": ("budget=length_reward", "budget.length_warmup_steps=4"),
@@ -160,7 +149,7 @@ CLAIMS = {
         "chatty",
         14,
         {"without PTX": (), "PTX": ("ptx.weight=0.2",)},
-        {**REWARD, "nll": "NLL of held-out sentences (nats a token)"},
+        {**REWARD, **FORGETTING},
         kept,
         # High enough to forget by.
         ("optimizer.lr=2e-3",),
@@ -175,54 +164,35 @@ CLAIMS = {
         },
         {**REWARD, "train/entropy": "entropy (nats a token)"},
         explored,
+        ("rollout.tasks_per_step=16",),
     ),
-    "objective": Claim("chatty", 10, {"K2": (), "GRPO": ("objective=grpo",)}, REWARD, as_good),
+    "objective": Claim(
+        "chatty",
+        28,
+        {
+            "K2": (),
+            "GRPO": ("objective=grpo",),
+            "K2, jitter": (JITTER,),
+            "GRPO, jitter": ("objective=grpo", JITTER),
+        },
+        {**REWARD, **FORGETTING},
+        as_good,
+    ),
 }
 
 
-def sentences(chat: ChatTemplate) -> list[SupervisedSequence]:
-    """Different ones of the grammar."""
-    every = list(product(*WORDS))
-    chosen = random.Random(0).sample(every, HELD_OUT + LEARNED)
-    return [
-        chat_sequence(
-            (
-                Message("user", "Say a sentence."),
-                Message("assistant", f"The {adjective} {subject} {verb} the {thing}."),
-            ),
-            chat,
-        )
-        for adjective, subject, verb, thing in chosen
-    ]
-
-
-async def warm(run: Run, texts: Corpus) -> None:
-    """Teach the model to answer, and the sentences."""
-    settings = run.config.warm_start
-    await run.worker.reset_optimizer(settings.lr)
-    for number, demonstrations in enumerate(run.prepared.warm_start, start=1):
-        lr = learning_rate(settings.lr, settings.schedule, number, settings.steps)
-        learned = await run.worker.sft_step([*demonstrations, *texts.sample(number)], lr)
-    print(f"warm start: loss {learned['loss']:.3f} nats a token", flush=True)
-
-
-async def trained(run: Run, config: Config, kind: str, texts: Sequence[SupervisedSequence]) -> Result:
-    """One training on tasks of a kind, and what came of it."""
+async def trained(run: Run, config: Config) -> Result:
+    """One training, and what came of it."""
     total = config.train.steps
-    env = Guests(kind)
+    env = Guests(**config.env.kwargs)
     tasks = list(islice(env.tasks("eval", 0), config.env.eval_tasks))
     ours = arm(replace(run, prepared=replace(run.prepared, env=env)), config)
-    ours.ptx = Corpus(texts[HELD_OUT:] if config.ptx.weight else (), SENTENCES, config.seed)
-
-    async def nll() -> float:
-        return (await run.worker.nll(texts[:HELD_OUT]))["nll"]
-
-    before, steps = await nll(), []
+    before, steps = await held_out(ours), []
     for step in range(1, total + 1):
         rollouts, seconds = await roll_out(ours, step)
         metrics = rollout_metrics(rollouts.trajectories, seconds) | rollouts.metrics
         await learn(ours, step, rollouts, metrics)
-        steps.append({**metrics, "nll": await nll()})
+        steps.append(metrics)
     await ours.pool.close()
     last = temperature_at(config.temperature, total - 1, total)
     episodes = await run.scheduler.run(
@@ -230,7 +200,7 @@ async def trained(run: Run, config: Config, kind: str, texts: Sequence[Supervise
     )
     return {
         "steps": steps,
-        "nll": before,
+        "nll": before[NLL],
         "reward": fmean(episode.reward for episode in episodes),
         "tokens": fmean(episode.num_sampled for episode in episodes),
     }
@@ -249,16 +219,14 @@ async def train_all(prepared: Preflight, run_dir: Path, wanted: Sequence[Trainin
 
 
 async def train_each(run: Run, wanted: Sequence[Training]) -> None:
-    texts = sentences(run.prepared.chat)
-    await warm(run, Corpus(texts[HELD_OUT:], SENTENCES, 0))
+    await launch.warm_start(run)
     start = run.run_dir / "start"
-    await run.worker.publish()
     version = await keep(run, start)
     for training in wanted:
         began = time.monotonic()
         config = training.config
         await back_to(run, start, config.optimizer.lr, version)
-        result = await trained(run, config, CLAIMS[training.claim].kind, texts)
+        result = await trained(run, config)
         training.file.write_text(json.dumps(result))
         print(f"{training.told(result)}, {time.monotonic() - began:.0f} s", flush=True)
 
@@ -278,7 +246,8 @@ class Training:
     @property
     def config(self) -> Config:
         claim = CLAIMS[self.claim]
-        settings = (*SETTINGS, *claim.always, *claim.arms[self.arm])
+        kind = f"env.kwargs.only={claim.kind}"
+        settings = (*SETTINGS, kind, *claim.always, *claim.arms[self.arm])
         return compose([*settings, f"seed={self.seed}", f"train.steps={claim.steps}"])
 
     def result(self) -> Result:
@@ -290,24 +259,25 @@ class Training:
         return (
             f"{self.claim}, {self.arm}, seed {self.seed}: reward {first:.3f} -> {last:.3f}, "
             f"tokens {result['steps'][0]['rollout/tokens_mean']:.1f} -> {result['tokens']:.1f}, "
-            f"NLL {result['nll']:.2f} -> {result['steps'][-1]['nll']:.2f}"
+            f"NLL {result['nll']:.2f} -> {curve(result, NLL)[-1]:.2f}"
         )
 
 
-def picture(claim: Claim, found: dict[str, list[Result]], file: Path) -> None:
-    def curve(result: Result, metric: str) -> list[float]:
-        # A step in which there was nothing to learn has no metrics of the trainer.
-        values = [result["nll"]] if metric == "nll" else []
-        for step in result["steps"]:
-            values.append(step.get(metric, values[-1] if values else 0.0))
-        return values
+def curve(result: Result, metric: str) -> list[float]:
+    """A metric of all steps, where a step has none that of the one before; the NLL from step 0."""
+    values = [result["nll"]] if metric == NLL else []
+    for step in result["steps"]:
+        values.append(step.get(metric, values[-1] if values else 0.0))
+    return values
 
+
+def picture(claim: Claim, found: dict[str, list[Result]], file: Path) -> None:
     draw(
         [
             Panel(
                 title,
                 {name: [curve(result, metric) for result in of_seeds] for name, of_seeds in found.items()},
-                first=0 if metric == "nll" else 1,
+                first=0 if metric == NLL else 1,
             )
             for metric, title in claim.shown.items()
         ],
@@ -338,7 +308,7 @@ def main() -> int:
         for of_arm in CLAIMS[name].arms
     ]
     if wanted := [training for training in trainings if not training.file.exists()]:
-        prepared = preflight(compose([*SETTINGS, f"train.num_threads={arguments.threads}"]))
+        prepared = preflight(compose([*SETTINGS, ALL_KINDS, f"train.num_threads={arguments.threads}"]))
         with closing(prepared), tempfile.TemporaryDirectory() as run_dir:
             asyncio.run(train_all(prepared, Path(run_dir), wanted, not arguments.in_process))
     reached = True
