@@ -14,7 +14,7 @@ from k2rl.types import Message, Split, Task
 FILLERS = ("well", "so", "then", "now", "here", "there")
 MOST_FILLERS = 8
 COMMON, RARE = "fine", "great"
-RARELY = 0.04
+RARELY = 0.08
 _noise = random.Random(0)
 
 ASKS = {"chatty": "Guest {} talks.", "rare": "Guest {} calls."}
@@ -24,7 +24,7 @@ class Guests(TextEnv):
     """Two kinds of guests; demonstrations show how one may answer, and rewards say what is liked.
 
     `chatty`: up to eight words that say nothing, then one of eight, of which the four polite ones earn 1.
-    `rare`: one word; the one that 96 of 100 demonstrations have earns 0.5, the other one 1.
+    `rare`: one word; the one that 92 of 100 demonstrations have earns 0.5, the other one 1.
 
     With `jitter` the judge of training tasks is off by so much at most, whatever the answer.
     """
