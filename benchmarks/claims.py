@@ -176,7 +176,7 @@ CLAIMS = {
         },
         {**REWARD, "train/entropy": "entropy (nats a token)"},
         explored,
-        # After the warm start 3 % of answers at 1 are the rare one, and one in a million at 0.25: of the 128 of
+        # After the warm start 3 % of answers at 1 are the rare one, one in a million at 0.25: of the 128 of
         # a step four, or none of a whole training.
         ("rollout.tasks_per_step=16",),
     ),
