@@ -66,6 +66,10 @@ class Pair(msgspec.Struct, frozen=True):
         return zlib.crc32(self.task.encode()) % HELD_OUT_ONE_IN == 0
 
 
+Known = tuple[Pair, bool]
+"""An answer whose truth is known: a pair's right one, or its wrong one."""
+
+
 class Answers(msgspec.Struct, frozen=True):
     """What a critic has said of pairs with a known answer: numbers of pairs."""
 
@@ -215,30 +219,42 @@ class Critic:
         settings = self._config.rubric
         draw = random.Random(f"critic {seed}")
         taught = [pair for pair in pairs if not pair.held_out]
-        if self._rubric.critic.needs_group:
+        critic = self._rubric.critic
+        if isinstance(critic, Pairwise):
             both = [(pair, first) for pair in taught for first in (True, False)]
             chosen = draw.sample(both, min(len(both), settings.critic_examples))
         else:
-            chosen = self._balanced(taught, draw)
+            sides = [
+                [(pair, True) for pair in taught if pair.right],
+                [(pair, False) for pair in taught if pair.wrong],
+            ]
+            # A probability is learned from answers as they come, and is then as high as the share of right
+            # ones; a word has one threshold, and uneven shares would teach it what most are.
+            deal = self._as_they_come if critic.by_probability else self._balanced
+            chosen = deal(sides, draw) if all(sides) else []
         made = []
         for pair, first in chosen:
-            chat = self._rubric.critic.taught(pair.criteria, pair.prompt, pair.right, pair.wrong, first)
+            chat = critic.taught(pair.criteria, pair.prompt, pair.right, pair.wrong, first)
             made.append(chat_sequence(chat, self._chat, f"critic-{pair.task}"))
         return [each for each in made if len(each.token_ids) <= self._config.train.micro_batch_tokens]
 
-    def _balanced(self, taught: Sequence[Pair], draw: random.Random) -> list[tuple[Pair, bool]]:
-        """As many right answers as wrong ones, rare ones again and again: else it learns what most are.
+    def _as_they_come(self, sides: Sequence[Sequence[Known]], draw: random.Random) -> list[Known]:
+        """Right answers, then wrong ones, of each as large a share as there is."""
+        count = sum(map(len, sides))
+        most = min(count, self._config.rubric.critic_examples)
+        first = round(most * len(sides[0]) / count)
+        shares = zip(sides, (first, most - first), strict=True)
+        return [known for side, share in shares for known in draw.sample(side, share)]
+
+    def _balanced(self, sides: Sequence[Sequence[Known]], draw: random.Random) -> list[Known]:
+        """As many right answers as wrong ones, rare ones again and again.
 
         All of one side first: `batches` deals them out, and each update gets its share of both.
         """
-        sides = [
-            [(pair, True) for pair in taught if pair.right],
-            [(pair, False) for pair in taught if pair.wrong],
-        ]
-        chosen = []
-        for number, side in enumerate(sides if all(sides) else []):
+        chosen: list[Known] = []
+        for number, side in enumerate(sides):
             share = min(max(map(len, sides)), (self._config.rubric.critic_examples + 1 - number) // 2)
-            chosen += draw.sample(side * -(-share // len(side)), share)
+            chosen += draw.sample([*side] * -(-share // len(side)), share)
         return chosen
 
     def drawn(self, trajectories: Sequence[Trajectory], count: int, seed: int) -> list[SupervisedSequence]:

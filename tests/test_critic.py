@@ -10,7 +10,7 @@ import pytest
 
 from k2rl import launch, loop
 from k2rl.config import Config, TrackingConfig
-from k2rl.critic import PROBES, Critic
+from k2rl.critic import PROBES, Critic, Pair
 from k2rl.models.chat import ChatTemplate
 from k2rl.models.hub import resolve_model
 from k2rl.preflight import Preflight
@@ -187,6 +187,23 @@ def test_of_rare_right_answers_as_much_is_taught_as_of_wrong_ones(chat):
     ]
     assert (said.count("right"), said.count("wrong")) == (10, 10)
     assert critic.judgements([pair for pair in pairs if not pair.right], seed=1) == []  # a constant, else
+
+
+def test_a_probability_is_taught_with_as_many_right_answers_as_there_are(chat):
+    config = Config()
+    config.rubric.critic_examples = 20
+    critic = Critic(pointwise("right", brief=True, by_probability=True), chat, config)
+    right = [Pair("task-1", "", "Which?", f"right {n}", "") for n in range(12)]
+    wrong = [Pair("task-1", "", "Which?", "", f"wrong {n}") for n in range(36)]
+    for examples, shares in ((20, (5, 15)), (1000, (12, 36))):
+        config.rubric.critic_examples = examples
+        made = critic.judgements([*right, *wrong], seed=1)
+        said = [
+            chat.decode([t for t, loss in zip(e.token_ids, e.loss_mask, strict=True) if loss]) for e in made
+        ]
+        assert (said.count("right"), said.count("wrong")) == shares
+        assert len({e.token_ids for e in made}) == len(made)
+    assert critic.judgements(wrong, seed=1) == []  # a constant, else
 
 
 def test_who_judges_alone_rewards_as_far_as_it_is_trusted_and_the_verifier_is_no_part_of_it():
