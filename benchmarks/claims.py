@@ -96,8 +96,9 @@ def shorter(found: Results) -> dict[str, bool]:
     free = found["no length reward"]
     rest = {name: result for name, result in found.items() if result is not free}
     return {
-        f"{name}: less than 0.8 of the tokens, reward not lower by more than 0.05": (
-            result["tokens"] < 0.8 * free["tokens"] and result["reward"] > free["reward"] - 0.05
+        # 128 answers leave 5 % of their mean length open.
+        f"{name}: less than 0.9 of the tokens, reward not lower by more than 0.05": (
+            result["tokens"] < 0.9 * free["tokens"] and result["reward"] > free["reward"] - 0.05
         )
         for name, result in rest.items()
     }
