@@ -129,7 +129,7 @@ def unmoved(found: Results) -> dict[str, bool]:
         "K2's reward is not below GRPO's by more than 0.02": (
             found["K2"]["reward"] > found["GRPO"]["reward"] - 0.02
         ),
-        "nor with jitter": ours["reward"] > theirs["reward"] - 0.02,
+        "nor is it with jitter": ours["reward"] > theirs["reward"] - 0.02,
         "with jitter K2's gradient vanishes where tasks are solved (0.02), GRPO's does not (0.1)": (
             gradient_left(ours) < 0.02 and gradient_left(theirs) > 0.1
         ),
