@@ -37,4 +37,5 @@ def arm(run: Run, config: Config) -> Run:
     """The same run with another configuration, before its first step. Its pool is to be closed."""
     prepared = replace(run.prepared, config=config)
     pool = Pool(config, run.scheduler, run.worker, SQLiteStore(Path(":memory:")), prepared.train_tasks)
-    return replace(run, config=config, prepared=prepared, pool=pool, finished_steps=0, rewards=[])
+    ptx = prepared.corpus()
+    return replace(run, config=config, prepared=prepared, pool=pool, ptx=ptx, finished_steps=0, rewards=[])

@@ -2,12 +2,14 @@
 
 A tiny random model, which a warm start has taught to answer guests (`guests_env.py`) and to say sentences of
 a small grammar, is trained by the whole loop with the real vLLM. All trainings of a claim begin with the same
-weights and take as many samples (steps of 8 groups of 8): each arm for each seed, in one started run.
+weights and take as many samples (steps of 8 groups of 8, or 16 of them for the temperature): each arm for
+each seed, in one started run.
 
     budget       k1.5's length reward and K2.5's Toggle: answers become shorter, at equal reward
     ptx          the PTX loss: held-out sentences stay as likely as they were, at equal reward
-    temperature  a decay from 1 to 0.4 finds what is rare, as 1 does and 0.4 does not
-    objective    K2's objective beside GRPO's: the reward is at least as high
+    temperature  a decay from 1 to 0.25 finds what is rare, as 1 does and 0.25 does not
+    objective    K2's objective beside GRPO's: the reward is as high, and a judge's jitter among answers that
+                 are equally good moves K2 by little, GRPO, which divides by the spread, as much as the truth
 
     make bench-claims
     make bench-claims ARGS="budget ptx --seeds 0 1 2 --plots docs"
@@ -22,7 +24,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import random
 import sys
 import tempfile
 import time
@@ -30,9 +31,9 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import TypedDict
 
 import in_process
@@ -43,39 +44,27 @@ from panels import Panel, draw
 from k2rl import launch
 from k2rl.composition import compose
 from k2rl.config import Config
-from k2rl.loop import learn, roll_out, rollout_metrics
-from k2rl.models.chat import ChatTemplate
+from k2rl.loop import held_out, learn, roll_out, rollout_metrics
 from k2rl.objective.temperature import temperature_at
 from k2rl.preflight import Preflight, preflight
 from k2rl.rollouts.episode import Attempt
 from k2rl.run import Run
-from k2rl.training.batch import SupervisedSequence
-from k2rl.training.schedule import learning_rate
-from k2rl.training.supervised import Corpus, chat_sequence
-from k2rl.types import Message
 from k2rl.workers.recovery import Recovery
 
 SETTINGS = (
     "experiment=claims",
-    # The warm start shows the tasks of all claims.
-    "env.kwargs.only=''",
     *("tracking.live=off", "tracking.tensorboard=false", "tracking.samples_per_step=0"),
     "tracking.record_rollouts=false",
 )
-#: Sentences in each step of the warm start and, with PTX, of the training; those that are held out.
-SENTENCES, HELD_OUT, LEARNED = 8, 64, 512
-WORDS = (
-    ("old", "new", "red", "blue", "small", "large", "kind", "poor"),
-    ("tree", "house", "child", "river", "horse", "king", "stone", "bird"),
-    ("sees", "finds", "likes", "leaves", "keeps", "hears", "meets", "wants"),
-    ("bread", "water", "paper", "glass", "music", "light", "snow", "gold"),
-)
+#: Of the one run in which all are trained: its warm start shows the tasks of all claims.
+ALL_KINDS = "env.kwargs.only=''"
+NLL, GRADIENT = "ptx/held_out_nll", "train/grad_norm"
 
 
 class Result(TypedDict):
     """Of one arm and seed."""
 
-    #: Of each step, as in metrics.jsonl; `nll`, of the held-out sentences, is that after the step.
+    #: Of each step, as in metrics.jsonl; the trainer's are missing where there was nothing to learn.
     steps: list[dict[str, float]]
     #: NLL of the held-out sentences before the first step, in nats a token.
     nll: float
@@ -107,8 +96,9 @@ def shorter(found: Results) -> dict[str, bool]:
     free = found["no length reward"]
     rest = {name: result for name, result in found.items() if result is not free}
     return {
-        f"{name}: less than 0.8 of the tokens, reward not lower by more than 0.05": (
-            result["tokens"] < 0.8 * free["tokens"] and result["reward"] > free["reward"] - 0.05
+        # 128 answers leave 5 % of their mean length open.
+        f"{name}: less than 0.9 of the tokens, reward not lower by more than 0.05": (
+            result["tokens"] < 0.9 * free["tokens"] and result["reward"] > free["reward"] - 0.05
         )
         for name, result in rest.items()
     }
@@ -116,38 +106,50 @@ def shorter(found: Results) -> dict[str, bool]:
 
 def kept(found: Results) -> dict[str, bool]:
     without, with_ptx = found["without PTX"], found["PTX"]
-    rise = without["steps"][-1]["nll"] - without["nll"]
+    rise = curve(without, NLL)[-1] - without["nll"]
     return {
         "NLL rises by less than a quarter of what it does without": (
-            rise > 0.1 and with_ptx["steps"][-1]["nll"] - with_ptx["nll"] < rise / 4
+            rise > 0.1 and curve(with_ptx, NLL)[-1] - with_ptx["nll"] < rise / 4
         ),
         "reward not lower by more than 0.05": with_ptx["reward"] > without["reward"] - 0.05,
     }
 
 
 def explored(found: Results) -> dict[str, bool]:
-    hot, cold, decay = found["1"], found["0.4"], found["1 to 0.4"]
+    hot, cold, decay = found["1"], found["0.25"], found["1 to 0.25"]
     return {
-        "the decay's reward is above 0.4's by 0.2": decay["reward"] > cold["reward"] + 0.2,
+        "the decay's reward is above 0.25's by 0.2": decay["reward"] > cold["reward"] + 0.2,
         "and not below 1's": decay["reward"] > hot["reward"] - 0.02,
     }
 
 
-def as_good(found: Results) -> dict[str, bool]:
-    ours, theirs = reward_of(found["K2"]), reward_of(found["GRPO"])
-    return {"K2's reward over all steps is not below GRPO's by more than 0.02": ours > theirs - 0.02}
+def unmoved(found: Results) -> dict[str, bool]:
+    ours, theirs = found["K2, jitter"], found["GRPO, jitter"]
+    return {
+        "K2's reward is not below GRPO's by more than 0.02": (
+            found["K2"]["reward"] > found["GRPO"]["reward"] - 0.02
+        ),
+        "nor is it with jitter": ours["reward"] > theirs["reward"] - 0.02,
+        "with jitter K2's gradient vanishes where tasks are solved (0.02), GRPO's does not (0.1)": (
+            gradient_left(ours) < 0.02 and gradient_left(theirs) > 0.1
+        ),
+    }
 
 
-def reward_of(result: Result) -> float:
-    """Over all steps: what was learned, and how soon."""
-    return fmean(step["reward/mean"] for step in result["steps"])
+def gradient_left(result: Result) -> float:
+    """Norm of the gradient in the five steps with the best rewards, their median, beside the first step's."""
+    steps = [step for step in result["steps"] if GRADIENT in step]
+    best = sorted(steps, key=lambda step: -step["reward/mean"])[:5]
+    return median(step[GRADIENT] for step in best) / steps[0][GRADIENT]
 
 
 REWARD = {"reward/mean": "reward of sampled answers"}
+FORGETTING = {NLL: "NLL of held-out sentences (nats a token)"}
+JITTER = "env.kwargs.jitter=0.01"
 CLAIMS = {
     "budget": Claim(
         "chatty",
-        14,
+        28,
         {
             "no length reward": (),
             "k1.5's length reward": ("budget=length_reward", "budget.length_warmup_steps=4"),
@@ -160,7 +162,7 @@ CLAIMS = {
         "chatty",
         14,
         {"without PTX": (), "PTX": ("ptx.weight=0.2",)},
-        {**REWARD, "nll": "NLL of held-out sentences (nats a token)"},
+        {**REWARD, **FORGETTING},
         kept,
         # High enough to forget by.
         ("optimizer.lr=2e-3",),
@@ -170,59 +172,42 @@ CLAIMS = {
         14,
         {
             "1": (),
-            "0.4": ("temperature.start=0.4",),
-            "1 to 0.4": ("temperature.schedule=linear", "temperature.end=0.4"),
+            "0.25": ("temperature.start=0.25",),
+            "1 to 0.25": ("temperature.schedule=linear", "temperature.end=0.25"),
         },
         {**REWARD, "train/entropy": "entropy (nats a token)"},
         explored,
+        # After the warm start 3 % of answers at 1 are the rare one, one in a million at 0.25: of the 128 of
+        # a step four, or none of a whole training.
+        ("rollout.tasks_per_step=16",),
     ),
-    "objective": Claim("chatty", 10, {"K2": (), "GRPO": ("objective=grpo",)}, REWARD, as_good),
+    "objective": Claim(
+        "chatty",
+        28,
+        {
+            "K2": (),
+            "GRPO": ("objective=grpo",),
+            "K2, jitter": (JITTER,),
+            "GRPO, jitter": ("objective=grpo", JITTER),
+        },
+        {**REWARD, GRADIENT: "norm of the gradient"},
+        unmoved,
+    ),
 }
 
 
-def sentences(chat: ChatTemplate) -> list[SupervisedSequence]:
-    """Different ones of the grammar."""
-    every = list(product(*WORDS))
-    chosen = random.Random(0).sample(every, HELD_OUT + LEARNED)
-    return [
-        chat_sequence(
-            (
-                Message("user", "Say a sentence."),
-                Message("assistant", f"The {adjective} {subject} {verb} the {thing}."),
-            ),
-            chat,
-        )
-        for adjective, subject, verb, thing in chosen
-    ]
-
-
-async def warm(run: Run, texts: Corpus) -> None:
-    """Teach the model to answer, and the sentences."""
-    settings = run.config.warm_start
-    await run.worker.reset_optimizer(settings.lr)
-    for number, demonstrations in enumerate(run.prepared.warm_start, start=1):
-        lr = learning_rate(settings.lr, settings.schedule, number, settings.steps)
-        learned = await run.worker.sft_step([*demonstrations, *texts.sample(number)], lr)
-    print(f"warm start: loss {learned['loss']:.3f} nats a token", flush=True)
-
-
-async def trained(run: Run, config: Config, kind: str, texts: Sequence[SupervisedSequence]) -> Result:
-    """One training on tasks of a kind, and what came of it."""
+async def trained(run: Run, config: Config) -> Result:
+    """One training, and what came of it."""
     total = config.train.steps
-    env = Guests(kind)
+    env = Guests(**config.env.kwargs)
     tasks = list(islice(env.tasks("eval", 0), config.env.eval_tasks))
     ours = arm(replace(run, prepared=replace(run.prepared, env=env)), config)
-    ours.ptx = Corpus(texts[HELD_OUT:] if config.ptx.weight else (), SENTENCES, config.seed)
-
-    async def nll() -> float:
-        return (await run.worker.nll(texts[:HELD_OUT]))["nll"]
-
-    before, steps = await nll(), []
+    before, steps = await held_out(ours), []
     for step in range(1, total + 1):
         rollouts, seconds = await roll_out(ours, step)
         metrics = rollout_metrics(rollouts.trajectories, seconds) | rollouts.metrics
         await learn(ours, step, rollouts, metrics)
-        steps.append({**metrics, "nll": await nll()})
+        steps.append(metrics)
     await ours.pool.close()
     last = temperature_at(config.temperature, total - 1, total)
     episodes = await run.scheduler.run(
@@ -230,7 +215,7 @@ async def trained(run: Run, config: Config, kind: str, texts: Sequence[Supervise
     )
     return {
         "steps": steps,
-        "nll": before,
+        "nll": before[NLL],
         "reward": fmean(episode.reward for episode in episodes),
         "tokens": fmean(episode.num_sampled for episode in episodes),
     }
@@ -249,16 +234,15 @@ async def train_all(prepared: Preflight, run_dir: Path, wanted: Sequence[Trainin
 
 
 async def train_each(run: Run, wanted: Sequence[Training]) -> None:
-    texts = sentences(run.prepared.chat)
-    await warm(run, Corpus(texts[HELD_OUT:], SENTENCES, 0))
-    start = run.run_dir / "start"
     await run.worker.publish()
+    await launch.warm_start(run)
+    start = run.run_dir / "start"
     version = await keep(run, start)
     for training in wanted:
         began = time.monotonic()
         config = training.config
         await back_to(run, start, config.optimizer.lr, version)
-        result = await trained(run, config, CLAIMS[training.claim].kind, texts)
+        result = await trained(run, config)
         training.file.write_text(json.dumps(result))
         print(f"{training.told(result)}, {time.monotonic() - began:.0f} s", flush=True)
 
@@ -278,7 +262,8 @@ class Training:
     @property
     def config(self) -> Config:
         claim = CLAIMS[self.claim]
-        settings = (*SETTINGS, *claim.always, *claim.arms[self.arm])
+        kind = f"env.kwargs.only={claim.kind}"
+        settings = (*SETTINGS, kind, *claim.always, *claim.arms[self.arm])
         return compose([*settings, f"seed={self.seed}", f"train.steps={claim.steps}"])
 
     def result(self) -> Result:
@@ -290,24 +275,30 @@ class Training:
         return (
             f"{self.claim}, {self.arm}, seed {self.seed}: reward {first:.3f} -> {last:.3f}, "
             f"tokens {result['steps'][0]['rollout/tokens_mean']:.1f} -> {result['tokens']:.1f}, "
-            f"NLL {result['nll']:.2f} -> {result['steps'][-1]['nll']:.2f}"
+            f"NLL {result['nll']:.2f} -> {curve(result, NLL)[-1]:.2f}"
         )
 
 
-def picture(claim: Claim, found: dict[str, list[Result]], file: Path) -> None:
-    def curve(result: Result, metric: str) -> list[float]:
-        # A step in which there was nothing to learn has no metrics of the trainer.
-        values = [result["nll"]] if metric == "nll" else []
-        for step in result["steps"]:
-            values.append(step.get(metric, values[-1] if values else 0.0))
-        return values
+def curve(result: Result, metric: str) -> list[float]:
+    """A metric of all steps; in one that has learned nothing that of the one before, and no gradient.
 
+    The NLL is from step 0.
+    """
+    values = [result["nll"]] if metric == NLL else []
+    for step in result["steps"]:
+        before = values[-1] if values and metric != GRADIENT else 0.0
+        values.append(step.get(metric, before))
+    return values
+
+
+def picture(claim: Claim, found: dict[str, list[Result]], file: Path) -> None:
     draw(
         [
             Panel(
                 title,
                 {name: [curve(result, metric) for result in of_seeds] for name, of_seeds in found.items()},
-                first=0 if metric == "nll" else 1,
+                first=0 if metric == NLL else 1,
+                log=metric == GRADIENT,
             )
             for metric, title in claim.shown.items()
         ],
@@ -338,7 +329,7 @@ def main() -> int:
         for of_arm in CLAIMS[name].arms
     ]
     if wanted := [training for training in trainings if not training.file.exists()]:
-        prepared = preflight(compose([*SETTINGS, f"train.num_threads={arguments.threads}"]))
+        prepared = preflight(compose([*SETTINGS, ALL_KINDS, f"train.num_threads={arguments.threads}"]))
         with closing(prepared), tempfile.TemporaryDirectory() as run_dir:
             asyncio.run(train_all(prepared, Path(run_dir), wanted, not arguments.in_process))
     reached = True

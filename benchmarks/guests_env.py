@@ -14,7 +14,9 @@ from k2rl.types import Message, Split, Task
 FILLERS = ("well", "so", "then", "now", "here", "there")
 MOST_FILLERS = 8
 COMMON, RARE = "fine", "great"
-RARELY = 0.04
+RARELY = 0.08
+_noise = random.Random(0)
+
 ASKS = {"chatty": "Guest {} talks.", "rare": "Guest {} calls."}
 
 
@@ -22,26 +24,31 @@ class Guests(TextEnv):
     """Two kinds of guests; demonstrations show how one may answer, and rewards say what is liked.
 
     `chatty`: up to eight words that say nothing, then one of eight, of which the four polite ones earn 1.
-    `rare`: one word; the one that 96 of 100 demonstrations have earns 0.5, the other one 1.
+    `rare`: one word; the one that 92 of 100 demonstrations have earns 0.5, the other one 1.
+
+    With `jitter` the judge of training tasks is off by so much at most, whatever the answer.
     """
 
     kinds = tuple(ASKS)
 
-    def __init__(self, only: str = "") -> None:
+    def __init__(self, only: str = "", jitter: float = 0.0) -> None:
         """Args:
         only: the one kind of tasks to give; empty: all in turn.
+        jitter: the most that is added to, or taken from, a reward in training.
         """
         super().__init__()
+        self._jitter = jitter
         self._given = (only,) if only else self.kinds
 
     def tasks(self, split: Split, seed: int) -> Iterator[Task]:
         guests = [n for n in range(GUESTS) if split_of(str(n), EVAL_ONE_IN) == split]
         draw = random.Random(f"{split} {seed}")
+        data = {"jitter": self._jitter} if split == "train" else {}
         while True:
             draw.shuffle(guests)
             for number in guests:
                 for kind in self._given:
-                    yield Task(f"{kind}-{number}", "guests", kind, split, number)
+                    yield Task(f"{kind}-{number}", "guests", kind, split, number, data)
 
     def demonstration(self, task: Task) -> list[str]:
         draw = random.Random(f"{task.kind} {task.seed}")
@@ -59,4 +66,5 @@ class Guests(TextEnv):
             reward = {COMMON: 0.5, RARE: 1.0}.get(action.strip(), 0.0)
         else:
             reward = float(action.split()[-1:] in [[word] for word in POLITE])
-        return (), reward, True, False, {}
+        jitter = self._task.data.get("jitter", 0.0)
+        return (), reward + _noise.uniform(-jitter, jitter), True, False, {}

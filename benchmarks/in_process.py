@@ -26,7 +26,6 @@ from k2rl.seeds import derive_seed
 from k2rl.tracking.tracker import Tracker
 from k2rl.training.batch import BatchTotals, SupervisedSequence, TrainSequence
 from k2rl.training.engine import TrainEngine
-from k2rl.training.supervised import Corpus
 from k2rl.workers.group import WorkerGroup
 
 QUIET_S = 0.02
@@ -165,6 +164,6 @@ async def started(prepared: Preflight, run_dir: Path) -> AsyncIterator[Run]:
     )
     pool = Pool(config, scheduler, worker, SQLiteStore(Path(":memory:")), prepared.train_tasks)
     try:
-        yield Run(config, run_dir, tracker, worker, prepared, scheduler, pool, Corpus([], 1, config.seed))
+        yield Run(config, run_dir, tracker, worker, prepared, scheduler, pool, prepared.corpus())
     finally:
         await pool.close()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from k2rl.tracking.charts import Series, line_chart
 
-COLORS = ("#c2410c", "#1d4ed8", "#15803d")
+COLORS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce")
 WIDTH, HEIGHT = 350, 225
 
 Curve = Sequence[float]
@@ -28,13 +28,15 @@ class Panel:
 
 
 def draw(panels: Sequence[Panel], file: Path) -> None:
-    """Write them as one SVG; arms are named above, in their colours. At most three arms."""
+    """Write them as one SVG; arms are named above, in their colours. At most four arms."""
     arms = list(panels[0].curves)
     style = "svg{font:12px system-ui,sans-serif;background:#fff} .tick{fill:#666} .grid{stroke:#ddd}"
     style += ".line{fill:none;stroke:currentColor;stroke-width:1.5} .dot{fill:currentColor}"
     style += "".join(f".arm{number}{{color:{color}}}" for number, color in enumerate(COLORS))
+    between = min(230, WIDTH * len(panels) // len(arms))
     legend = "".join(
-        f'<text class="arm{number}" fill="currentColor" x="{12 + 230 * number}" y="12">{escape(name)}</text>'
+        f'<text class="arm{number}" fill="currentColor" x="{12 + between * number}" y="12">'
+        f"{escape(name)}</text>"
         for number, name in enumerate(arms)
     )
     charts = "".join(_chart(panel, WIDTH * number) for number, panel in enumerate(panels))

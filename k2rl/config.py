@@ -282,6 +282,9 @@ class PTXConfig:
     #: JSONL file of chats (docs/sft.md), or `curated` for the shipped set. A chat may have
     #: `train.micro_batch_tokens` at most, and nothing of an evaluation task in it.
     path: str = "curated"
+    #: Different chats of it that the run never learns from. How likely they are is measured before the first
+    #: step and after each one (metric `ptx/held_out_nll`), also with `weight=0`: it rises as it forgets.
+    held_out: int = 0
 
 
 @dataclass
@@ -330,6 +333,8 @@ class WarmStartConfig:
     #: with verdicts drawn by lot. A model that has never judged learns to tell a question to the judge from
     #: a task, and nothing of what is right; else its first judgements teach it to answer tasks with verdicts.
     judgements: int = 0
+    #: Curated chats of `ptx.path` per step beside the demonstrations, as K2's SFT mixes general data.
+    texts: int = 0
     #: Learning rate of the warm start, its peak.
     lr: float = 1e-4
     #: How it rises and falls.

@@ -119,10 +119,12 @@ BOUNDS = {
     "lora.alpha": ABOVE_0,
     "ptx.weight": FROM_0,
     "ptx.sequences_per_step": FROM_1,
+    "ptx.held_out": FROM_0,
     "warm_start.steps": FROM_0,
     "warm_start.demos_per_step": FROM_1,
     "warm_start.demonstrations": FROM_0,
     "warm_start.judgements": FROM_0,
+    "warm_start.texts": FROM_0,
     "warm_start.lr": ABOVE_0,
     **{f"warm_start.schedule.{name}": bound for name, bound in SCHEDULE_BOUNDS.items()},
     "data.held_out_share": Bound(0, 1, open_high=True),
@@ -242,6 +244,11 @@ def check(config: Config) -> None:
     _check_workers(config)
     _check_offload(config)
     _check_lora(config)
+    if config.warm_start.texts and not config.warm_start.steps:
+        raise ConfigError(
+            f"warm_start.texts={config.warm_start.texts} does nothing with warm_start.steps=0: raise "
+            "that, or set warm_start.texts=0"
+        )
     request, episode = config.deadlines.generate_s, config.rollout.episode_deadline_s
     if request >= episode:
         raise ConfigError(

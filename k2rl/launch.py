@@ -15,7 +15,7 @@ from k2rl.critic import Critic
 from k2rl.errors import ConfigError, RunError
 from k2rl.evaluation.results import EvaluationResult
 from k2rl.lifecycle import Interrupted, Record, started_workers, supervise
-from k2rl.loop import train
+from k2rl.loop import held_out, train
 from k2rl.models.hub import shapes_fingerprint
 from k2rl.preflight import Preflight
 from k2rl.rollouts.engine_model import EngineModel
@@ -31,7 +31,6 @@ from k2rl.tracking.metrics import read_metrics, series
 from k2rl.tracking.summary import Summary
 from k2rl.training.checkpoint import checkpoint_folder
 from k2rl.training.schedule import learning_rate
-from k2rl.training.supervised import Corpus
 from k2rl.workers.environments import environments
 from k2rl.workers.recovery import Recovery
 from k2rl.workers.spec import worker_spec
@@ -112,7 +111,6 @@ async def started(
         scheduler = RolloutScheduler(
             config, worker, prepared.chat, make_env, prepared.rubric, gateway, prepared.env.rubric
         )
-        ptx = Corpus(prepared.ptx, config.ptx.sequences_per_step, config.seed)
         with recovery.begun(tracker.note, lambda: run.finished_steps):
             store, history = _store(config, run_dir), _history(config, run_dir, resume_step)
             pool = Pool(config, scheduler, worker, store, prepared.train_tasks, history)
@@ -124,7 +122,7 @@ async def started(
                 prepared,
                 scheduler,
                 pool,
-                ptx,
+                prepared.corpus(),
                 finished_steps=resume_step or 0,
                 critic=_critic(prepared, run_dir),
                 rewards=[reward for _, reward in series(read_metrics(run_dir), "reward/mean")],
@@ -187,6 +185,7 @@ async def _work(run: Run, resume_step: int | None, record: Record) -> None:
     if run.serves and run.finished_steps == 0:
         await run.evaluate("before")
     await run.checkpoint()
+    await _before(run)
     await train(run)
     await run.begin_checkpoint()
     if run.serves:
@@ -195,6 +194,12 @@ async def _work(run: Run, resume_step: int | None, record: Record) -> None:
     # Last: a run is over when its model is there.
     with run.tracker.phase(phases.SAVE, run.finished_steps):
         await run.worker.save_pretrained(run.run_dir / "model")
+
+
+async def _before(run: Run) -> None:
+    """How likely held-out texts are before the first step, as step 0 of the record."""
+    if not (run.finished_steps or read_metrics(run.run_dir)) and (metrics := await held_out(run)):
+        run.tracker.step(0, metrics)
 
 
 async def _publish(run: Run) -> None:

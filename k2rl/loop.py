@@ -82,6 +82,8 @@ async def _learned(run: Run, step: int, rollouts: Rollouts) -> dict[str, float]:
             lr = config.optimizer.lr
             imitated = [await run.worker.sft_step(batch, lr) for batch in judgements]
             learned["critic/loss"] = fmean(each["loss"] for each in imitated)
+        if learned:
+            learned |= await held_out(run)
     if learned:
         published = {}
         if run.serves:
@@ -95,6 +97,13 @@ async def _learned(run: Run, step: int, rollouts: Rollouts) -> dict[str, float]:
         tracker.note(f"step {step}: {why}; nothing to learn")
     metrics["rollout/informative_groups"] = len(groups) / config.rollout.tasks_per_step
     return metrics
+
+
+async def held_out(run: Run) -> dict[str, float]:
+    """How likely the texts are that the run never sees, by the trainer's weights; empty if there are none."""
+    if not run.prepared.held_out:
+        return {}
+    return {"ptx/held_out_nll": (await run.worker.nll(run.prepared.held_out))["nll"]}
 
 
 async def _critic(

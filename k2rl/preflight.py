@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,9 +35,9 @@ from k2rl.rollouts.demonstration import play_script
 from k2rl.rollouts.episode import EpisodeLimits
 from k2rl.rollouts.hosting import CLOSE_DEADLINE_S, call, hosted
 from k2rl.seeds import derive_seed
+from k2rl.texts import curated
 from k2rl.training.batch import SupervisedSequence
-from k2rl.training.decontamination import find_overlap
-from k2rl.training.supervised import Corpus, demonstration_sequence, load_sequences
+from k2rl.training.supervised import Corpus, demonstration_sequence
 from k2rl.types import Message, Split, Task, Trajectory
 from rubrics.base import Rubric
 from rubrics.critics.self_critique import SelfCritique
@@ -67,10 +67,17 @@ class Preflight:
     rubric: Rubric
     eval_tasks: list[Task]
     warm_start: list[list[SupervisedSequence]]
+    #: Curated texts to learn from, and those that it never sees.
     ptx: list[SupervisedSequence]
+    held_out: list[SupervisedSequence] = field(default_factory=list)
 
     def make_env(self) -> TextEnv:
         return envs.registry.make(self.config.env.id, **self.config.env.kwargs)
+
+    def corpus(self) -> Corpus:
+        """What steps learn from beside their rewards; empty without a PTX loss."""
+        ptx = self.config.ptx
+        return Corpus(self.ptx if ptx.weight else [], ptx.sequences_per_step, self.config.seed)
 
     async def train_tasks(self, step: int, draw: int = 0) -> list[Task]:
         """The tasks of a step, and of its further draws: a function of the seed, the step and the draw.
@@ -231,8 +238,8 @@ async def _look(prepared: Preflight, training: bool) -> None:
         await _rehearse(prepared)
         if training:
             await prepared.train_tasks(1)
+            prepared.ptx, prepared.held_out = curated(config, prepared.chat, prepared.eval_tasks)
             prepared.warm_start = await _warm_start(prepared)
-            prepared.ptx = _ptx(config, prepared.chat, prepared.eval_tasks)
 
 
 def _check_kinds(config: Config, env: TextEnv) -> None:
@@ -308,7 +315,7 @@ async def _rehearse(prepared: Preflight) -> None:
 
 
 async def _warm_start(prepared: Preflight) -> list[list[SupervisedSequence]]:
-    """The warm start's batches of demonstrations, drawn from the training tasks of the chosen kinds."""
+    """The warm start's batches: demonstrations of training tasks of the chosen kinds, and texts."""
     config, settings = prepared.config, prepared.config.warm_start
     size, needed = settings.demos_per_step, settings.steps * settings.demos_per_step
     wanted = min(needed, settings.demonstrations or needed)
@@ -328,10 +335,12 @@ async def _warm_start(prepared: Preflight) -> list[list[SupervisedSequence]]:
     judgements = _drawn_judgements(prepared, played)
     # Without a limit a single pass, which need not be shuffled.
     corpus = Corpus(sequences, size, config.seed) if wanted < needed else None
+    texts = Corpus(prepared.ptx, settings.texts, config.seed)
     return [
         [
             *(corpus.sample(step + 1) if corpus else sequences[step * size :][:size]),
             *judgements[step * settings.judgements :][: settings.judgements],
+            *texts.sample(step + 1),
         ]
         for step in range(settings.steps)
     ]
@@ -401,17 +410,3 @@ async def _asked(config: Config, what: str, work: Coroutine[Any, Any, T]) -> T:
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(f"environment {config.env.id!r} fails {what}: {reason}") from error
-
-
-def _ptx(config: Config, chat: ChatTemplate, eval_tasks: Sequence[Task]) -> list[SupervisedSequence]:
-    if config.ptx.weight == 0:
-        return []
-    sequences = load_sequences(config.ptx.path, "ptx.path", chat, config.train.micro_batch_tokens)
-    overlap = find_overlap([chat.decode(sequence.token_ids) for sequence in sequences], eval_tasks)
-    if overlap is not None:
-        index, task, words = overlap
-        raise ConfigError(
-            f"{sequences[index].id} holds a part of evaluation task {task.id}: {words!r}; leave the chat "
-            "out, or what is measured is learned by heart"
-        )
-    return sequences

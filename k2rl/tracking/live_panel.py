@@ -197,6 +197,7 @@ def _policy_text(metrics: Metrics) -> str:
             ("train/loss", "loss", ".4g", ""),
             ("sft/loss", "NLL", ".3f", ""),
             ("eval/nll", "held-out NLL", ".3f", ""),
+            ("ptx/held_out_nll", "held-out NLL", ".3f", ""),
         )
         if name in metrics
     ]

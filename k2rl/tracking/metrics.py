@@ -13,6 +13,7 @@ Names are `group/name`. Those that the live view, the summary and the report loo
 | `rollout/temperature` | sampling temperature |
 | `sft/loss`, `sft/tokens`, `eval/nll` | of `k2rl sft`: training and held-out NLL (nats), learned tokens |
 | `train/loss`, `train/grad_norm`, `train/lr`, `ptx/loss` | of the optimizer step |
+| `ptx/held_out_nll` | of texts that it never learns from (nats a token); as step 0 before training |
 | `train/reference_kl` | with `objective.kl_weight`: estimated KL to the reference, nats a token |
 | `qk_clip/max_logit`, `qk_clip/mean_logit` | largest attention logit of all heads; mean of heads' largest |
 | `qk_clip/layer_<n>/max_logit`, `…/mean_logit` | the same for each layer |

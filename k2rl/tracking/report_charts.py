@@ -110,6 +110,11 @@ _SPECS = (
     _Spec("sft/lr", "Learning rate", "As scheduled.", from_zero=True),
     _Spec("train/grad_norm", "Gradient norm", "Before clipping.", from_zero=True),
     _Spec("ptx/loss", "PTX loss", "Next-token loss on curated text: it rises if the policy forgets."),
+    _Spec(
+        "ptx/held_out_nll",
+        "NLL of held-out texts",
+        "Nats a token: on curated text that it never learns from. It rises if the policy forgets.",
+    ),
 )
 
 

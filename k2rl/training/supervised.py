@@ -72,20 +72,29 @@ def demonstration_sequence(trajectory: Trajectory) -> SupervisedSequence:
 
 
 def held_out_of(
-    sequences: Sequence[SupervisedSequence], share: float
+    sequences: Sequence[SupervisedSequence], wanted: int | float
 ) -> tuple[list[SupervisedSequence], list[SupervisedSequence]]:
-    """Texts to train on, and those held out: about `share` of the different ones, at least one of each.
+    """Texts to train on, and those held out.
 
     Which ones depends on what they say alone; equal texts are on the same side.
 
+    Args:
+        sequences: all of them.
+        wanted: how many of the different ones to hold out, as an int from 1; or about which share of them,
+            as a float below 1: at least one then, and never all.
+
     Raises:
-        ValueError: they are all the same.
+        ValueError: none would be left to train on.
     """
     by_digest = {sequence: _digest(sequence) for sequence in sequences}
     digests = sorted(set(by_digest.values()))
     if len(digests) < 2:
         raise ValueError("all chats are the same, so that none can be held out")
-    held = set(digests[: min(len(digests) - 1, max(1, round(share * len(digests))))])
+    if isinstance(wanted, float):
+        wanted = min(len(digests) - 1, max(1, round(wanted * len(digests))))
+    if wanted >= len(digests):
+        raise ValueError(f"there are {len(digests)} different chats, and one must be left to learn from")
+    held = set(digests[:wanted])
     train = [sequence for sequence in sequences if by_digest[sequence] not in held]
     return train, [sequence for sequence in sequences if by_digest[sequence] in held]
 

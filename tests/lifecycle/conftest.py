@@ -32,7 +32,6 @@ from k2rl.training.checkpoint import (
     replaced_folder,
     write_about,
 )
-from k2rl.training.supervised import Corpus
 from k2rl.types import Segment, Trajectory, Verdict
 from k2rl.workers.handle import WorkerLostError
 from k2rl.workers.recovery import Recovery
@@ -245,7 +244,7 @@ class Story:
                     prepared,
                     scheduler,  # type: ignore[arg-type]
                     pool,
-                    Corpus(prepared.ptx, config.ptx.sequences_per_step, config.seed),
+                    prepared.corpus(),
                     finished_steps=step or 0,
                 )
                 with recovery.begun(tracker.note, lambda: run.finished_steps):

@@ -110,6 +110,7 @@ def step_metrics(step: int, rng: random.Random) -> dict[str, float]:
         "train/loss": 0.02 + rng.gauss(0, 0.004),
         "train/grad_norm": 0.8 + rng.gauss(0, 0.1),
         "ptx/loss": 2.1 - 0.01 * step,
+        "ptx/held_out_nll": 2.2 + 0.01 * step,
         "mismatch/mean_abs_gap": 0.0031 + abs(rng.gauss(0, 0.0004)),
         "mismatch/max_abs_gap": 0.09 + abs(rng.gauss(0, 0.03)),
     }
