@@ -97,8 +97,8 @@ def shorter(found: Results) -> dict[str, bool]:
     rest = {name: result for name, result in found.items() if result is not free}
     return {
         # 128 answers leave 5 % of their mean length open.
-        f"{name}: less than 0.9 of the tokens, reward not lower by more than 0.05": (
-            result["tokens"] < 0.9 * free["tokens"] and result["reward"] > free["reward"] - 0.05
+        f"{name}: {result['tokens'] / free['tokens']:.2f} of the tokens, fewer at equal reward (0.05)": (
+            result["tokens"] < free["tokens"] and result["reward"] > free["reward"] - 0.05
         )
         for name, result in rest.items()
     }

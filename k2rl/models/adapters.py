@@ -21,13 +21,20 @@ _LINEAR = re.compile(r"(?!.*\.experts\.)(.*\.layers\.\d+\..*\.(?!gate\.)\w+)\.we
 def linear_layers(folder: Path) -> dict[str, tuple[int, int]]:
     """The linear layers of a checkpoint's decoder layers: [out, in] of each, by the name of its module.
 
+    Without those that are named as parts of routed experts (of shared experts, of layers without experts):
+    asked to adapt them, peft adapts the experts.
+
     Raises:
         ConfigError: as `checkpoint_manifest`.
     """
+    tensors = checkpoint_manifest(folder, 1).tensors
+    of_experts = {kind(spec.name.removesuffix(".weight")) for spec in tensors if ".experts." in spec.name}
     return {
         match[1]: (spec.shape[0], spec.shape[1])
-        for spec in checkpoint_manifest(folder, 1).tensors
-        if len(spec.shape) == 2 and (match := _LINEAR.fullmatch(spec.name))
+        for spec in tensors
+        if len(spec.shape) == 2
+        and (match := _LINEAR.fullmatch(spec.name))
+        and kind(match[1]) not in of_experts
     }
 
 

@@ -11,9 +11,12 @@ from peft import PeftModel
 from tiny_models import random_groups, random_texts
 from transformers import AutoModelForCausalLM
 
+from k2rl.checkpoint_engine.publisher import expected_tensors
 from k2rl.config import LoraConfig, ObjectiveConfig, OptimizerConfig
 from k2rl.errors import ConfigError
+from k2rl.models.adapters import adapter_tensors
 from k2rl.models.factors import is_factor
+from k2rl.models.hub import resolve_model
 from k2rl.training.engine import TrainEngine
 from k2rl.training.lora import ADAPTER_FOLDER
 from k2rl.training.saving import read_state
@@ -70,6 +73,40 @@ def test_adapters_change_and_nothing_else(llama_path: Path, dtype: str, optimize
     assert {state for params in engine._optimizer.state.values() for state in params} == {
         *("step", "exp_avg", "exp_avg_sq")
     }
+
+
+@pytest.mark.parametrize("targets", [[], ["q_b_proj", "kv_b_proj"]])
+def test_routed_experts_stay_as_they_are(tmp_path: Path, targets: list[str]) -> None:
+    path, lora = resolve_model("k2-mini"), LoraConfig(rank=4, alpha=8, target_modules=targets)
+    engine = make_engine(path, lora)
+    before = weights(engine)
+    assert {name: tuple(weight.shape) for name, weight in before.items()} == {
+        name: shape
+        for tensors in (expected_tensors(path, "float32"), adapter_tensors(path, lora, "float32"))
+        for name, (_, shape) in tensors.items()
+    }
+    for _ in range(2):  # the first one leaves A as it is: B is zero
+        engine.sft_step(random_texts(1))
+    after = weights(engine)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == set(
+        adapter_tensors(path, lora, "float32")
+    )
+    engine.save_pretrained(tmp_path / "model")
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "model" / ADAPTER_FOLDER)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    for mine, theirs, saved in zip(
+        engine.logprobs(SEQUENCES), logprobs(adapted), logprobs(merged), strict=True
+    ):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+        assert mine == pytest.approx(saved, abs=1e-5)
+
+
+def test_what_is_named_as_experts_parts_are_gets_no_adapter() -> None:
+    """Peft would adapt the experts instead."""
+    lora = LoraConfig(rank=4, target_modules=["gate_proj"])
+    with pytest.raises(ConfigError, match="names 'gate_proj', but the linear layers .* are: kv_a_proj_with_mqa, kv_b_proj, o_proj"):
+        adapter_tensors(resolve_model("k2-mini"), lora, "float32")
 
 
 def test_state_is_that_of_the_adapters(llama_path: Path) -> None:
