@@ -154,7 +154,9 @@ def test_a_value_by_probability_is_the_mean_of_the_choices():
     assert verdict.value == pytest.approx(0.65)
     both = [{**CLARITY[0], "mandatory": True}, {**CLARITY[0], "name": "depth"}]
     mean = sum(
-        judge.weights[one] * judge.weights[other] * (0 if one == "poor" else (value[one] + value[other]) / 2)
+        judge.model.weights[one]
+        * judge.model.weights[other]
+        * (0 if one == "poor" else (value[one] + value[other]) / 2)
         for value in [{"poor": 0, "fair": 0.5, "good": 1}]
         for one in value
         for other in value
