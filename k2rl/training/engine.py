@@ -17,6 +17,7 @@ from k2rl.config import LoraConfig, ObjectiveConfig, OptimizerConfig
 from k2rl.diagnosis.activity import TRAINER
 from k2rl.errors import ConfigError, RunError
 from k2rl.models.adapters import settings
+from k2rl.models.factors import is_factor
 from k2rl.models.hub import shapes_fingerprint
 from k2rl.models.logit_probe import LogitProbe
 from k2rl.objective.losses import build_policy_loss
@@ -415,7 +416,9 @@ class TrainEngine:
     def weights_source(self) -> TensorSource:
         """What this rank sends in a push; not a collective."""
         dtype = str(self._dtype).removeprefix("torch.")
-        return TensorSource(self.named_weights(), self._group.rank, dtype, self._weights.frozen)
+        named = list(self.named_weights())
+        frozen = () if self._adapters is None else [name for name, _ in named if not is_factor(name)]
+        return TensorSource(named, self._group.rank, dtype, frozen)
 
     def save(self, folder: str | Path) -> None:
         """Begin a resumable checkpoint: its files are written while other things are done, see `saved`.

@@ -8,7 +8,7 @@ rounded image. Gradients of micro-batches are summed in float32 too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -101,11 +101,6 @@ class MasterWeights:
         """
         for name, parameter in (*self._frozen.items(), *self._compute.items()):
             yield name, parameter.detach()
-
-    @property
-    def frozen(self) -> Collection[str]:
-        """Names of the parameters that never change."""
-        return self._frozen.keys()
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -85,6 +85,8 @@ def test_routed_experts_stay_as_they_are(tmp_path: Path, targets: list[str]) -> 
         for tensors in (expected_tensors(path, "float32"), adapter_tensors(path, lora, "float32"))
         for name, (_, shape) in tensors.items()
     }
+    # Each expert by itself, and routers' biases: no delta may bring them.
+    assert engine.weights_source().frozen == set(expected_tensors(path, "float32"))
     for _ in range(2):  # the first one leaves A as it is: B is zero
         engine.sft_step(random_texts(1))
     after = weights(engine)
