@@ -180,7 +180,8 @@ def test_a_run_ends_when_its_client_goes_away(server):
     async def scenario():
         backend = remote(server)
         async with await backend.open(SandboxSpec()) as sandbox:
-            lasting = "touch begun; while true; do date +%N > alive; sleep 0.01; done"
+            # Renamed: one that is ended while it writes would leave an empty file.
+            lasting = "while true; do date +%N > new; mv new alive; sleep 0.01; done"
             running = asyncio.create_task(sandbox.exec(["sh", "-c", lasting], timeout=1000))
             while not (await sandbox.exec(["ls", "alive"])).ok:
                 await asyncio.sleep(0.05)
