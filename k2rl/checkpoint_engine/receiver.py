@@ -148,7 +148,8 @@ class Receiver:
             elif plan.base != self.version:
                 held = "no whole version" if self.version is None else f"version {self.version}"
                 raise DeltaRefusedError(f"it holds {held}, and the delta builds on version {plan.base}")
-            if begin.version < self._newest or begin.version == self.version:
+            # A whole push of the version that it has is for others of its engine, which have lost it.
+            if begin.version < self._newest or begin.version == plan.base:
                 raise TransferError(
                     f"version {begin.version} is not newer than {self._newest}, which is in place"
                 )

@@ -129,6 +129,18 @@ def test_a_receiver_joins_on_a_host_with_a_network_of_its_own() -> None:
         thread.submit(run, places).result()
 
 
+def test_a_receiver_that_has_the_version_joins_beside_one_that_has_lost_it() -> None:
+    """Ranks of one engine, of which a push has reached one alone."""
+
+    async def test(parts: Cluster) -> None:
+        await parts.push(1)
+        for _ in range(2):
+            parts.restart(RECEIVER, 2)
+            await brought(parts, 1, 1, 2)
+
+    with_cluster(test)
+
+
 def test_a_source_that_hangs_is_given_up_at_the_deadline() -> None:
     async def test(parts: Cluster) -> None:
         await parts.push(1)
